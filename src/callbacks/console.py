@@ -1,0 +1,77 @@
+"""What a person sees while a run goes on: the layer table, progress, the scores at the end."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torchinfo
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+
+def quiet() -> None:
+    """Silences what Lightning says on every run and what does not apply to data that lies in memory."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
+
+
+class LayerTable(Callback):
+    """Prints torchinfo's table of layers, output shapes and parameters, and keeps it as layers.txt in the run folder."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        table = torchinfo.summary(
+            pl_module.net,
+            input_data=pl_module.example_input_array,
+            col_names=("output_size", "num_params"),
+            row_settings=("var_names",),
+            device=pl_module.device,
+            verbose=0,
+        )
+        print(table)
+        Path(trainer.default_root_dir, "layers.txt").write_text(f"{table}\n")
+
+
+def progress() -> ProgressBar:
+    """Rich's bar on a terminal; elsewhere a line an epoch, without control codes."""
+    return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+
+
+class EpochLines(ProgressBar):
+    def disable(self) -> None:  # Lightning calls it on every process but the first
+        self._print = lambda trainer: None  # type: ignore[method-assign]
+
+    def _print(self, trainer: L.Trainer) -> None:
+        scores = sorted(trainer.progress_bar_metrics.items())
+        parts = [f"{name} {value:.4f}" for name, value in scores if name != "v_num"]
+        print(f"epoch {trainer.current_epoch}/{trainer.max_epochs}", *parts, sep="  ", flush=True)
+
+    # The module logs its training scores after the callbacks' own end of the epoch, so the line waits for what
+    # comes next: the following epoch or the end.
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.callback_metrics:
+            self._print(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._print(trainer)
+
+
+def print_results(results: dict[str, Any], folder: Path) -> None:
+    """A panel on a terminal, plain lines elsewhere."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in results["metrics"].items():
+        table.add_row(name, f"{100 * value:.2f} %" if name.endswith("/acc") else f"{value:.6g}")
+    table.add_row("folder", str(folder))
+    title = f"{results['name']} on {results['data']}"
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(Panel(table, title=title, expand=False) if sys.stdout.isatty() else table)

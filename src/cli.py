@@ -1,0 +1,126 @@
+"""Hydra's command line, with users' mistakes told in one line and exit code 2."""
+
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config import CONF, check, keys, nearest
+from src.errors import UserError
+
+# What Lightning says, and what to do about it.
+FIXES = {
+    "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu, or auto for what there is",
+    "can not run on your system": "set trainer.accelerator=auto for what there is",
+}
+
+
+def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes a function of a config the program of its file."""
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def job(config: DictConfig) -> Any:
+            try:
+                check(config)
+                _check_added(config)
+                return task(config)
+            except Exception as error:
+                line = explain(error)
+                hydra_config = HydraConfig.get()
+                if line is None or hydra_config.mode == RunMode.MULTIRUN:
+                    raise
+                _remove_if_empty(Path(hydra_config.runtime.output_dir))
+                sys.exit(_say(line))
+
+        @functools.wraps(task)
+        def program() -> None:
+            shown = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            except Exception as error:
+                line = explain(error)
+                if line is None or shown == "1":
+                    raise
+                sys.exit(_say(line))
+
+        return program
+
+    return decorate
+
+
+def _say(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a mistake of the user's, None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, InstantiationException):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, TypeError | ValueError):
+            return " ".join(str(cause or error).split())
+        return explain(cause)
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
+        return _unknown_key(text.split("'")[1])
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        return f"{text} {' '.join(str(cause).split())}" if isinstance(cause, OmegaConfBaseException) else text
+    if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be imported yet
+        fix = next((fix for found, fix in FIXES.items() if found in text), None)
+        return fix or text
+    return None
+
+
+def _known_keys() -> list[str]:
+    """The keys and groups of the config that the command line's groups choose, its other overrides left out."""
+    groups = [argument for argument in sys.argv[1:] if "." not in argument.split("=")[0]]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        for chosen in (groups, []):
+            try:
+                composed = hydra.compose("train", overrides=[g for g in chosen if "=" in g and "+" not in g])
+                break
+            except (HydraException, OmegaConfBaseException):
+                continue
+    return [*keys(composed), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
+
+
+def _unknown_key(key: str) -> str:
+    guess = nearest(key, _known_keys())
+    return f"{key}: there is no such key; " + (
+        f"did you mean {guess}?" if guess else "python -m src.train --cfg job shows all keys"
+    )
+
+
+def _check_added(config: DictConfig) -> None:
+    """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    added = {override.key_or_group for override in overrides if override.is_add()}
+    known = [key for key in keys(config) if key not in added]
+    for key in sorted(added):
+        parent, _, _ = key.rpartition(".")
+        siblings = [name for name in known if name.rpartition(".")[0] == parent]
+        if not parent or nearest(key, siblings, cutoff=0.8):
+            raise UserError(_unknown_key(key))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A run that never began leaves no folder: Hydra has written its config there and an empty log."""
+    left = [file for file in folder.rglob("*") if file.is_file() and file.parent.name != ".hydra"]
+    if all(file.stat().st_size == 0 for file in left):
+        shutil.rmtree(folder)

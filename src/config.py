@@ -1,0 +1,109 @@
+"""The project's own keys: which values they allow, and which key a mistyped one meant."""
+
+import math
+from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UserError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+class Rule(NamedTuple):
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def whole(low: int, high: float = math.inf) -> Rule:
+    words = f"a whole number of {low} or more" if high == math.inf else f"a whole number from {low} to {high}"
+    return Rule(lambda value: type(value) is int and low <= value <= high, words)
+
+
+def real(words: str, within: Callable[[float], bool]) -> Rule:
+    return Rule(lambda value: type(value) in (int, float) and math.isfinite(value) and within(value), words)
+
+
+def choice(*options: Any) -> Rule:
+    return Rule(lambda value: value in options, "one of " + ", ".join(map(str, options)))
+
+
+def either(*rules: Rule) -> Rule:
+    return Rule(lambda value: any(rule.allows(value) for rule in rules), ", or ".join(r.words for r in rules))
+
+
+null = Rule(lambda value: value is None, "null")
+flag = Rule(lambda value: type(value) is bool, "true or false")
+text = Rule(lambda value: type(value) is str and value != "", "a text")
+at_least_0 = real("a number of 0 or more", lambda x: x >= 0)
+batches = either(whole(0), real("a fraction from 0 to 1", lambda x: 0 <= x <= 1), null)
+
+# A key that a composed config lacks is not checked: each model, data set or optimizer brings its own.
+RULES: dict[str, Rule] = {
+    "name": text,
+    "seed": whole(0, 2**32 - 1),
+    "test": flag,
+    "optimized_metric": either(text, null),
+    "data.dataset": choice("mnist", "digits", "auto"),
+    "data.root": text,
+    "data.batch_size": either(whole(1), null),
+    "data.eval_batch_size": whole(1),
+    "data.val_size": either(whole(0), null),
+    "data.val_on_test": flag,
+    "data.split_seed": whole(0, 2**32 - 1),
+    "data.augment.degrees": at_least_0,
+    "data.augment.translate": at_least_0,
+    "data.augment.scale": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
+    "data.augment.shear": at_least_0,
+    "model.dropout": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
+    "optimizer.lr": real("a number above 0", lambda x: x > 0),
+    "optimizer.momentum": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
+    "optimizer.weight_decay": at_least_0,
+    "optimizer.nesterov": flag,
+    "scheduler.pct_start": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "scheduler.div_factor": real("a number above 0", lambda x: x > 0),
+    "scheduler.final_div_factor": real("a number above 0", lambda x: x > 0),
+    "trainer.max_epochs": either(whole(1), Rule(lambda value: value == -1, "-1 for no limit")),
+    "trainer.max_steps": either(whole(1), Rule(lambda value: value == -1, "-1 for no limit")),
+    "trainer.num_nodes": whole(1),
+    "trainer.limit_train_batches": batches,
+    "trainer.limit_val_batches": batches,
+    "trainer.limit_test_batches": batches,
+    "trainer.log_every_n_steps": whole(1),
+    "trainer.accumulate_grad_batches": whole(1),
+    "trainer.check_val_every_n_epoch": either(whole(1), null),
+}
+
+
+def check(config: DictConfig) -> None:
+    """Raises UserError for the first value that its key does not allow."""
+    for key, rule in RULES.items():
+        parent, _, leaf = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if node is not None and leaf in node and not rule.allows(node[leaf]):
+            raise UserError(f"{key}={node[leaf]}: must be {rule.words}")
+
+
+def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, those of inner nodes included."""
+    for name in node:
+        yield f"{prefix}{name}"
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from keys(child, f"{prefix}{name}.")
+
+
+def nearest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
+    """The known key that `key` most likely meant; a bare last part, as in max_epochs, counts as well."""
+
+    def likeness(candidate: str) -> float:
+        last = candidate.rpartition(".")[2]
+        whole_key = SequenceMatcher(None, key, candidate).ratio()
+        # A little less for the last part alone, so that the full key wins where both fit.
+        return max(whole_key, 0.95 * SequenceMatcher(None, key.rpartition(".")[2], last).ratio())
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= cutoff else None

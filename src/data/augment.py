@@ -1,0 +1,40 @@
+"""Augmentation of a whole batch at once, on the device that holds it."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+
+class RandomAffine:
+    """Rotates, scales, shears and shifts each image by its own random amounts; what enters is black.
+
+    Each amount is uniform in ± its limit: `degrees` of rotation, `translate` in pixels along each axis,
+    `scale` around 1 along each axis, `shear` as the tangent of the angle. torchvision's transform of
+    this name draws one set of amounts for the whole batch, hence this one.
+    """
+
+    def __init__(
+        self, degrees: float = 0.0, translate: float = 0.0, scale: float = 0.0, shear: float = 0.0
+    ) -> None:
+        self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """[N, C, H, W] floats to the same; `generator` lives on their device."""
+        n, _, height, width = images.shape
+        amounts = torch.rand(6, n, generator=generator, device=images.device) * 2 - 1
+        angle = amounts[0] * math.radians(self.degrees)
+        scale_x, scale_y = 1 + amounts[1] * self.scale, 1 + amounts[2] * self.scale
+        shear = amounts[3] * self.shear
+        cos, sin = angle.cos(), angle.sin()
+        # Rows of the map from output to input coordinates, in which the image spans [-1, 1].
+        theta = torch.stack(
+            [
+                torch.stack([cos * scale_x, shear * cos - sin, amounts[4] * (2 * self.translate / width)], 1),
+                torch.stack([sin + shear, cos * scale_y, amounts[5] * (2 * self.translate / height)], 1),
+            ],
+            1,
+        )
+        grid = affine_grid(theta, list(images.shape), align_corners=False)
+        return grid_sample(images, grid, align_corners=False)

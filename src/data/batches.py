@@ -1,0 +1,57 @@
+"""Batches as index tensors: one fancy-indexing call per batch, with no worker processes and no collation."""
+
+from collections.abc import Iterator
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+
+class IndexBatches(Sampler[Tensor]):
+    """Yields index tensors that cover `range(size)` once an epoch, over all `world_size` processes together.
+
+    With a `seed` the order is a permutation that depends on the seed and the epoch alone; Lightning sets the
+    epoch. Without one the order is 0, 1, 2, … `batch_size` is that of one process.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
+        self.global_batch_size = batch_size * world_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return ceil(self.size / self.global_batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.seed is None:
+            order = torch.arange(self.size)
+        else:
+            # The generator is always the CPU's, so that every device sees the same order.
+            order = torch.randperm(self.size, generator=generator_for(self.seed, self.epoch))
+        for batch in order.to(self.device).split(self.global_batch_size):
+            yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch
+
+
+def generator_for(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by whole numbers; other numbers, or another order, give another stream."""
+    seed = 0
+    for key in keys:
+        seed = (seed ^ key) * 6364136223846793005 + 1442695040888963407 & 2**63 - 1
+        seed ^= seed >> 29
+    return torch.Generator(device).manual_seed(seed)
+
+
+def in_memory_loader(images: Tensor, labels: Tensor, batches: IndexBatches) -> DataLoader:
+    return DataLoader(TensorDataset(images, labels), sampler=batches, batch_size=None)

@@ -1,0 +1,85 @@
+"""Training and scoring of any network that maps images to log-probabilities."""
+
+from collections.abc import Callable, Iterable
+from inspect import signature
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Classifier(L.LightningModule):
+    """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
+
+    `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[..., LRScheduler],
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.example_input_array = torch.zeros(1, 1, 28, 28)
+
+        def scores() -> MetricCollection:
+            accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
+            return MetricCollection({"loss": MeanMetric(), "acc": accuracy}, compute_groups=False)
+
+        self.train_scores, self.val_scores, self.test_scores = scores(), scores(), scores()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def _step(self, batch: tuple[Tensor, Tensor], scores: MetricCollection) -> Tensor:
+        images, labels = batch
+        log_probabilities = self(images)
+        loss = nll_loss(log_probabilities, labels)
+        scores["loss"].update(loss.detach(), weight=len(labels))
+        scores["acc"].update(log_probabilities.detach(), labels)
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self._step(batch, self.train_scores)
+        # Lightning's log() costs the same whether or not a step is written, so it is called only then.
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.log("train/loss_step", loss.detach())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, self.val_scores)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._step(batch, self.test_scores)
+
+    def _log_epoch(self, stage: str, scores: MetricCollection) -> None:
+        values = {f"{stage}/{name}": value for name, value in scores.compute().items()}
+        self.log_dict(values, prog_bar=stage != "test")
+        scores.reset()
+
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch("train", self.train_scores)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val", self.val_scores)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test", self.test_scores)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.net.parameters())
+        total = {"total_steps": int(self.trainer.estimated_stepping_batches)}
+        takes_total = "total_steps" in signature(self.scheduler).parameters
+        scheduler = self.scheduler(optimizer, **(total if takes_total else {}))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

@@ -1,0 +1,43 @@
+"""The network: three blocks of two 3×3 convolutions, a 1×1 convolution, and one linear layer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def _block(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, hidden, 3, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm2d(hidden),
+        nn.Conv2d(hidden, outputs, 3, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm2d(outputs),
+        nn.MaxPool2d(2, 2),
+        nn.Dropout(dropout),
+    )
+
+
+class CNN(nn.Module):
+    """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
+
+    `channels` are the outputs of the six convolutions, in order. The defaults have 15,544 parameters.
+    """
+
+    def __init__(
+        self, channels: Sequence[int] = (16, 16, 16, 16, 16, 32), dropout: float = 0.25, classes: int = 10
+    ) -> None:
+        super().__init__()
+        c1, c2, c3, c4, c5, c6 = channels
+        self.conv1 = _block(1, c1, c2, dropout)  # 28×28 to 14×14
+        self.conv2 = _block(c2, c3, c4, dropout)  # to 7×7
+        self.conv3 = _block(c4, c5, c6, dropout)  # to 3×3
+        self.gap = nn.Conv2d(c6, classes, 1)
+        self.fc = nn.Linear(classes * 3 * 3, classes)
+        # Convolutions on the CPU are 1.2 to 1.6 times as fast with the channels innermost.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.gap(self.conv3(self.conv2(self.conv1(images))))
+        return self.fc(features.flatten(1)).log_softmax(dim=1)

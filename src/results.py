@@ -1,0 +1,77 @@
+"""What a run leaves behind for people and programs: metrics.json."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Timer
+from omegaconf import DictConfig
+from torch import Tensor
+
+PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
+METRICS_FILE = "metrics.json"
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Writes beside and renames, so that a metrics.json is always whole and its presence means done."""
+    beside = folder / f".{METRICS_FILE}.part"
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(beside, folder / METRICS_FILE)
+
+
+def collect(
+    cfg: DictConfig, trainer: L.Trainer, metrics: dict[str, Tensor], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The contents of metrics.json: scores of the final epoch, and where they come from. Epochs count from 1."""
+    module, loader = trainer.lightning_module, trainer.datamodule.train_dataloader()
+    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    training_seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
+    samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * len(loader.dataset) / len(loader)
+    best = next((c.best_model_path for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
+    return {
+        "name": cfg.name,
+        "data": trainer.datamodule.name,
+        "seed": cfg.seed,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "epochs": trainer.current_epoch,
+        "best_epoch": torch.load(best, weights_only=True)["epoch"] + 1 if best else None,
+        "steps": trainer.global_step,
+        "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "samples_per_second": round(samples * trainer.world_size / training_seconds, 1),
+        **_surroundings(trainer.strategy.root_device),
+    }
+
+
+def _surroundings(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that does not say
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the project, with "-dirty" behind it if files were changed since; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,47 @@
+"""Trains, tests and records one experiment: python -m src.train. The keys are in conf/train.yaml."""
+
+from omegaconf import DictConfig
+
+from src import cli
+
+
+@cli.entry("train")
+def main(cfg: DictConfig) -> float | None:
+    # Here, because --help, --cfg and a typing mistake should not wait for PyTorch.
+    from pathlib import Path
+    from time import perf_counter
+
+    import lightning as L
+    from hydra.utils import instantiate
+
+    from src.callbacks.console import print_results, quiet
+    from src.results import collect, write_metrics
+
+    quiet()
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = instantiate(cfg.data)
+    net = instantiate(cfg.model)
+    module = instantiate(
+        cfg.module, net=net, optimizer=instantiate(cfg.optimizer), scheduler=instantiate(cfg.scheduler)
+    )
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger))
+
+    started = perf_counter()
+    trainer.fit(module, data)
+    fitted = perf_counter()
+    metrics = dict(trainer.callback_metrics)
+    if cfg.test:
+        trainer.test(module, data, verbose=False)
+        metrics |= trainer.callback_metrics
+    seconds = {"fit": fitted - started, "test": perf_counter() - fitted}
+
+    results = collect(cfg, trainer, metrics, seconds)
+    if trainer.is_global_zero:
+        write_metrics(Path(cfg.output_dir), results)
+        print_results(results, Path(cfg.output_dir))
+    return results["metrics"][cfg.optimized_metric] if cfg.optimized_metric else None
+
+
+if __name__ == "__main__":
+    main()
