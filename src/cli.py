@@ -5,18 +5,25 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    OverrideParseException,
+)
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config import CONF, check, keys, nearest
+from src.config import CONF, check, nearest, nodes
 from src.errors import UserError
 
 # What Lightning says, and what to do about it.
@@ -34,7 +41,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         def job(config: DictConfig) -> Any:
             try:
                 check(config)
-                _check_added(config)
+                _check_added()
                 return task(config)
             except Exception as error:
                 line = explain(error)
@@ -46,15 +53,17 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
 
         @functools.wraps(task)
         def program() -> None:
-            shown = os.environ.get("HYDRA_FULL_ERROR")
+            before = os.environ.get("HYDRA_FULL_ERROR", "0")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except Exception as error:
                 line = explain(error)
-                if line is None or shown == "1":
+                if line is None or before == "1":
                     raise
                 sys.exit(_say(line))
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = before
 
         return program
 
@@ -77,7 +86,9 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause or error).split())
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
-        return _unknown_key(text.split("'")[1])
+        return _unknown_key(text.split("'")[1], _known_keys(_chosen_groups()))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         return f"{text} {' '.join(str(cause).split())}" if isinstance(cause, OmegaConfBaseException) else text
@@ -87,36 +98,39 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _known_keys() -> list[str]:
-    """The keys and groups of the config that the command line's groups choose, its other overrides left out."""
-    groups = [argument for argument in sys.argv[1:] if "." not in argument.split("=")[0]]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        for chosen in (groups, []):
-            try:
-                composed = hydra.compose("train", overrides=[g for g in chosen if "=" in g and "+" not in g])
-                break
-            except (HydraException, OmegaConfBaseException):
-                continue
-    return [*keys(composed), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
+def _chosen_groups() -> list[str]:
+    """The command line's group=option arguments that name a config there is."""
+    pairs = (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
 
 
-def _unknown_key(key: str) -> str:
-    guess = nearest(key, _known_keys())
+def _known_keys(overrides: list[str]) -> list[str]:
+    """The groups, and the keys of the config that these overrides give."""
+    composing = GlobalHydra.instance().is_initialized()  # within a job; not after a composition that failed
+    with nullcontext() if composing else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", overrides=overrides)
+    return [key for key, _ in nodes(config)] + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    guess = nearest(key, known)
     return f"{key}: there is no such key; " + (
         f"did you mean {guess}?" if guess else "python -m src.train --cfg job shows all keys"
     )
 
 
-def _check_added(config: DictConfig) -> None:
+def _check_added() -> None:
     """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     added = {override.key_or_group for override in overrides if override.is_add()}
-    known = [key for key in keys(config) if key not in added]
-    for key in sorted(added):
+    if not added:
+        return
+    known = _known_keys([str(override.input_line) for override in overrides if not override.is_add()])
+    for key in sorted(added - set(known)):
         parent, _, _ = key.rpartition(".")
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
         if not parent or nearest(key, siblings, cutoff=0.8):
-            raise UserError(_unknown_key(key))
+            raise UserError(_unknown_key(key, known))
 
 
 def _remove_if_empty(folder: Path) -> None:

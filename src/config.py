@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 
 from src.errors import UserError
 
@@ -58,6 +58,10 @@ RULES: dict[str, Rule] = {
     "data.augment.translate": at_least_0,
     "data.augment.scale": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "data.augment.shear": at_least_0,
+    "model.channels": Rule(
+        lambda value: OmegaConf.is_list(value) and all(type(n) is int and n > 0 for n in value),
+        "a list of whole numbers of 1 or more",
+    ),
     "model.dropout": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "optimizer.lr": real("a number above 0", lambda x: x > 0),
     "optimizer.momentum": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
@@ -79,7 +83,10 @@ RULES: dict[str, Rule] = {
 
 
 def check(config: DictConfig) -> None:
-    """Raises UserError for the first value that its key does not allow."""
+    """Raises UserError for the first key without a value, or with one that it does not allow."""
+    for key, value in nodes(config):
+        if value._is_missing():
+            raise UserError(f"{key} has no value; set {key}=…")
     for key, rule in RULES.items():
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
@@ -87,13 +94,14 @@ def check(config: DictConfig) -> None:
             raise UserError(f"{key}={node[leaf]}: must be {rule.words}")
 
 
-def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a config, those of inner nodes included."""
-    for name in node:
-        yield f"{prefix}{name}"
-        child = node._get_node(name)
+def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Node]]:
+    """Every dotted key of a config with its node, inner nodes included; nothing is resolved."""
+    for name in config:
+        child = config._get_node(name)
+        assert isinstance(child, Node)
+        yield f"{prefix}{name!s}", child
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from keys(child, f"{prefix}{name}.")
+            yield from nodes(child, f"{prefix}{name!s}.")
 
 
 def nearest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:

@@ -10,12 +10,21 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from omegaconf import DictConfig
 from torch import Tensor
 
+from src.errors import UserError
+
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 METRICS_FILE = "metrics.json"
+
+
+def metric(results: dict[str, Any], name: str | None) -> float | None:
+    """The score that a search looks at; None where there is none to look at."""
+    if name is not None and name not in results["metrics"]:
+        raise UserError(f"optimized_metric={name}: the run has " + ", ".join(results["metrics"]))
+    return results["metrics"][name] if name is not None else None
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
@@ -29,14 +38,16 @@ def collect(
     cfg: DictConfig, trainer: L.Trainer, metrics: dict[str, Tensor], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The contents of metrics.json: scores of the final epoch, and where they come from. Epochs count from 1."""
-    module, loader = trainer.lightning_module, trainer.datamodule.train_dataloader()
-    timer = next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.train_dataloader()
+    (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     training_seconds = timer.time_elapsed("train") - timer.time_elapsed("validate")
     samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * len(loader.dataset) / len(loader)
-    best = next((c.best_model_path for c in trainer.checkpoint_callbacks if c.monitor and c.best_model_path), None)
+    checkpoints = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+    best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
     return {
         "name": cfg.name,
-        "data": trainer.datamodule.name,
+        "data": data.name,
         "seed": cfg.seed,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,

@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
 
     from src.callbacks.console import print_results, quiet
-    from src.results import collect, write_metrics
+    from src.results import collect, metric, write_metrics
 
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> float | None:
     if trainer.is_global_zero:
         write_metrics(Path(cfg.output_dir), results)
         print_results(results, Path(cfg.output_dir))
-    return results["metrics"][cfg.optimized_metric] if cfg.optimized_metric else None
+    return metric(results, cfg.optimized_metric)
 
 
 if __name__ == "__main__":

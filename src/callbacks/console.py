@@ -1,17 +1,18 @@
 """What a person sees while a run goes on: the layer table, progress, the scores at the end."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torchinfo
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from torch import nn
 
 
 def quiet() -> None:
@@ -23,13 +24,13 @@ def quiet() -> None:
 
 
 class LayerTable(Callback):
-    """Prints torchinfo's table of layers, output shapes and parameters, and keeps it as layers.txt in the run folder."""
+    """Prints torchinfo's table of layers, output shapes and parameters; keeps it as layers.txt in the run folder."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         table = torchinfo.summary(
-            pl_module.net,
+            cast(nn.Module, pl_module.net),
             input_data=pl_module.example_input_array,
             col_names=("output_size", "num_params"),
             row_settings=("var_names",),
@@ -67,11 +68,16 @@ class EpochLines(ProgressBar):
 
 
 def print_results(results: dict[str, Any], folder: Path) -> None:
-    """A panel on a terminal, plain lines elsewhere."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in results["metrics"].items():
-        table.add_row(name, f"{100 * value:.2f} %" if name.endswith("/acc") else f"{value:.6g}")
-    table.add_row("folder", str(folder))
-    title = f"{results['name']} on {results['data']}"
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    console.print(Panel(table, title=title, expand=False) if sys.stdout.isatty() else table)
+    """A panel on a terminal, plain lines elsewhere; accuracies in percent."""
+    title = f"{results['name']} on {results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
+    rows = {
+        name: f"{100 * value:.2f} %" if name.endswith("/acc") else f"{value:.4g}"
+        for name, value in results["metrics"].items()
+        if "/" in name and not name.endswith("_step")
+    }
+    rows["folder"] = os.path.relpath(folder)
+    lines = [f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()]
+    if sys.stdout.isatty():
+        Console().print(Panel("\n".join(lines), title=title, expand=False, highlight=True))
+    else:
+        print(title, *lines, sep="\n", flush=True)

@@ -12,8 +12,9 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        shared = [override.get_key_element() for override in overrides if not override.is_sweep_override()]
+        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+        shared = {override.key_or_group for override in overrides} - swept
         # Every job's own config is composed anew from this list of Hydra overrides.
         config.hydra.overrides.hydra.append(
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
         )

@@ -15,9 +15,7 @@ class RandomAffine:
     this name draws one set of amounts for the whole batch, hence this one.
     """
 
-    def __init__(
-        self, degrees: float = 0.0, translate: float = 0.0, scale: float = 0.0, shear: float = 0.0
-    ) -> None:
+    def __init__(self, degrees: float = 0.0, translate: float = 0.0, scale: float = 0.0, shear: float = 0.0) -> None:
         self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:

@@ -29,9 +29,9 @@ class DigitImages(L.LightningDataModule):
     """Batches of ([N, 1, 28, 28] normalised images, [N] labels).
 
     `dataset` is "mnist", "digits", or "auto": MNIST where it can be had, else digits with a warning.
-    `val_size` images are held out of the training images by `split_seed`. None for it or for `batch_size` takes
-    what suits the data set. With `val_on_test` the test images are scored after every epoch: that draws a curve, and must never
-    choose anything. `seed` keys the order and the augmentation. `batch_size` is that of one process.
+    `val_size` images are held out of the training images by `split_seed`; `batch_size` is that of one process;
+    None for either takes what suits the data set. `seed` keys the order and the augmentation.
+    With `val_on_test` the test images are scored after every epoch: that draws a curve, and must never choose.
     """
 
     def __init__(
@@ -76,7 +76,9 @@ class DigitImages(L.LightningDataModule):
 
         val_size = VAL_SIZE[self.name] if self.val_size is None else self.val_size
         if val_size >= len(train.labels):
-            raise UserError(f"data.val_size={val_size}: {self.name} has {len(train.labels):,} training images; use fewer")
+            raise UserError(
+                f"data.val_size={val_size}: {self.name} has {len(train.labels):,} training images; use fewer"
+            )
         order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
         held_out, kept = order[:val_size], order[val_size:].sort().values
 
@@ -96,7 +98,7 @@ class DigitImages(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
-        return self._loader(self.sets.train, self.batch_size or BATCH_SIZE[self.name], self.seed)
+        return self._loader(self.sets.train, self.batch_size or BATCH_SIZE[self.sets.name], self.seed)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if len(self.val.labels) else []

@@ -52,8 +52,8 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_scores)
-        # Lightning's log() costs the same whether or not a step is written, so it is called only then.
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        # Lightning's log() costs the same whether or not the step is written, so it is called only then.
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss_step", loss.detach())
         return loss
 
@@ -82,4 +82,7 @@ class Classifier(L.LightningModule):
         total = {"total_steps": int(self.trainer.estimated_stepping_batches)}
         takes_total = "total_steps" in signature(self.scheduler).parameters
         scheduler = self.scheduler(optimizer, **(total if takes_total else {}))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }

@@ -22,13 +22,16 @@ def _block(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequent
 class CNN(nn.Module):
     """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
 
-    `channels` are the outputs of the six convolutions, in order. The defaults have 15,544 parameters.
+    `channels` are the outputs of the six convolutions, in order; another number of them is a ValueError.
+    The defaults have 15,544 parameters.
     """
 
     def __init__(
         self, channels: Sequence[int] = (16, 16, 16, 16, 16, 32), dropout: float = 0.25, classes: int = 10
     ) -> None:
         super().__init__()
+        if len(channels) != 6:
+            raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
         c1, c2, c3, c4, c5, c6 = channels
         self.conv1 = _block(1, c1, c2, dropout)  # 28×28 to 14×14
         self.conv2 = _block(c2, c3, c4, dropout)  # to 7×7

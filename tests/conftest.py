@@ -1,0 +1,67 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
+
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from src import train
+from src.data import sources
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def program(monkeypatch, capfd) -> Callable[..., Result]:
+    """Runs a main in this process as the shell would, and gives its exit code and what it printed."""
+
+    def run(*arguments: object, main: Callable[[], None] = train.main) -> Result:
+        monkeypatch.setattr(sys, "argv", ["src/train.py", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def mnist_root(tmp_path, monkeypatch) -> Path:
+    """A folder in MNIST's layout with 40 training and 20 test images of noise, whose checksums are the known ones."""
+    raw = tmp_path / "mnist/MNIST/raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for split, count in ("train", 40), ("t10k", 20):
+        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        header = [n.to_bytes(4, "big") for n in (2051, count, 28, 28)]
+        files[f"{split}-images-idx3-ubyte"] = b"".join(header) + images.numpy().tobytes()
+        header = [n.to_bytes(4, "big") for n in (2049, count)]
+        files[f"{split}-labels-idx1-ubyte"] = b"".join(header) + labels.numpy().tobytes()
+    for name, content in files.items():
+        (raw / name).write_bytes(content)
+    known = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    monkeypatch.setattr(sources, "MNIST_FILES", known)
+    return tmp_path / "mnist"
+
+
+@pytest.fixture
+def real_mnist() -> Path:
+    root = os.environ.get("MNIST_ROOT")
+    if not root or not sources.has_mnist(Path(root)):
+        pytest.skip("MNIST_ROOT names no folder with the real MNIST")
+    return Path(root)

@@ -1,0 +1,218 @@
+import gzip
+import hashlib
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from torchvision.datasets import MNIST
+
+from src.data import sources
+from src.data.augment import RandomAffine
+from src.data.batches import IndexBatches, generator_for
+from src.data.mnist import DigitImages, normalize
+from src.data.sources import download_mnist, has_mnist, read_digits, read_mnist
+from src.errors import UserError
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_sees_every_sample_once(world_size):
+    ranks = [list(IndexBatches(100, 8, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert len(ranks[0]) == len(IndexBatches(100, 8, world_size=world_size))
+    assert sorted(torch.cat([torch.cat(batches) for batches in ranks]).tolist()) == list(range(100))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        batches = IndexBatches(100, 8, seed=seed)
+        batches.set_epoch(epoch)
+        return torch.cat(list(batches)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
+
+
+def test_generators_differ_by_the_order_of_their_keys():
+    assert generator_for(1, 2).initial_seed() == generator_for(1, 2).initial_seed()
+    assert generator_for(1, 2).initial_seed() != generator_for(2, 1).initial_seed()
+
+
+def test_affine_without_amounts_changes_nothing():
+    images = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(RandomAffine()(images, generator_for(0)), images, atol=1e-5, rtol=0)
+
+
+def test_affine_gives_each_image_its_own_amounts():
+    images = torch.rand(1, 1, 28, 28).expand(4, 1, 28, 28)
+    moved = RandomAffine(degrees=10, translate=2, scale=0.1, shear=0.1)(images, generator_for(0))
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 4
+    assert torch.equal(moved, RandomAffine(10, 2, 0.1, 0.1)(images, generator_for(0)))
+
+
+def test_translation_is_in_pixels():
+    dot = torch.zeros(64, 1, 28, 28)
+    dot[:, :, 14, 14] = 1
+    moved = RandomAffine(translate=3)(dot, generator_for(0))
+    ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    distances = torch.stack([(moved[:, 0] * axis).sum((1, 2)) - 14 for axis in (ys, xs)]).abs()
+    assert 2.5 < distances.max() <= 3.001
+
+
+def test_rotation_keeps_the_middle_and_its_angle():
+    bar = torch.zeros(256, 1, 28, 28)
+    bar[:, :, 4:24, 13:15] = 1
+    turned = RandomAffine(degrees=30)(bar, generator_for(0))
+    ys, xs = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
+    weight = turned[:, 0]
+    angles = 0.5 * torch.atan2(2 * (weight * xs * ys).sum((1, 2)), (weight * (ys**2 - xs**2)).sum((1, 2)))
+    assert 28 < angles.abs().max().rad2deg() < 31
+    torch.testing.assert_close((weight * xs).sum((1, 2)), torch.zeros(256), atol=1e-2, rtol=0)
+
+
+def test_normalised_black_and_white():
+    assert normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == pytest.approx([-0.4242, 2.8215], abs=1e-4)
+
+
+def test_digits_have_the_form_of_mnist():
+    name, train, test = read_digits()
+    assert name == "digits"
+    assert train.images.shape == (1437, 1, 28, 28) and test.images.shape == (360, 1, 28, 28)
+    assert train.images.dtype == torch.uint8 and train.images.max() == 255
+    assert train.images[:, :, :4].max() == 0 and set(train.labels.tolist()) == set(range(10))
+
+
+def module(**settings) -> DigitImages:
+    settings = {"dataset": "mnist", "batch_size": 8, "val_size": 10, "seed": 0} | settings
+    data = DigitImages(**settings)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def all_images(loader) -> set[bytes]:
+    return {image.numpy().tobytes() for images, _ in loader for image in images}
+
+
+def test_training_validation_and_test_images_are_apart(mnist_root):
+    data = module(root=mnist_root)
+    train, val, test = map(all_images, (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()))
+    assert (len(train), len(val), len(test)) == (30, 10, 20)
+    assert not (train & val or train & test or val & test)
+    assert all_images(module(root=mnist_root, split_seed=1).val_dataloader()) != val
+
+
+def test_without_a_split_all_images_are_for_training(mnist_root):
+    data = module(root=mnist_root, val_size=0)
+    assert len(all_images(data.train_dataloader())) == 40 and data.val_dataloader() == []
+    on_test = module(root=mnist_root, val_size=0, val_on_test=True)
+    assert all_images(on_test.val_dataloader()) == all_images(on_test.test_dataloader())
+
+
+def test_a_split_that_leaves_nothing_is_refused(mnist_root):
+    with pytest.raises(UserError, match=r"data\.val_size=40: mnist has 40 training images"):
+        module(root=mnist_root, val_size=40)
+
+
+@pytest.fixture
+def mirror(mnist_root, tmp_path, monkeypatch):
+    """A local server with `mnist_root`'s files as torchvision's mirrors have them; yields the requests it got."""
+    resources, served = [], []
+    (tmp_path / "mirror").mkdir()
+    for file in (mnist_root / "MNIST/raw").iterdir():
+        packed = gzip.compress(file.read_bytes())
+        (tmp_path / f"mirror/{file.name}.gz").write_bytes(packed)
+        resources.append((f"{file.name}.gz", hashlib.md5(packed).hexdigest()))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            served.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "mirror")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(MNIST, "resources", resources)
+    yield served
+    server.shutdown()
+
+
+def test_download_once_also_when_several_start_together(mirror, mnist_root, tmp_path):
+    download_mnist(tmp_path / "alone")
+    alone = len(mirror)
+    root = tmp_path / "new"
+    threads = [threading.Thread(target=download_mnist, args=(root,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(mirror) == 2 * alone
+    assert torch.equal(read_mnist(root).train.images, read_mnist(mnist_root).train.images)
+    assert [file.name for file in root.iterdir() if file.name != ".mnist.lock"] == ["MNIST"]
+
+
+def test_a_damaged_download_never_counts_as_data(mirror, mnist_root, tmp_path, monkeypatch):
+    known = dict(sources.MNIST_FILES)
+    known["t10k-labels-idx1-ubyte"] = (known["t10k-labels-idx1-ubyte"][0], "0" * 64)
+    monkeypatch.setattr(sources, "MNIST_FILES", known)
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte"):
+        download_mnist(tmp_path / "new")
+    assert not has_mnist(tmp_path / "new") and not (tmp_path / "new/MNIST").exists()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # the discard port: nothing listens
+
+
+def test_without_a_network_the_error_names_the_way_out(no_network, tmp_path):
+    with pytest.raises(UserError, match=r"could not be downloaded .* MNIST_ROOT .* data=digits"):
+        download_mnist(tmp_path / "new")
+
+
+def test_auto_falls_back_to_digits_and_says_so(no_network, tmp_path):
+    with pytest.warns(UserWarning, match="small digits"):
+        data = module(dataset="auto", root=tmp_path, batch_size=None, val_size=None)
+    assert data.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 150
+
+
+def test_auto_takes_mnist_where_it_is(mnist_root):
+    with warnings.catch_warnings(action="error"):
+        assert module(dataset="auto", root=mnist_root).name == "mnist"
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda content: content[:-1], "bytes where MNIST's has"),
+        (lambda content: b"", "has 0 bytes"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "SHA-256 differs"),
+    ],
+)
+@pytest.mark.parametrize("name", sources.MNIST_FILES)
+def test_a_damaged_file_is_named(mnist_root, name, damage, words):
+    file = mnist_root / "MNIST/raw" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{name} .*{words}.*; delete it"):
+        module(root=mnist_root)
+
+
+def test_swapped_files_are_refused(mnist_root):
+    raw = mnist_root / "MNIST/raw"
+    (raw / "train-images-idx3-ubyte").rename(raw / "other")
+    (raw / "t10k-images-idx3-ubyte").rename(raw / "train-images-idx3-ubyte")
+    (raw / "other").rename(raw / "t10k-images-idx3-ubyte")
+    with pytest.raises(UserError, match="train-images-idx3-ubyte"):
+        module(root=mnist_root)
+
+
+@pytest.mark.mnist
+def test_the_real_mnist_reads(real_mnist):
+    name, train, test = read_mnist(real_mnist)
+    assert name == "mnist" and train.images.shape == (60_000, 1, 28, 28) and test.labels.shape == (10_000,)
+    assert train.images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)

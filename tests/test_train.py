@@ -1,0 +1,223 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.config import CONF, RULES, check, nearest
+
+TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
+
+
+@pytest.fixture
+def train(program, tmp_path):
+    """Trains a tiny network on the digits; gives the result and the run folder."""
+
+    def run(*overrides, folder="run"):
+        result = program(*TINY, f"hydra.run.dir={tmp_path / folder}", *overrides)
+        return result, tmp_path / folder
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return torch.cat([tensor.flatten().double() for tensor in state.values()])
+
+
+def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
+    result, folder = train("trainer.max_epochs=2")
+    assert result.code == 0, result.err
+    assert "digits" in result.out and "epoch 2/2" in result.out and "\x1b" not in result.out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["data"] == "digits" and metrics["epochs"] == 2 and metrics["seed"] == 0
+    assert metrics["parameters"] == 1_788 and metrics["best_epoch"] in (1, 2)
+    assert {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")} <= set(
+        metrics["metrics"]
+    )
+    assert f"test/acc {metrics['metrics']['test/acc'] * 100:10.2f} %".split() in [
+        line.split() for line in result.out.splitlines()
+    ]
+    assert "Total params: 1,788" in result.out and "Total params: 1,788" in (folder / "layers.txt").read_text()
+    assert OmegaConf.load(folder / ".hydra/config.yaml").trainer.max_epochs == 2
+    assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == metrics["best_epoch"] - 1
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Scalars("val/acc")) == 2
+    assert events.Scalars("val/acc")[-1].value == pytest.approx(metrics["metrics"]["val/acc"])
+    assert {"train/loss", "train/acc", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
+
+
+def test_logged_scores_are_those_of_the_final_weights(train):
+    from hydra.utils import instantiate
+
+    _, folder = train("model.dropout=0.1")
+    config = OmegaConf.load(folder / ".hydra/config.yaml")
+    net = instantiate(config.model).eval()
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items() if name[:4] == "net."})
+    data = instantiate(config.data)
+    data.setup("test")
+    images, labels = data.sets.test
+    from src.data.mnist import normalize
+
+    with torch.no_grad():
+        log_probabilities = net(normalize(images))
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["test/acc"] == pytest.approx((log_probabilities.argmax(1) == labels).float().mean().item())
+    expected = torch.nn.functional.nll_loss(log_probabilities, labels).item()
+    assert metrics["test/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_equal_seeds_give_equal_weights_alone_and_within_a_multirun(train, program, tmp_path, seed):
+    _, alone = train(f"seed={seed}", "model.dropout=0.1", folder="alone")
+    result = program("-m", *TINY, f"seed=7,{seed}", "model.dropout=0.1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.code == 0, result.err
+    assert torch.equal(weights(alone), weights(tmp_path / f"sweep/seed={seed}"))
+    assert not torch.equal(weights(alone), weights(tmp_path / "sweep/seed=7"))
+
+
+def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(program, tmp_path):
+    result = program(
+        *("-m", *TINY, "optimizer.lr=0.01,0.1", "model.dropout=0,0.5", "+trainer.max_time=null"),
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    assert result.code == 0, result.err
+    assert sorted(path.parent.name for path in tmp_path.glob("*/metrics.json")) == [
+        f"model.dropout={dropout}_optimizer.lr={lr}" for dropout in ("0", "0.5") for lr in ("0.01", "0.1")
+    ]
+
+
+def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
+    result = program("-m", *TINY, "data.val_size=9999,150", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "data.val_size=9999" in result.err and "Traceback" not in result.err
+    assert [path.parent.name for path in tmp_path.glob("*/metrics.json")] == ["data.val_size=150"]
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("trainer.max_epoch=3", "did you mean trainer.max_epochs?"),
+        ("+trainer.max_epoch=3", "did you mean trainer.max_epochs?"),
+        ("max_epochs=3", "did you mean trainer.max_epochs?"),
+        ("optimiser.lr=3", "did you mean optimizer.lr?"),
+        ("optimzer=sgd", "did you mean optimizer?"),
+        ("+nonsense=3", "there is no such key"),
+        ("+data.nonsense=3", "nonsense"),
+        ("+trainer.nonsense=3", "nonsense"),
+        ("model=cn", "Available options in 'model'"),
+        ("model", "model"),
+        ("optimizer.lr=[", "optimizer.lr"),
+        ("optimizer.lr=0.1,0.2", "-m"),
+        ("optimizer.lr=???", "optimizer.lr"),
+        ("seed=abc", "a whole number from 0 to 4294967295"),
+        ("seed=null", "a whole number from 0 to 4294967295"),
+        ("seed=-1", "a whole number from 0 to 4294967295"),
+        ("model.dropout=2", "a number from 0 up to, but not including, 1"),
+        ("model.dropout=true", "a number from 0"),
+        ("model.channels=[1,2]", "six"),
+        ("optimizer.lr=0", "a number above 0"),
+        ("optimizer.lr=nan", "a number above 0"),
+        ("data.batch_size=1.5", "a whole number of 1 or more"),
+        ("trainer.max_epochs=three", "a whole number of 1 or more"),
+        ("trainer.precision=7", "precision"),
+        ("trainer.devices=none", "devices"),
+        ("optimized_metric=val/accuracy", "val/acc"),
+        ("callbacks.best.monitor=val/accuracy", "val/accuracy"),
+        pytest.param(
+            "trainer.accelerator=gpu",
+            "set trainer.accelerator=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(train, mistake, words):
+    result, folder = train("trainer.max_epochs=1", mistake)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1 and result.err.startswith("error: ") and words in result.err
+    assert not folder.exists() or mistake.endswith("val/accuracy")
+
+
+def test_missing_mnist_is_one_line(train, tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    result, folder = train("data=mnist", f"data.root={tmp_path / 'none'}")
+    assert result.code == 2 and "data=digits" in result.err.splitlines()[-1] and "Traceback" not in result.err
+    assert not (folder / "metrics.json").exists()
+
+
+def test_a_bug_gets_its_traceback(train, monkeypatch):
+    import lightning as L
+
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(L.Trainer, "fit", broken)
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["trainer.max_epoch=3"], ["seed=abc"]])
+def test_answers_come_without_pytorch(arguments):
+    code = f"""
+import sys
+from src.train import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+finally:
+    slow = {{"torch", "lightning", "torchvision", "sklearn", "matplotlib"}} & set(sys.modules)
+    assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr, done.stderr
+    assert done.returncode == (0 if arguments[0].startswith("--") else 2), done.stderr
+
+
+def options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    "choice", [o for folder in sorted(CONF.iterdir()) if folder.is_dir() for o in options(folder.name)]
+)
+def test_every_config_composes_and_holds_to_the_rules(choice):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        check(compose("train", overrides=[choice]))
+
+
+def test_every_rule_is_for_a_key_that_some_config_has():
+    found = set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for folder in CONF.iterdir():
+            for choice in options(folder.name):
+                config = compose("train", overrides=[choice])
+                found |= {key for key in RULES if OmegaConf.select(config, key, default=found) is not found}
+    assert set(RULES) == found
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing():
+    assert nearest("zzz", ["trainer.max_epochs", "seed"]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu(train):
+    result, folder = train("trainer.accelerator=gpu")
+    assert result.code == 0, result.err
+    assert "NVIDIA" in json.loads((folder / "metrics.json").read_text())["device"]
+
+
+@pytest.mark.slow
+@pytest.mark.mnist
+def test_one_epoch_on_mnist_reaches_98_percent(program, real_mnist, tmp_path):
+    result = program("trainer.max_epochs=1", f"data.root={real_mnist}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/acc"] > 0.98
