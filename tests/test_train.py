@@ -85,7 +85,7 @@ def test_equal_seeds_give_equal_weights_alone_and_within_a_multirun(train, progr
 
 def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(program, tmp_path):
     result = program(
-        *("-m", *TINY, "optimizer.lr=0.01,0.1", "model.dropout=0,0.5", "+trainer.max_time=null"),
+        *("-m", *TINY[:-1], "optimizer.lr=0.01,0.1", "model.dropout=0,0.5", "+trainer.max_time=null"),
         f"hydra.sweep.dir={tmp_path}",
     )
     assert result.code == 0, result.err
