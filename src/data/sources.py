@@ -75,7 +75,7 @@ def download_mnist(root: Path, timeout: float = 10.0) -> None:
                     os.replace(raw / name, root / "MNIST/raw" / name)
     except (RuntimeError, OSError) as error:
         # torchvision raises a bare RuntimeError once every mirror has failed.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
         raise UserError(
             f"MNIST is not in {root} and could not be downloaded ({reason}); "
             "set data.root or MNIST_ROOT to a folder that has MNIST/raw/, or train on data=digits"
