@@ -76,6 +76,7 @@ RULES: dict[str, Rule] = {
     "trainer.limit_train_batches": batches,
     "trainer.limit_val_batches": batches,
     "trainer.limit_test_batches": batches,
+    "trainer.gradient_clip_val": either(at_least_0, null),
     "trainer.log_every_n_steps": whole(1),
     "trainer.accumulate_grad_batches": whole(1),
     "trainer.check_val_every_n_epoch": either(whole(1), null),
