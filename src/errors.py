@@ -1,2 +1,17 @@
+import math
+from collections.abc import Sequence
+
+
 class UserError(Exception):
     """A mistake the user can fix. Its message is one line that names the fix; the command line exits with 2."""
+
+
+def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> list[float]:
+    """`values` as floats. Raises UserError, naming the config key, unless there is one finite number a name."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
+        raise UserError(f"{key} needs {len(names)} finite numbers ({', '.join(names)}), not {values}")
+    return numbers

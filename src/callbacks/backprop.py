@@ -1,0 +1,32 @@
+"""What a run of the backprop experiment leaves for the reader: its worked sheet and its first step in words."""
+
+import csv
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from src.lesson.formulas import worked_step
+from src.models.backprop import COLUMNS
+
+
+class Trace(Callback):
+    """Writes trace.csv, a row a step with the columns COLUMNS, and works the first step out in TensorBoard's text."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.first_lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        self.rows.append(pl_module.row)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with Path(trainer.default_root_dir, "trace.csv").open("w", newline="") as file:
+            sheet = csv.DictWriter(file, COLUMNS)
+            sheet.writeheader()
+            sheet.writerows(self.rows)
+        text = worked_step(self.rows[0], self.first_lr, pl_module.gradients)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("first_step", text)

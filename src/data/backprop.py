@@ -1,0 +1,29 @@
+"""The one training sample of the backprop experiment."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from src.errors import finite_numbers
+
+
+class OneSample(L.LightningDataModule):
+    """One batch an epoch: the pair (inputs, targets), each float64 of shape (2,).
+
+    Raises UserError unless both are two finite numbers.
+    """
+
+    name = "one sample"
+
+    def __init__(self, inputs: Sequence[float], targets: Sequence[float]) -> None:
+        super().__init__()
+        numbers = (
+            finite_numbers("data.inputs", inputs, ("i1", "i2")),
+            finite_numbers("data.targets", targets, ("t1", "t2")),
+        )
+        self.sample = TensorDataset(*(torch.tensor([row], dtype=torch.float64) for row in numbers))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.sample, batch_size=None)
