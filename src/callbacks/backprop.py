@@ -1,4 +1,4 @@
-"""What a run of the backprop experiment leaves for the reader: its worked sheet and its first step in words."""
+"""What a run of the backprop experiment leaves: the worked sheet, and the first step with its numbers."""
 
 import csv
 from pathlib import Path
@@ -8,20 +8,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from src.lesson.formulas import worked_step
-from src.models.backprop import COLUMNS
+from src.models.backprop import COLUMNS, BackpropModule
 
 
 class Trace(Callback):
-    """Writes trace.csv, a row a step with the columns COLUMNS, and works the first step out in TensorBoard's text."""
+    """Writes trace.csv, a row a step, and puts the first step, worked out, into TensorBoard's Text tab."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.rows: list[dict[str, float]] = []
         self.first_lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
+        assert isinstance(pl_module, BackpropModule)
         self.rows.append(pl_module.row)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, BackpropModule)
         with Path(trainer.default_root_dir, "trace.csv").open("w", newline="") as file:
             sheet = csv.DictWriter(file, COLUMNS)
             sheet.writeheader()

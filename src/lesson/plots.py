@@ -1,9 +1,10 @@
-"""The pictures of the backprop experiment. Matplotlib's objects are used directly, so no window is ever opened."""
+"""The pictures of the backprop experiment. Matplotlib's objects alone: no window is ever opened."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -27,13 +28,11 @@ def _axes(figure: Figure, title: str, position: int = 111, **labels: str) -> Axe
 
 
 def _colours(count: int) -> np.ndarray:
-    import matplotlib
-
-    return matplotlib.colormaps["viridis"](np.linspace(0, 0.9, count))
+    return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
-def all_losses(losses: dict[str, Sequence[float]]) -> Figure:
-    """Every run's losses, left as they are, right on a logarithmic scale, which shows how they go on falling."""
+def all_losses(losses: Mapping[str, Sequence[float]]) -> Figure:
+    """Left as they are; right on a logarithmic scale, where they go on falling for all to see."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     figure.suptitle("Variation of losses w.r.t. learning rate")
     for position, scale in ((121, "linear"), (122, "log")):
@@ -55,9 +54,9 @@ def one_loss(name: str, values: Sequence[float]) -> Figure:
 
 def network() -> Figure:
     """The network with the worked example's inputs, weights and targets."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlim=(-1.3, 9.9), ylim=(-0.85, 3.55), aspect="equal")
+    axes.set(xlim=(-1.3, 9.9), ylim=(-0.55, 3.6), aspect="equal")
     axes.axis("off")
     columns = {"i": 0, "h": 3.4, "o": 6.8}
     places = {f"{layer}{row}": (x, 2.6 if row == 1 else 0) for layer, x in columns.items() for row in (1, 2)}
@@ -91,28 +90,35 @@ def network() -> Figure:
         axes.text(x, y, label, ha="center", va="center", color=INK, zorder=4, fontsize=12)
     for row, y in ((1, 2.6), (2, 0)):
         axes.text(-0.6, y, f"{INPUTS[row - 1]:.2f}", ha="right", va="center", color=INK)
-        axes.text(7.4, y, f"$a_{{o{row}}}$ → $E_{row}$,  $t_{row}$ = {TARGETS[row - 1]}", va="center", color=INK)
+        axes.text(
+            7.4, y, f"$a_{{o{row}}}$ → $E_{row}$,  $t_{row}$ = {TARGETS[row - 1]}", va="center", color=INK
+        )
     for name, x in (("inputs", 0), ("hidden layer", 3.4), ("output layer", 6.8)):
         axes.text(x, 3.35, name, ha="center", color="0.4")
     return figure
 
 
-def slip(right: dict[str, Sequence[float]], slipped: dict[str, Sequence[float]]) -> Figure:
+def slip(right: Mapping[str, Sequence[float]], slipped: Mapping[str, Sequence[float]]) -> Figure:
     """How far the losses move when the gradient of w3 and w4 has the spreadsheet's slip."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = _axes(figure, "What the slip changes", xlabel="loss number", ylabel="|loss with slip − loss without|")
+    axes = _axes(
+        figure, "What the slip changes", xlabel="loss number", ylabel="loss with slip − loss without"
+    )
     for name, colour in zip(right, _colours(len(right)), strict=True):
-        difference = np.abs(np.subtract(slipped[name], right[name]))
+        difference = np.subtract(slipped[name], right[name])
         axes.plot(range(1, len(difference) + 1), difference, label=f"η = {name}", color=colour)
     axes.legend(frameon=False)
     return figure
 
 
-def past_two(rates: Sequence[float], curves: dict[int, Sequence[float]], limit: float) -> Figure:
-    """Loss against learning rate. `curves` maps a loss number to one loss a rate; `limit` is 2/λ at the minimum."""
+def past_two(rates: Sequence[float], curves: Mapping[int, Sequence[float]], limit: float) -> Figure:
+    """`curves` maps a loss number to one loss a rate; `limit` is 2/λ at the minimum."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = _axes(
-        figure, "How large may a step be?", xlabel="learning rate η", ylabel="E_total (losses below 1e-33 are drawn there)"
+        figure,
+        "How large may a step be?",
+        xlabel="learning rate η",
+        ylabel="E_total (what lies below 1e-33 is drawn there)",
     )
     for (number, values), colour in zip(curves.items(), _colours(len(curves)), strict=True):
         axes.plot(rates, np.maximum(values, 1e-33), label=f"loss {number}", color=colour, lw=1.3)

@@ -35,7 +35,7 @@ def write_report(folder: Path) -> None:
         return
     runs.sort(key=lambda run: run[:2])
     only_lr_differs = len({lr for lr, *_ in runs}) == len(runs)
-    losses = {f"{lr:g}" if only_lr_differs else name: rows["E_total"].tolist() for lr, name, _, rows in runs}
+    losses = {str(lr) if only_lr_differs else name: rows["E_total"].tolist() for lr, name, _, rows in runs}
 
     columns = zip_longest(*losses.values(), fillvalue="")
     lines = [",".join(losses), *(",".join(map(str, row)) for row in columns)]
@@ -55,7 +55,7 @@ def milestone_table(losses: dict[str, list[float]]) -> str:
     """The losses at MILESTONES as a Markdown table, one line a learning rate."""
     heads = ["η", *(f"loss {number}" for number in MILESTONES)]
     lines = [
-        [name, *(f"{values[number - 1]:.11e}" if number <= len(values) else "" for number in MILESTONES)]
+        [name, *(f"{values[number - 1]:.8e}" if number <= len(values) else "" for number in MILESTONES)]
         for name, values in losses.items()
     ]
     rule = ["---:"] * len(heads)

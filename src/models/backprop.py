@@ -91,7 +91,7 @@ def output_deltas(a: Activations, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hidden_errors(w: Weights, dE_do1: Tensor, dE_do2: Tensor) -> tuple[Tensor, Tensor]:
-    """∂E_total/∂a_h1 and ∂E_total/∂a_h2: each hidden neuron feeds both outputs, so both send their share back."""
+    """∂E_total/∂a_h1 and ∂E_total/∂a_h2: each hidden neuron feeds both outputs, so both send it a share."""
     dE_da_h1 = dE_do1 * w.w5 + dE_do2 * w.w7
     dE_da_h2 = dE_do1 * w.w6 + dE_do2 * w.w8
     return dE_da_h1, dE_da_h2
@@ -138,8 +138,8 @@ GRADIENTS: dict[str, Callable[[Weights, Activations, Tensor, Tensor], Weights] |
 class GradientDescent(Optimizer):
     """w ← w − η · ∂E/∂w with two roundings, as on paper and in a spreadsheet.
 
-    torch.optim.SGD fuses the product and the difference into one rounding where the CPU can, which moves a few
-    of the losses by their last bit.
+    torch.optim.SGD fuses the product and the difference into one rounding where the CPU can, which moves a
+    few of the losses by their last bit.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
@@ -173,6 +173,11 @@ class BackpropNet(nn.Module):
     def weights(self) -> Weights:
         return Weights(*self.parameters())
 
+    @property
+    def gradients(self) -> Weights:
+        """What `backward` has left, ∂E_total/∂w."""
+        return Weights(*(weight.grad for weight in self.parameters()))  # type: ignore[arg-type]
+
     def forward(self, inputs: Tensor | None = None, targets: Tensor | None = None) -> Activations:
         """`inputs` and `targets`, both of shape (2,), are the worked example's unless given."""
         inputs = torch.tensor(INPUTS, dtype=torch.float64) if inputs is None else inputs
@@ -183,9 +188,8 @@ class BackpropNet(nn.Module):
 class BackpropModule(L.LightningModule):
     """Gradient descent on one sample, so one step is one full batch. `gradients` is a key of GRADIENTS.
 
-    After each step `row` holds its line of the worked sheet, in the sheet's order: the sample, the weights before
-    the update, every intermediate value, the errors and the gradients. All of it goes to the logger at that step,
-    which counts the updates made before.
+    After each step `row` holds its line of the worked sheet, by COLUMNS: the weights are those before the
+    update. All of it goes to the loggers, at the number of updates made before.
     """
 
     def __init__(
@@ -223,7 +227,7 @@ class BackpropModule(L.LightningModule):
         (i1, i2), (t1, t2) = self.sample
         weights = {name: weight.item() for name, weight in self.net.named_parameters()}
         values = {name: value.item() for name, value in self.activations._asdict().items()}
-        gradients = {f"dE_d{name}": weight.grad.item() for name, weight in self.net.named_parameters()}
+        gradients = {f"dE_d{name}": grad.item() for name, grad in self.net.gradients._asdict().items()}
         row = {
             "t1": t1.item(),
             "t2": t2.item(),

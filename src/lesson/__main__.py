@@ -1,0 +1,59 @@
+"""python -m src.lesson: draws the pictures of docs/backprop.md and prints the numbers that it quotes."""
+
+from pathlib import Path
+
+import torch
+
+from src.lesson import plots
+from src.lesson.formulas import worked_step
+from src.lesson.report import milestone_table
+from src.lesson.study import SAMPLE, descend, past_two
+from src.models.backprop import BackpropNet, equations
+
+RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def first_row() -> dict[str, float]:
+    """The first line of the worked sheet."""
+    net = BackpropNet()
+    with torch.no_grad():
+        values = net()
+        slopes = equations(net.weights, values, *SAMPLE)
+    (i1, i2), (t1, t2) = SAMPLE
+    named = {"i1": i1, "i2": i2, "t1": t1, "t2": t2, **net.weights._asdict(), **values._asdict()}
+    named |= {f"dE_d{name}": slope for name, slope in slopes._asdict().items()}
+    return {name: value.item() for name, value in named.items()}
+
+
+def losses(gradients: str) -> dict[str, list[float]]:
+    curves, _ = descend(torch.tensor(RATES, dtype=torch.float64), 100, gradients)
+    return {str(rate): curve.tolist() for rate, curve in zip(RATES, curves, strict=True)}
+
+
+def main(folder: Path = DOCS) -> None:
+    right, slipped, study = losses("equations"), losses("spreadsheet"), past_two()
+    hundredth = {number: study.losses[:, number - 1].tolist() for number in (2, 10, 100, 1000)}
+    pictures = {
+        "network": plots.network(),
+        "losses": plots.all_losses(right),
+        "slip": plots.slip(right, slipped),
+        "past_two": plots.past_two(study.rates.tolist(), hundredth, study.limit),
+    }
+    for name, figure in pictures.items():
+        plots.save(figure, folder / f"backprop_{name}.png")
+
+    print(worked_step(first_row(), 0.5, "equations"))
+    print(milestone_table(right))
+    moved = max(abs(a - b) for rate in right for a, b in zip(right[rate], slipped[rate], strict=True))
+    print(f"largest change of any loss by the slip: {moved:.1e}")
+    tenth = study.losses[:, 9]
+    print(
+        f"η with the smallest 10th loss: {study.rates[tenth.argmin()].item():.1f} ({tenth.min().item():.1e})"
+    )
+    print(f"2/λ at the minimum: {study.limit:.1f}")
+    print(f"loss first rises at η = {study.first_rise:.1f}, is stuck from η = {study.stuck:.0f}")
+
+
+if __name__ == "__main__":
+    main()
