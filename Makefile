@@ -25,6 +25,9 @@ train: $(VENV)/.installed  ## train the CNN (on the bundled digits where MNIST i
 sweep: $(VENV)/.installed  ## train over a grid of learning rates and dropouts
 	$(RUN) -m src.train sweep=lr_dropout data=auto $(ARGS)
 
+backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates and compare them
+	$(RUN) -m src.train experiment=backprop sweep=backprop_lr $(ARGS)
+
 test: $(VENV)/.installed  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
@@ -41,4 +44,4 @@ clean:  ## remove caches (outputs/, data/ and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help train sweep test lint format dashboard clean
+.PHONY: help train sweep backprop test lint format dashboard clean

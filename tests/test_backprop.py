@@ -162,7 +162,9 @@ def spreadsheet_in_plain_python(lr):
 
 def test_the_slip_moves_no_loss_by_more_than_6e_10(losses):
     apart = [
-        abs(a - b) for lr in RATES for a, b in zip(losses["spreadsheet"][lr], losses["equations"][lr], strict=True)
+        abs(a - b)
+        for lr in RATES
+        for a, b in zip(losses["spreadsheet"][lr], losses["equations"][lr], strict=True)
     ]
     assert 5e-10 < max(apart) < 6e-10
 
@@ -182,7 +184,10 @@ def test_gradients_for_random_networks(seed):
     by_hand = torch.stack(equations(w, forward(w, inputs, targets), inputs, targets))
     step = 1e-5  # the truncation error is of the order of step², the rounding error of 1e-16 / step
     by_difference = torch.stack(
-        [(error(weights + step * unit) - error(weights - step * unit)) / (2 * step) for unit in torch.eye(8).double()]
+        [
+            (error(weights + step * unit) - error(weights - step * unit)) / (2 * step)
+            for unit in torch.eye(8).double()
+        ]
     )
     torch.testing.assert_close(by_hand, by_autograd, atol=1e-12, rtol=0)
     torch.testing.assert_close(by_hand, by_difference, atol=1e-9, rtol=0)
@@ -205,6 +210,8 @@ def test_vectorised_descent_is_the_trained_one(losses, gradients):
 def test_past_two():
     study = past_two()
     assert study.limit < study.first_rise < study.stuck
+    assert study.flatter > 500 > study.limit  # η = 500 can only stay where this holds
+    assert (study.losses[study.rates >= study.stuck, -1] > 0.1).all()
     below, above = descend(f64([0.9 * study.first_rise, study.first_rise]), 2)[0]
     assert below[1] < below[0]
     assert above[1] > above[0]
@@ -251,7 +258,7 @@ def test_wrong_sample_and_gradients():
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["src.train", "experiment=backprop", *arguments])
+    monkeypatch.setattr(sys, "argv", ["src.train", *arguments, "experiment=backprop"])
     main()
 
 
@@ -278,7 +285,9 @@ def test_run_leaves_trace_scalars_and_text(monkeypatch, tmp_path, losses):
     for tag in tags:
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == list(range(100))
-        assert [scalar.value for scalar in scalars] == [np.float32(row[tag.partition("/")[2]]) for row in rows]
+        assert [scalar.value for scalar in scalars] == [
+            np.float32(row[tag.partition("/")[2]]) for row in rows
+        ]
     (text,) = events.Tensors("first_step/text_summary")
     words = text.tensor_proto.string_val[0].decode()
     assert "| a_h1 | σ(h1) | σ(0.0275) | 0.5068745668 |" in words
@@ -293,9 +302,10 @@ def test_sweep_leaves_a_comparison(monkeypatch, tmp_path, losses):
     rows = read(tmp_path / "losses.csv")
     assert list(rows[0]) == names
     assert {lr: [float(row[str(lr)]) for row in rows] for lr in RATES} == losses["equations"]
-    assert "| 2.0 | 1.41813779e-02 | 4.65371862e-03 | 2.31691942e-05 | 2.91081437e-08 |" in (
-        tmp_path / "losses.md"
-    ).read_text()
+    assert (
+        "| 2.0 | 1.41813779e-02 | 4.65371862e-03 | 2.31691942e-05 | 2.91081437e-08 |"
+        in (tmp_path / "losses.md").read_text()
+    )
     pictures = {"losses.png", *(f"loss_lr={name}.png" for name in names)}
     assert pictures <= {path.name for path in tmp_path.glob("*.png")}
     assert (tmp_path / "backprop.xlsx").stat().st_size > 10_000
@@ -304,7 +314,12 @@ def test_sweep_leaves_a_comparison(monkeypatch, tmp_path, losses):
 def test_sweep_over_more_than_the_learning_rate(monkeypatch, tmp_path):
     run(
         monkeypatch,
-        *("-m", f"hydra.sweep.dir={tmp_path}", "optimizer.lr=0.5,1.0", "trainer.max_epochs=2,3", "logger=null"),
+        *(
+            "-m",
+            f"hydra.sweep.dir={tmp_path}",
+            "optimizer.lr=0.5,1.0",
+            "trainer.max_epochs=2,3",
+        ),
     )
     rows = read(tmp_path / "losses.csv")
     assert len(rows) == 3 and len(rows[0]) == 4
@@ -325,11 +340,9 @@ def test_sweep_over_more_than_the_learning_rate(monkeypatch, tmp_path):
         ("module.gradients=guess", "must be one of autograd, equations, spreadsheet"),
     ],
 )
-@pytest.mark.parametrize("mode", ["run", "sweep"])
-def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd, override, words, mode):
-    where = [f"hydra.run.dir={tmp_path}/run"] if mode == "run" else ["-m", f"hydra.sweep.dir={tmp_path}/sweep"]
+def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd, override, words):
     with pytest.raises(SystemExit) as left:
-        run(monkeypatch, *where, override)
+        run(monkeypatch, f"hydra.run.dir={tmp_path}", override)
     assert left.value.code == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
@@ -339,7 +352,9 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd, override, words, mo
 @pytest.mark.parametrize(("gradients", "lr"), [("equations", 0.8), ("spreadsheet", 2.0)])
 def test_libreoffice_recalculates_the_workbook(tmp_path, gradients, lr):
     def table(rows):
-        return np.array([tuple(row[name] for name in COLUMNS) for row in rows], [(name, "f8") for name in COLUMNS])
+        return np.array(
+            [tuple(row[name] for name in COLUMNS) for row in rows], [(name, "f8") for name in COLUMNS]
+        )
 
     # The file keeps the results of one learning rate beside the formulas of another: only who calculates is right.
     stale, right = table(trained("equations", 0.1)), table(trained(gradients, lr))
@@ -377,7 +392,8 @@ def test_lesson_says_what_its_command_prints(tmp_path, capsys):
     assert pictures == set(re.findall(r"\]\((\w+\.png)\)", lesson))
     assert all((DOCS / name).is_file() for name in pictures)
     for line in printed.splitlines():
-        assert line in lesson, line
+        quotes = [line] if line.startswith("|") else re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", line)
+        assert all(quote in lesson for quote in quotes), line
 
 
 def test_lesson_names_functions_that_exist():

@@ -8,7 +8,7 @@ from src.lesson import plots
 from src.lesson.formulas import worked_step
 from src.lesson.report import milestone_table
 from src.lesson.study import SAMPLE, descend, past_two
-from src.models.backprop import BackpropNet, equations
+from src.models.backprop import BackpropNet, equations, forward, spreadsheet
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 DOCS = Path(__file__).parents[2] / "docs"
@@ -45,14 +45,18 @@ def main(folder: Path = DOCS) -> None:
 
     print(worked_step(first_row(), 0.5, "equations"))
     print(milestone_table(right))
+    w = BackpropNet().weights
+    slipped_w3 = spreadsheet(w, forward(w, *SAMPLE), *SAMPLE).w3.item()
     moved = max(abs(a - b) for rate in right for a, b in zip(right[rate], slipped[rate], strict=True))
-    print(f"largest change of any loss by the slip: {moved:.1e}")
     tenth = study.losses[:, 9]
     print(
-        f"η with the smallest 10th loss: {study.rates[tenth.argmin()].item():.1f} ({tenth.min().item():.1e})"
+        f"The slip: ∂E/∂w3 is {slipped_w3:.10f} at the first step, and no loss moves by more than {moved:.1e}."
     )
-    print(f"2/λ at the minimum: {study.limit:.1f}")
-    print(f"loss first rises at η = {study.first_rise:.1f}, is stuck from η = {study.stuck:.0f}")
+    print(
+        f"The 10th loss is smallest at η = {study.rates[tenth.argmin()].item():.1f}: {tenth.min().item():.0e}."
+    )
+    print(f"The loss rises from η = {study.first_rise:.1f} on, and is stuck from η = {study.stuck:.0f} on.")
+    print(f"2/λ is {study.limit:.1f} at the minimum of small steps, {study.flatter:.0f} at that of η = 500.")
 
 
 if __name__ == "__main__":

@@ -34,21 +34,32 @@ class PastTwo(NamedTuple):
     limit: float
     first_rise: float
     stuck: float
+    flatter: float
+
+
+def step_limit(weights: Tensor) -> float:
+    """2/λ, where λ is the largest eigenvalue of the Hessian of E_total at `weights`, of shape (8,).
+
+    A minimum there attracts gradient descent only while η is below it.
+    """
+    hessian = torch.autograd.functional.hessian(lambda w: forward(Weights(*w), *SAMPLE).E_total, weights)
+    return 2 / torch.linalg.eigvalsh(hessian)[-1].item()
 
 
 def past_two() -> PastTwo:
     """How large a step may be.
 
-    `limit` is 2/λ, where λ is the largest eigenvalue of the Hessian at the minimum that small steps reach: a
-    minimum attracts gradient descent only while η < 2/λ. `first_rise` is the smallest rate whose loss rises
-    somewhere in 1,000 steps, and `stuck` the smallest above `limit` whose loss is still above 0.1 after them.
+    `limit` is the `step_limit` of the minimum that η = 1 reaches. `first_rise` is the smallest rate whose loss
+    rises somewhere in 1,000 steps, and `stuck` the smallest above `limit` whose loss is still above 0.1 then.
+    `flatter` is the `step_limit` where η = 500 arrives.
     """
     rates = torch.logspace(-2, 4, 1201, dtype=torch.float64)
     losses, _ = descend(rates, 1000)
-    _, (weights,) = descend(torch.tensor([1.0], dtype=torch.float64), 1000)
-    hessian = torch.func.hessian(lambda w: forward(Weights(*w), *SAMPLE).E_total)(weights)
-    limit = 2 / torch.linalg.eigvalsh(hessian)[-1].item()
+    _, (small, large) = descend(torch.tensor([1.0, 500.0], dtype=torch.float64), 1000)
+    limit = step_limit(small)
     # Rounding alone moves a loss that has arrived by less than this.
     rises = (losses.diff() > 1e-20).any(dim=1)
     stuck = (losses[:, -1] > 0.1) & (rates > limit)
-    return PastTwo(rates, losses, limit, rates[rises].min().item(), rates[stuck].min().item())
+    return PastTwo(
+        rates, losses, limit, rates[rises].min().item(), rates[stuck].min().item(), step_limit(large)
+    )
