@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.data.backprop import OneSample
 from src.errors import UserError
 from src.lesson import formulas, workbook
-from src.lesson.__main__ import RATES, first_row, main as draw_lesson
+from src.lesson.__main__ import RATES, first_row
+from src.lesson.__main__ import main as draw_lesson
 from src.lesson.study import descend, past_two
 from src.models.backprop import (
     COLUMNS,
@@ -211,7 +212,7 @@ def test_past_two():
     study = past_two()
     assert study.limit < study.first_rise < study.stuck
     assert study.flatter > 500 > study.limit  # η = 500 can only stay where this holds
-    assert (study.losses[study.rates >= study.stuck, -1] > 0.1).all()
+    assert (study.losses[study.rates >= study.stuck, -1] > 0.249).all()
     below, above = descend(f64([0.9 * study.first_rise, study.first_rise]), 2)[0]
     assert below[1] < below[0]
     assert above[1] > above[0]
@@ -356,21 +357,23 @@ def test_libreoffice_recalculates_the_workbook(tmp_path, gradients, lr):
             [tuple(row[name] for name in COLUMNS) for row in rows], [(name, "f8") for name in COLUMNS]
         )
 
-    # The file keeps the results of one learning rate beside the formulas of another: only who calculates is right.
+    # Beside the formulas of one learning rate the file keeps the results of another: reading is not enough.
     stale, right = table(trained("equations", 0.1)), table(trained(gradients, lr))
     workbook.write(tmp_path / "sheet.xlsx", stale, lr, gradients, {"0.1": stale["E_total"].tolist()})
     settings = tmp_path / "profile/user/registrymodifications.xcu"
     settings.parent.mkdir(parents=True)
-    settings.write_text(
+    settings.write_text(  # recalculate on load: 0, always
         '<oor:items xmlns:oor="http://openoffice.org/2001/registry">'
         '<item oor:path="/org.openoffice.Office.Calc/Formula/Load">'
-        '<prop oor:name="OOXMLRecalcMode" oor:op="fuse"><value>0</value></prop></item></oor:items>'  # 0: always
+        '<prop oor:name="OOXMLRecalcMode" oor:op="fuse"><value>0</value></prop></item></oor:items>'
     )
     # Every sheet, its cells as they are, not as they are shown.
     as_csv = "csv:Text - txt - csv (StarCalc):44,34,76,1,,0,false,false,false,false,false,-1"
     subprocess.run(
-        ["soffice", f"-env:UserInstallation={settings.parents[1].as_uri()}", "--headless"]
-        + ["--convert-to", as_csv, "--outdir", tmp_path, tmp_path / "sheet.xlsx"],
+        [
+            *("soffice", f"-env:UserInstallation={settings.parents[1].as_uri()}", "--headless"),
+            *("--convert-to", as_csv, "--outdir", tmp_path, tmp_path / "sheet.xlsx"),
+        ],
         check=True,
         capture_output=True,
     )

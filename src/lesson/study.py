@@ -49,9 +49,9 @@ def step_limit(weights: Tensor) -> float:
 def past_two() -> PastTwo:
     """How large a step may be.
 
-    `limit` is the `step_limit` of the minimum that η = 1 reaches. `first_rise` is the smallest rate whose loss
-    rises somewhere in 1,000 steps, and `stuck` the smallest above `limit` whose loss is still above 0.1 then.
-    `flatter` is the `step_limit` where η = 500 arrives.
+    `limit` is the `step_limit` of the minimum that η = 1 reaches. `first_rise` is the smallest rate whose
+    loss rises somewhere in 1,000 steps, and `stuck` the smallest above `limit` whose loss is still above 0.1
+    then. `flatter` is the `step_limit` where η = 500 arrives.
     """
     rates = torch.logspace(-2, 4, 1201, dtype=torch.float64)
     losses, _ = descend(rates, 1000)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import xlsxwriter
+from xlsxwriter.utility import xl_rowcol_to_cell
 
-from src.lesson.formulas import EQUATIONS, FORWARD, NAME, SPREADSHEET, expanded, spoken
+from src.lesson.formulas import EQUATIONS, FORWARD, NAME, SPREADSHEET, UPDATE, expanded, spoken
 from src.models.backprop import COLUMNS
 
 SHEET = "worked example"
-# The cells that a reader may change, one below the other, with their names in column A. The table follows.
+# The cells that a reader may change, side by side below their names; then the table. Rows count from 0.
 SETTINGS = ("η", "t1", "t2", "i1", "i2", *(f"w{n}" for n in range(1, 9)), "slip")
-FIRST_SETTING, HEAD = 2, 18
+SETTINGS_ROW, HEAD = 2, 5
 
 
 def write(
@@ -20,11 +21,11 @@ def write(
 ) -> None:
     """Starts the sheet from the first row of `trace`, from `lr` and from `gradients`.
 
-    The rest of `trace`, a structured array with the fields COLUMNS, is what programs see that do not calculate:
-    the results which the file keeps beside its formulas. `losses` has a list for each learning rate.
+    The rest of `trace`, a structured array with the fields COLUMNS, is what programs see that do not
+    calculate: the results which the file keeps beside its formulas. `losses` has a list for each learning rate.
     """
     with xlsxwriter.Workbook(path) as book:
-        bold = book.add_format({"bold": True})
+        bold = book.add_format({"bold": True, "align": "right"})
         title = book.add_format({"bold": True, "font_size": 14})
         entry = book.add_format({"bg_color": "#FFF2CC", "border": 1})
         number = book.add_format({"num_format": "0.000000000"})
@@ -32,24 +33,21 @@ def write(
 
         sheet = book.add_worksheet(SHEET)
         sheet.write(0, 0, "Backpropagation by hand: change a yellow cell and everything follows", title)
+        sheet.write_row(SETTINGS_ROW - 1, 1, SETTINGS, bold)
+        sheet.write(SETTINGS_ROW, 0, "start", bold)
         start = {"η": lr, "slip": int(gradients == "spreadsheet")}
-        for row, name in enumerate(SETTINGS, start=FIRST_SETTING):
-            sheet.write(row, 0, name, bold)
-            sheet.write_number(row, 1, start[name] if name in start else trace[name][0].item(), entry)
-        sheet.write(FIRST_SETTING, 2, "the learning rate")
+        for column, name in enumerate(SETTINGS, start=1):
+            sheet.write_number(
+                SETTINGS_ROW, column, start[name] if name in start else trace[name][0].item(), entry
+            )
         sheet.write(
-            FIRST_SETTING + len(SETTINGS) - 1,
-            2,
-            "1 for the slip of the published spreadsheet: a_h1·(1 − a_h1) in ∂E/∂w3 and ∂E/∂w4",
-        )
-        sheet.data_validation(
-            FIRST_SETTING + len(SETTINGS) - 1,
+            SETTINGS_ROW + 1,
             1,
-            FIRST_SETTING + len(SETTINGS) - 1,
-            1,
-            {"validate": "list", "source": [0, 1]},
+            "η is the learning rate. slip = 1 repeats that of the published spreadsheet: "
+            "a_h1·(1 − a_h1) in ∂E/∂w3 and ∂E/∂w4, where a_h2·(1 − a_h2) belongs.",
         )
-        sheet.write_row(HEAD, 0, ["loss number", *map(spoken, COLUMNS)], bold)
+        sheet.write(HEAD, 0, "loss number", bold)
+        sheet.write_row(HEAD, 1, [spoken(name) for name in COLUMNS], bold)
         for step, values in enumerate(trace):
             row = HEAD + 1 + step
             sheet.write_number(row, 0, step + 1)
@@ -57,29 +55,31 @@ def write(
                 style = tiny if name.startswith(("E", "dE")) else number
                 sheet.write_formula(row, column, _formula(name, row), style, values[name].item())
         sheet.freeze_panes(HEAD + 1, 1)
+        sheet.set_landscape()
+        sheet.fit_to_pages(1, 0)
         sheet.set_column(0, 0, 12)
         sheet.set_column(1, len(COLUMNS), 17)
 
         _write_losses(book, losses, len(trace), trace["E_total"].tolist())
 
 
+def _setting(name: str) -> str:
+    return xl_rowcol_to_cell(SETTINGS_ROW, 1 + SETTINGS.index(name), row_abs=True, col_abs=True)
+
+
 def _cell(name: str, row: int) -> str:
-    """Where a name of the formulas stands, as seen from `row`, counted from 0."""
-    if name in ("η", "slip"):
-        return f"$B${FIRST_SETTING + SETTINGS.index(name) + 1}"
-    column = xlsxwriter.utility.xl_col_to_name(1 + COLUMNS.index(name))
-    return f"{column}{row + 1}"
+    return xl_rowcol_to_cell(row, 1 + COLUMNS.index(name))
 
 
 def _formula(name: str, row: int) -> str:
+    if name in UPDATE and row > HEAD + 1:
+        return f"={_cell(name, row - 1)}-{_setting('η')}*{_cell(f'dE_d{name}', row - 1)}"
     if name in SETTINGS:
-        if name.startswith("w") and row > HEAD + 1:
-            return f"={_cell(name, row - 1)}-{_cell('η', row)}*{_cell(f'dE_d{name}', row - 1)}"
-        return f"=$B${FIRST_SETTING + SETTINGS.index(name) + 1}"
+        return f"={_setting(name)}"
     if name in FORWARD:
         return "=" + _spreadsheet_syntax(FORWARD[name], row)
     right, slipped = (_spreadsheet_syntax(expanded(table[name]), row) for table in (EQUATIONS, SPREADSHEET))
-    return f"={right}" if right == slipped else f"=IF({_cell('slip', row)}=1,{slipped},{right})"
+    return f"={right}" if right == slipped else f"=IF({_setting('slip')}=1,{slipped},{right})"
 
 
 def _spreadsheet_syntax(formula: str, row: int) -> str:
@@ -96,7 +96,7 @@ def _write_losses(
     book: xlsxwriter.Workbook, losses: Mapping[str, Sequence[float]], steps: int, live: Sequence[float]
 ) -> None:
     sheet = book.add_worksheet("losses")
-    bold = book.add_format({"bold": True})
+    bold = book.add_format({"bold": True, "align": "right"})
     tiny = book.add_format({"num_format": "0.0000000000E+00"})
     chart = book.add_chart({"type": "scatter", "subtype": "straight"})
     length = max(map(len, losses.values()))
@@ -120,6 +120,8 @@ def _write_losses(
     chart.set_size({"width": 900, "height": 480})
     sheet.insert_chart(1, column + 2, chart)
     sheet.freeze_panes(1, 1)
+    sheet.set_landscape()
+    sheet.fit_to_pages(1, 0)
 
 
 def _add_line(chart: xlsxwriter.chart.Chart, column: int, length: int, **line: str) -> None:
