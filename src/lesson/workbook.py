@@ -22,7 +22,7 @@ def write(
     """Starts the sheet from the first row of `trace`, from `lr` and from `gradients`.
 
     The rest of `trace`, a structured array with the fields COLUMNS, is what programs see that do not
-    calculate: the results which the file keeps beside its formulas. `losses` has a list for each learning rate.
+    calculate: the results which the file keeps beside its formulas. `losses` has a list for each rate.
     """
     with xlsxwriter.Workbook(path) as book:
         bold = book.add_format({"bold": True, "align": "right"})

@@ -1,7 +1,6 @@
 """Training and scoring of any network that maps images to log-probabilities."""
 
 from collections.abc import Callable, Iterable
-from inspect import signature
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+
+from src.models.optimization import with_scheduler
 
 
 class Classifier(L.LightningModule):
@@ -78,11 +79,4 @@ class Classifier(L.LightningModule):
         self._log_epoch("test", self.test_scores)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.net.parameters())
-        total = {"total_steps": int(self.trainer.estimated_stepping_batches)}
-        takes_total = "total_steps" in signature(self.scheduler).parameters
-        scheduler = self.scheduler(optimizer, **(total if takes_total else {}))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
-        }
+        return with_scheduler(self, self.optimizer, self.scheduler)
