@@ -25,7 +25,7 @@ class Trace(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, BackpropModule)
         with Path(trainer.default_root_dir, "trace.csv").open("w", newline="") as file:
-            sheet = csv.DictWriter(file, COLUMNS)
+            sheet = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             sheet.writeheader()
             sheet.writerows(self.rows)
         text = worked_step(self.rows[0], self.first_lr, pl_module.gradients)

@@ -8,7 +8,7 @@ from src.lesson import plots
 from src.lesson.formulas import worked_step
 from src.lesson.report import milestone_table
 from src.lesson.study import SAMPLE, descend, past_two
-from src.models.backprop import BackpropNet, equations, forward, spreadsheet
+from src.models.backprop import BackpropNet, HandGradients, equations, forward, sheet_row, spreadsheet
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 DOCS = Path(__file__).parents[2] / "docs"
@@ -17,28 +17,23 @@ DOCS = Path(__file__).parents[2] / "docs"
 def first_row() -> dict[str, float]:
     """The first line of the worked sheet."""
     net = BackpropNet()
-    with torch.no_grad():
-        values = net()
-        slopes = equations(net.weights, values, *SAMPLE)
-    (i1, i2), (t1, t2) = SAMPLE
-    named = {"i1": i1, "i2": i2, "t1": t1, "t2": t2, **net.weights._asdict(), **values._asdict()}
-    named |= {f"dE_d{name}": slope for name, slope in slopes._asdict().items()}
-    return {name: value.item() for name, value in named.items()}
+    values = net()
+    return sheet_row(net.weights, values, equations(net.weights, values, *SAMPLE), *SAMPLE)
 
 
-def losses(gradients: str) -> dict[str, list[float]]:
+def losses(gradients: HandGradients) -> dict[str, list[float]]:
     curves, _ = descend(torch.tensor(RATES, dtype=torch.float64), 100, gradients)
     return {str(rate): curve.tolist() for rate, curve in zip(RATES, curves, strict=True)}
 
 
 def main(folder: Path = DOCS) -> None:
-    right, slipped, study = losses("equations"), losses("spreadsheet"), past_two()
-    hundredth = {number: study.losses[:, number - 1].tolist() for number in (2, 10, 100, 1000)}
+    right, slipped, study = losses(equations), losses(spreadsheet), past_two()
+    shown = {number: study.losses[:, number - 1].tolist() for number in (2, 10, 100, 1000)}
     pictures = {
         "network": plots.network(),
         "losses": plots.all_losses(right),
         "slip": plots.slip(right, slipped),
-        "past_two": plots.past_two(study.rates.tolist(), hundredth, study.limit),
+        "past_two": plots.past_two(study.rates.tolist(), shown, study.limit),
     }
     for name, figure in pictures.items():
         plots.save(figure, folder / f"backprop_{name}.png")

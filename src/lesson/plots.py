@@ -38,9 +38,9 @@ def all_losses(losses: Mapping[str, Sequence[float]]) -> Figure:
     for position, scale in ((121, "linear"), (122, "log")):
         axes = _axes(figure, "", position, xlabel="loss number", ylabel="E_total")
         for (name, values), colour in zip(losses.items(), _colours(len(losses)), strict=True):
-            axes.plot(range(1, len(values) + 1), values, label=f"η = {name}", color=colour)
+            axes.plot(range(1, len(values) + 1), values, label=name, color=colour)
         axes.set_yscale(scale)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, title="learning rate")
     return figure
 
 
@@ -106,8 +106,8 @@ def slip(right: Mapping[str, Sequence[float]], slipped: Mapping[str, Sequence[fl
     )
     for name, colour in zip(right, _colours(len(right)), strict=True):
         difference = np.subtract(slipped[name], right[name])
-        axes.plot(range(1, len(difference) + 1), difference, label=f"η = {name}", color=colour)
-    axes.legend(frameon=False)
+        axes.plot(range(1, len(difference) + 1), difference, label=name, color=colour)
+    axes.legend(frameon=False, title="learning rate")
     return figure
 
 

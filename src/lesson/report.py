@@ -1,5 +1,6 @@
 """What a sweep of the backprop experiment leaves in its folder: the learning rates side by side."""
 
+import csv
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,15 @@ def write_report(folder: Path) -> None:
     only_lr_differs = len({lr for lr, *_ in runs}) == len(runs)
     losses = {str(lr) if only_lr_differs else name: rows["E_total"].tolist() for lr, name, _, rows in runs}
 
-    columns = zip_longest(*losses.values(), fillvalue="")
-    lines = [",".join(losses), *(",".join(map(str, row)) for row in columns)]
-    (folder / "losses.csv").write_text("\n".join(lines) + "\n")
+    with (folder / "losses.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([losses, *zip_longest(*losses.values())])
     table = milestone_table(losses)
     (folder / "losses.md").write_text(table)
     plots.save(plots.all_losses(losses), folder / "losses.png")
     for name, values in losses.items():
-        plots.save(plots.one_loss(name, values), folder / f"loss_lr={name}.png")
+        plots.save(
+            plots.one_loss(name, values), folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png"
+        )
     lr, _, gradients, rows = runs[0]
     workbook.write(folder / "backprop.xlsx", rows, lr, gradients, losses)
     print(Markdown(table))

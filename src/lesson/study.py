@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.models.backprop import GRADIENTS, INPUTS, TARGETS, WEIGHTS, Weights, equations, forward
+from src.models.backprop import INPUTS, TARGETS, WEIGHTS, HandGradients, Weights, equations, forward
 
 SAMPLE = torch.tensor(INPUTS, dtype=torch.float64), torch.tensor(TARGETS, dtype=torch.float64)
 
 
-def descend(lr: Tensor, steps: int, gradients: str = "equations") -> tuple[Tensor, Tensor]:
+def descend(lr: Tensor, steps: int, gradients: HandGradients = equations) -> tuple[Tensor, Tensor]:
     """The losses of `steps` steps, shape [len(lr), steps], and the weights after them, [len(lr), 8]."""
 
     def run(rate: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,7 @@ def descend(lr: Tensor, steps: int, gradients: str = "equations") -> tuple[Tenso
         for _ in range(steps):
             values = forward(w, *SAMPLE)
             losses.append(values.E_total)
-            slopes = (GRADIENTS[gradients] or equations)(w, values, *SAMPLE)
+            slopes = gradients(w, values, *SAMPLE)
             w = Weights(*(weight - rate * slope for weight, slope in zip(w, slopes, strict=True)))
         return torch.stack(losses), torch.stack(w)
 

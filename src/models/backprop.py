@@ -127,8 +127,19 @@ def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> 
     return equations(w, a, inputs, targets)._replace(w3=slipped * i1, w4=slipped * i2)
 
 
+def sheet_row(
+    w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor
+) -> dict[str, float]:
+    """One line of the worked sheet, in the order of COLUMNS."""
+    (i1, i2), (t1, t2) = inputs, targets
+    named = {"i1": i1, "i2": i2, "t1": t1, "t2": t2, **w._asdict(), **a._asdict()}
+    named |= {f"dE_d{name}": gradient for name, gradient in gradients._asdict().items()}
+    return {name: named[name].item() for name in COLUMNS}
+
+
 # How `BackpropModule` may find its gradients; None leaves them to PyTorch.
-GRADIENTS: dict[str, Callable[[Weights, Activations, Tensor, Tensor], Weights] | None] = {
+HandGradients = Callable[[Weights, Activations, Tensor, Tensor], Weights]
+GRADIENTS: dict[str, HandGradients | None] = {
     "autograd": None,
     "equations": equations,
     "spreadsheet": spreadsheet,
@@ -224,30 +235,18 @@ class BackpropModule(L.LightningModule):
             weight.grad = gradient
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        (i1, i2), (t1, t2) = self.sample
-        weights = {name: weight.item() for name, weight in self.net.named_parameters()}
-        values = {name: value.item() for name, value in self.activations._asdict().items()}
-        gradients = {f"dE_d{name}": grad.item() for name, grad in self.net.gradients._asdict().items()}
-        row = {
-            "t1": t1.item(),
-            "t2": t2.item(),
-            "i1": i1.item(),
-            "i2": i2.item(),
-            **weights,
-            **values,
-            **gradients,
+        a = self.activations
+        self.row = sheet_row(self.net.weights, a, self.net.gradients, *self.sample)
+        groups = {
+            "loss": ("E1", "E2", "E_total"),
+            "neuron": ("h1", "a_h1", "h2", "a_h2", "o1", "a_o1", "o2", "a_o2"),
+            "weight": Weights._fields,
+            "gradient": tuple(f"dE_d{name}" for name in Weights._fields),
         }
-        self.row = {name: row[name] for name in COLUMNS}
-
-        errors = {name: value for name, value in values.items() if name.startswith("E")}
-        neurons = {name: value for name, value in values.items() if name not in errors}
-        groups = {"loss": errors, "neuron": neurons, "weight": weights, "gradient": gradients}
-        scalars = {
-            f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()
-        }
+        scalars = {f"{group}/{name}": self.row[name] for group, names in groups.items() for name in names}
         for logger in self.loggers:
             logger.log_metrics(scalars, self.global_step)
-        self.log_dict({f"loss/{name}": self.activations._asdict()[name] for name in errors}, logger=False)
+        self.log_dict({"loss/E1": a.E1, "loss/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
 
     def configure_optimizers(self) -> Any:
         return with_scheduler(self, self.optimizer, self.scheduler)
