@@ -107,7 +107,7 @@ def slip(right: Mapping[str, Sequence[float]], slipped: Mapping[str, Sequence[fl
     for name, colour in zip(right, _colours(len(right)), strict=True):
         difference = np.subtract(slipped[name], right[name])
         axes.plot(range(1, len(difference) + 1), difference, label=name, color=colour)
-    axes.legend(frameon=False, title="learning rate")
+    figure.legend(frameon=False, title="learning rate", loc="outside right center")
     return figure
 
 
