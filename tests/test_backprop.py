@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -32,7 +31,6 @@ from src.models.backprop import (
     forward,
     spreadsheet,
 )
-from src.train import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -128,9 +126,7 @@ def test_hundredth_losses(losses, gradients):
 def test_equations_and_autograd_give_the_same_losses(losses):
     assert {len(values) for values in losses["equations"].values()} == {100}
     apart = max(
-        abs(a - b)
-        for lr in RATES
-        for a, b in zip(losses["equations"][lr], losses["autograd"][lr], strict=True)
+        abs(a - b) for lr in RATES for a, b in zip(losses["equations"][lr], losses["autograd"][lr], strict=True)
     )
     assert apart <= 1e-15
 
@@ -163,9 +159,7 @@ def spreadsheet_in_plain_python(lr):
 
 def test_the_slip_moves_no_loss_by_more_than_6e_10(losses):
     apart = [
-        abs(a - b)
-        for lr in RATES
-        for a, b in zip(losses["spreadsheet"][lr], losses["equations"][lr], strict=True)
+        abs(a - b) for lr in RATES for a, b in zip(losses["spreadsheet"][lr], losses["equations"][lr], strict=True)
     ]
     assert 5e-10 < max(apart) < 6e-10
 
@@ -185,10 +179,7 @@ def test_gradients_for_random_networks(seed):
     by_hand = torch.stack(equations(w, forward(w, inputs, targets), inputs, targets))
     step = 1e-5  # the truncation error is of the order of step², the rounding error of 1e-16 / step
     by_difference = torch.stack(
-        [
-            (error(weights + step * unit) - error(weights - step * unit)) / (2 * step)
-            for unit in torch.eye(8).double()
-        ]
+        [(error(weights + step * unit) - error(weights - step * unit)) / (2 * step) for unit in torch.eye(8).double()]
     )
     torch.testing.assert_close(by_hand, by_autograd, atol=1e-12, rtol=0)
     torch.testing.assert_close(by_hand, by_difference, atol=1e-9, rtol=0)
@@ -258,9 +249,14 @@ def test_wrong_sample_and_gradients():
 # From here on by the command line, in this process.
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["src.train", *arguments, "experiment=backprop"])
-    main()
+@pytest.fixture
+def run(program):
+    def run(*arguments):
+        result = program(*arguments, "experiment=backprop")
+        assert result.code == 0, result.err
+        return result
+
+    return run
 
 
 def read(path):
@@ -268,8 +264,8 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_run_leaves_trace_scalars_and_text(monkeypatch, tmp_path, losses):
-    run(monkeypatch, f"hydra.run.dir={tmp_path}", "optimizer.lr=0.8", "module.gradients=spreadsheet")
+def test_run_leaves_trace_scalars_and_text(run, tmp_path, losses):
+    run(f"hydra.run.dir={tmp_path}", "optimizer.lr=0.8", "module.gradients=spreadsheet")
 
     rows = read(tmp_path / "trace.csv")
     assert list(rows[0]) == list(COLUMNS)
@@ -286,17 +282,15 @@ def test_run_leaves_trace_scalars_and_text(monkeypatch, tmp_path, losses):
     for tag in tags:
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == list(range(100))
-        assert [scalar.value for scalar in scalars] == [
-            np.float32(row[tag.partition("/")[2]]) for row in rows
-        ]
+        assert [scalar.value for scalar in scalars] == [np.float32(row[tag.partition("/")[2]]) for row in rows]
     (text,) = events.Tensors("first_step/text_summary")
     words = text.tensor_proto.string_val[0].decode()
     assert "| a_h1 | σ(h1) | σ(0.0275) | 0.5068745668 |" in words
     assert "∂E/∂a_h2·a_h1·(1 − a_h1)·i1" in words  # the slip, as the run was told
 
 
-def test_sweep_leaves_a_comparison(monkeypatch, tmp_path, losses):
-    run(monkeypatch, "sweep=backprop_lr", f"hydra.sweep.dir={tmp_path}")
+def test_sweep_leaves_a_comparison(run, tmp_path, losses):
+    run("sweep=backprop_lr", f"hydra.sweep.dir={tmp_path}")
 
     names = [str(lr) for lr in RATES]
     assert {path.parent.name for path in tmp_path.glob("*/trace.csv")} == {f"optimizer.lr={n}" for n in names}
@@ -312,9 +306,8 @@ def test_sweep_leaves_a_comparison(monkeypatch, tmp_path, losses):
     assert (tmp_path / "backprop.xlsx").stat().st_size > 10_000
 
 
-def test_sweep_over_more_than_the_learning_rate(monkeypatch, tmp_path):
+def test_sweep_over_more_than_the_learning_rate(run, tmp_path):
     run(
-        monkeypatch,
         *(
             "-m",
             f"hydra.sweep.dir={tmp_path}",
@@ -341,21 +334,19 @@ def test_sweep_over_more_than_the_learning_rate(monkeypatch, tmp_path):
         ("module.gradients=guess", "must be one of autograd, equations, spreadsheet"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, tmp_path, capfd, override, words):
-    with pytest.raises(SystemExit) as left:
-        run(monkeypatch, f"hydra.run.dir={tmp_path}", override)
-    assert left.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
+def test_mistakes_are_one_line(program, tmp_path, override, words):
+    result = program("experiment=backprop", f"hydra.run.dir={tmp_path}/run", override)
+    assert result.code == 2
+    (line,) = result.err.splitlines()
     assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(not shutil.which("soffice"), reason="LibreOffice (soffice) is not installed")
 @pytest.mark.parametrize(("gradients", "lr"), [("equations", 0.8), ("spreadsheet", 2.0)])
 def test_libreoffice_recalculates_the_workbook(tmp_path, gradients, lr):
     def table(rows):
-        return np.array(
-            [tuple(row[name] for name in COLUMNS) for row in rows], [(name, "f8") for name in COLUMNS]
-        )
+        return np.array([tuple(row[name] for name in COLUMNS) for row in rows], [(name, "f8") for name in COLUMNS])
 
     # Beside the formulas of one learning rate the file keeps the results of another: reading is not enough.
     stale, right = table(trained("equations", 0.1)), table(trained(gradients, lr))

@@ -45,9 +45,7 @@ def main(folder: Path = DOCS) -> None:
     moved = max(abs(a - b) for rate in right for a, b in zip(right[rate], slipped[rate], strict=True))
     tenth = study.losses[:, 9]
     print(f"With the slip the first ∂E/∂w3 is {slipped_w3:.10f}, and no loss moves by more than {moved:.1e}.")
-    print(
-        f"The 10th loss is smallest at η = {study.rates[tenth.argmin()].item():.1f}: {tenth.min().item():g}."
-    )
+    print(f"The 10th loss is smallest at η = {study.rates[tenth.argmin()].item():.1f}: {tenth.min().item():g}.")
     print(f"The loss rises from η = {study.first_rise:.1f} on, and is stuck from η = {study.stuck:.0f} on.")
     print(f"2/λ is {study.limit:.1f} at the minimum of small steps, {study.flatter:.0f} at that of η = 500.")
 

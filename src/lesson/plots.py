@@ -90,9 +90,7 @@ def network() -> Figure:
         axes.text(x, y, label, ha="center", va="center", color=INK, zorder=4, fontsize=12)
     for row, y in ((1, 2.6), (2, 0)):
         axes.text(-0.6, y, f"{INPUTS[row - 1]:.2f}", ha="right", va="center", color=INK)
-        axes.text(
-            7.4, y, f"$a_{{o{row}}}$ → $E_{row}$,  $t_{row}$ = {TARGETS[row - 1]}", va="center", color=INK
-        )
+        axes.text(7.4, y, f"$a_{{o{row}}}$ → $E_{row}$,  $t_{row}$ = {TARGETS[row - 1]}", va="center", color=INK)
     for name, x in (("inputs", 0), ("hidden layer", 3.4), ("output layer", 6.8)):
         axes.text(x, 3.35, name, ha="center", color="0.4")
     return figure
@@ -101,9 +99,7 @@ def network() -> Figure:
 def slip(right: Mapping[str, Sequence[float]], slipped: Mapping[str, Sequence[float]]) -> Figure:
     """How far the losses move when the gradient of w3 and w4 has the spreadsheet's slip."""
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = _axes(
-        figure, "What the slip changes", xlabel="loss number", ylabel="loss with slip − loss without"
-    )
+    axes = _axes(figure, "What the slip changes", xlabel="loss number", ylabel="loss with slip − loss without")
     for name, colour in zip(right, _colours(len(right)), strict=True):
         difference = np.subtract(slipped[name], right[name])
         axes.plot(range(1, len(difference) + 1), difference, label=name, color=colour)

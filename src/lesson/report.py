@@ -44,9 +44,7 @@ def write_report(folder: Path) -> None:
     (folder / "losses.md").write_text(table)
     plots.save(plots.all_losses(losses), folder / "losses.png")
     for name, values in losses.items():
-        plots.save(
-            plots.one_loss(name, values), folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png"
-        )
+        plots.save(plots.one_loss(name, values), folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png")
     lr, _, gradients, rows = runs[0]
     workbook.write(folder / "backprop.xlsx", rows, lr, gradients, losses)
     print(Markdown(table))

@@ -60,6 +60,4 @@ def past_two() -> PastTwo:
     # Rounding alone moves a loss that has arrived by less than this.
     rises = (losses.diff() > 1e-20).any(dim=1)
     stuck = (losses[:, -1] > 0.1) & (rates > limit)
-    return PastTwo(
-        rates, losses, limit, rates[rises].min().item(), rates[stuck].min().item(), step_limit(large)
-    )
+    return PastTwo(rates, losses, limit, rates[rises].min().item(), rates[stuck].min().item(), step_limit(large))

@@ -16,9 +16,7 @@ SETTINGS = ("η", "t1", "t2", "i1", "i2", *(f"w{n}" for n in range(1, 9)), "slip
 SETTINGS_ROW, HEAD = 2, 5
 
 
-def write(
-    path: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]
-) -> None:
+def write(path: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]) -> None:
     """Starts the sheet from the first row of `trace`, from `lr` and from `gradients`.
 
     The rest of `trace`, a structured array with the fields COLUMNS, is what programs see that do not
@@ -37,9 +35,7 @@ def write(
         sheet.write(SETTINGS_ROW, 0, "start", bold)
         start = {"η": lr, "slip": int(gradients == "spreadsheet")}
         for column, name in enumerate(SETTINGS, start=1):
-            sheet.write_number(
-                SETTINGS_ROW, column, start[name] if name in start else trace[name][0].item(), entry
-            )
+            sheet.write_number(SETTINGS_ROW, column, start[name] if name in start else trace[name][0].item(), entry)
         sheet.write(
             SETTINGS_ROW + 1,
             1,

@@ -127,9 +127,7 @@ def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> 
     return equations(w, a, inputs, targets)._replace(w3=slipped * i1, w4=slipped * i2)
 
 
-def sheet_row(
-    w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor
-) -> dict[str, float]:
+def sheet_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor) -> dict[str, float]:
     """One line of the worked sheet, in the order of COLUMNS."""
     (i1, i2), (t1, t2) = inputs, targets
     named = {"i1": i1, "i2": i2, "t1": t1, "t2": t2, **w._asdict(), **a._asdict()}
