@@ -289,6 +289,14 @@ def test_run_leaves_trace_scalars_and_text(run, tmp_path, losses):
     assert "∂E/∂a_h2·a_h1·(1 − a_h1)·i1" in words  # the slip, as the run was told
 
 
+def test_large_gradients_are_not_clipped(run, tmp_path):
+    run(f"hydra.run.dir={tmp_path}", "data.targets=[-50,80]", "optimizer.lr=0.1", "trainer.max_epochs=2")
+    first, second = read(tmp_path / "trace.csv")
+    assert float(first["dE_dw7"]) < -5
+    for n in range(1, 9):
+        assert float(second[f"w{n}"]) == float(first[f"w{n}"]) - 0.1 * float(first[f"dE_dw{n}"])
+
+
 def test_sweep_leaves_a_comparison(run, tmp_path, losses):
     run("sweep=backprop_lr", f"hydra.sweep.dir={tmp_path}")
 
