@@ -66,7 +66,7 @@ def _surroundings(device: torch.device) -> dict[str, Any]:
         "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
-        "git_commit": _git_commit(),
+        "git_commit": GIT_COMMIT,
     }
 
 
@@ -86,3 +86,6 @@ def _git_commit() -> str | None:
     except FileNotFoundError:
         return None
     return found.stdout.strip() or None
+
+
+GIT_COMMIT = _git_commit()  # when the run begins: the checkout may move on before it ends
