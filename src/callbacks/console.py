@@ -18,6 +18,7 @@ from torch import nn
 def quiet() -> None:
     """Silences what Lightning says on every run and what does not apply to data that lies in memory."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
