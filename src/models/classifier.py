@@ -64,6 +64,18 @@ class Classifier(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._step(batch, self.test_scores)
 
+    def _share_buffers(self) -> None:
+        """Each process has the running statistics of its own batches; those of the first are scored and saved."""
+        if self.trainer.world_size > 1:  # type: ignore[attr-defined]
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def on_validation_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_start(self) -> None:
+        self._share_buffers()
+
     def _log_epoch(self, stage: str, scores: MetricCollection) -> None:
         values = {f"{stage}/{name}": value for name, value in scores.compute().items()}
         self.log_dict(values, prog_bar=stage != "test")
