@@ -43,6 +43,8 @@ INTERACTIVE = None, "bash", "interactive"  # as Lightning sees it: Slurm has sta
 # The disk says these; what to do about them is the same everywhere.
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR
 
+PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
+
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Makes a function of a config the program of its file."""
@@ -68,6 +70,11 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 line = explain(error)
                 if _out_of_memory(error):
                     line = f"out of memory with data.batch_size={OmegaConf.select(config, 'data.batch_size')}; halve it"
+                if any(words in str(error) for words in PEER_LOST):
+                    print(
+                        f"error: another process of this run has ended: {str(error).splitlines()[0]}", file=sys.stderr
+                    )
+                    sys.exit(1)
                 if line is None:
                     raise
                 if hydra_config.mode == RunMode.MULTIRUN:

@@ -19,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src.callbacks.recovery import Recovery
 from src.config import CONF
 
-# 41 batches an epoch.
+# 24 batches of training.
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
-    *("trainer.max_epochs=2", "trainer.log_every_n_steps=5", "callbacks.last.every_steps=10"),
+    *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
+    *("data.batch_size=8", "callbacks.last.every_steps=5"),
 )
 
 
@@ -80,7 +81,7 @@ def whole(program, tmp_path, outcomes):
     return run
 
 
-@pytest.mark.parametrize("batch", [0, 33, 40, 41, 42, 81])
+@pytest.mark.parametrize("batch", [0, 8, 11, 12, 13, 23])
 def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole, batch):
     folder = tmp_path / "run"
     stop(batch, Killed)
@@ -94,9 +95,9 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("trainer.val_check_interval=10",),
-        ("trainer.accumulate_grad_batches=3", "callbacks.last.every_steps=4"),
-        ("trainer.max_steps=60",),
+        ("trainer.val_check_interval=5",),
+        ("trainer.accumulate_grad_batches=3", "callbacks.last.every_steps=2"),
+        ("trainer.max_steps=20",),
         ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
         ("optimizer=adamw", "scheduler=constant", "data.augment=null"),
     ],
@@ -104,10 +105,10 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
 )
 def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overrides):
     folder = tmp_path / "run"
-    for batch in 23, 52:
+    for batch in 8, 19:
         stop(batch, Killed)
         with pytest.raises(Killed):
-            program(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 23 else [f"resume={folder}"]))
+            program(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
     assert program(f"resume={folder}").code == 0
     assert outcome(folder) == whole(*overrides)
 
@@ -150,8 +151,8 @@ def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, 
 
 @pytest.fixture
 def stopped(program, tmp_path, stop) -> Path:
-    """The folder of a run that has two checkpoints, of steps 10 and 20."""
-    stop(25, Killed)
+    """The folder of a run that has two checkpoints, of steps 5 and 10."""
+    stop(11, Killed)
     with pytest.raises(Killed):
         program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
     return tmp_path / "run"
@@ -211,7 +212,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch
     assert result.code == 2 and "No space left on device; make room" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 20
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
 
 def test_a_loss_that_is_not_finite_is_named(program, tmp_path):
@@ -228,13 +229,13 @@ def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatc
 
     def broken(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
-        return loss * float("nan") if self.global_step == 13 else loss
+        return loss * float("nan") if self.global_step == 7 else loss
 
     monkeypatch.setattr(Classifier, "training_step", broken)
     result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
-    assert "the loss is nan at step 14 (epoch 1, batch 14); the last good checkpoint is" in result.err
-    assert "last.ckpt (step 10)" in result.err and result.code == 2
-    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
+    assert "the loss is nan at step 8 (epoch 1, batch 8); the last good checkpoint is" in result.err
+    assert "last.ckpt (step 5)" in result.err and result.code == 2
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
 @pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", None])
@@ -246,7 +247,7 @@ def test_out_of_memory_names_the_batch_size(program, tmp_path, monkeypatch, mess
 
     monkeypatch.setattr(Classifier, "training_step", full)
     result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
-    assert result.code == 2 and "out of memory with data.batch_size=32" in result.err.splitlines()[-1]
+    assert result.code == 2 and "out of memory with data.batch_size=8" in result.err.splitlines()[-1]
 
 
 @pytest.mark.slow

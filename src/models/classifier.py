@@ -36,7 +36,7 @@ class Classifier(L.LightningModule):
 
         def scores() -> MetricCollection:
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
-            return MetricCollection({"loss": MeanMetric(), "acc": accuracy}, compute_groups=False)
+            return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy}, compute_groups=False)
 
         self.train_scores, self.val_scores, self.test_scores = scores(), scores(), scores()
 
