@@ -156,7 +156,7 @@ def _own_config(config: DictConfig) -> DictConfig:
         own = OmegaConf.load(file)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    for key in map(str, config):
+    for key in map(str, config.keys() - {"resume"}):
         part = own.get(key) if isinstance(own, DictConfig) else None
         if (
             not isinstance(own, DictConfig)

@@ -113,6 +113,18 @@ def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overri
     assert outcome(folder) == whole(*overrides)
 
 
+def test_backprop_continues_to_the_same_bits(program, tmp_path, stop):
+    small = "experiment=backprop", "trainer.max_epochs=20", "callbacks.last.every_steps=6"
+    assert program(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    stop(15, Killed)
+    with pytest.raises(Killed):
+        program(*small, f"hydra.run.dir={tmp_path / 'run'}")
+    result = program(f"resume={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(program, tmp_path, stop, whole, number, code):
     folder = tmp_path / "optimizer.lr=0.1,model.dropout=it's 0"  # as in a sweep, and worse
