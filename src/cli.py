@@ -208,6 +208,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; make room, or set hydra.run.dir=… to a folder that can be written"
+    if "Error(s) in loading state_dict" in text:
+        return "the checkpoint does not fit the network of the config; use the two as they were written together"
     if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be imported yet
         fix = next((fix for found, fix in FIXES.items() if found in text), None)
         return fix or text

@@ -132,6 +132,8 @@ def targets(container: DictConfig | ListConfig, above: tuple[int, ...] = ()) -> 
             value = container[key]
         except OmegaConfBaseException:  # what cannot be resolved cannot be built either
             continue
+        if isinstance(value, dict | list):  # what a resolver has made
+            value = OmegaConf.create(value)
         if key == "_target_":
             yield str(value)
         elif OmegaConf.is_config(value) and not value._is_none() and id(value) not in above:

@@ -64,7 +64,10 @@ def isolated() -> Iterator[None]:
 
 def refuse_processes_within_multirun(trainer: "L.Trainer") -> None:
     """Lightning starts the other processes with this one's arguments: each would begin the whole multirun."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN and trainer.strategy.launcher is not None:
+    launcher = trainer.strategy.launcher
+    if launcher is None or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    if not trainer.strategy.cluster_environment.creates_processes_externally:  # type: ignore[attr-defined]
         raise UserError(
             f"trainer.devices={trainer.num_devices}: a multirun trains on one device a job; leave out -m and start "
             "the runs one by one, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
