@@ -47,7 +47,8 @@ class Classifier(L.LightningModule):
         images, labels = batch
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
-        scores["loss"].update(loss.detach(), weight=len(labels))
+        # Once for each image: without its check for NaN, which waits for the GPU, MeanMetric ignores weights.
+        scores["loss"].update(loss.detach().expand(len(labels)))
         scores["acc"].update(log_probabilities.detach(), labels)
         return loss
 
