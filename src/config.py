@@ -1,12 +1,15 @@
 """The project's own keys: which values they allow, and which key a mistyped one meant."""
 
+import ast
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UserError
 
@@ -47,6 +50,7 @@ RULES: dict[str, Rule] = {
     "seed": whole(0, 2**32 - 1),
     "test": flag,
     "optimized_metric": either(text, null),
+    "resume": either(text, null),
     "data.dataset": choice("mnist", "digits", "auto"),
     "data.root": text,
     "data.batch_size": either(whole(1), null),
@@ -88,11 +92,52 @@ def check(config: DictConfig) -> None:
     for key, value in nodes(config):
         if value._is_missing():
             raise UserError(f"{key} has no value; set {key}=…")
+    for target in targets(config):
+        if not _offered(target):
+            raise UserError(f"_target_={target}: not a class that this project or its libraries offer to configs")
     for key, rule in RULES.items():
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
-        if node is not None and leaf in node and not rule.allows(node[leaf]):
+        if isinstance(node, DictConfig) and leaf in node and not rule.allows(node[leaf]):
             raise UserError(f"{key}={node[leaf]}: must be {rule.words}")
+
+
+# What a config may name. Classes alone, at the places they are documented at: a longer path would lead on through
+# the modules that a module imports, to os.system.
+LIBRARIES = re.compile(
+    r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
+    r"|lightning\.Trainer"
+    r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
+)
+FUNCTIONS = {"src.callbacks.console.progress"}
+
+
+def _offered(target: str) -> bool:
+    """Whether a config may have it built. Nothing is imported to find out."""
+    if LIBRARIES.fullmatch(target) or target in FUNCTIONS:
+        return True
+    module, _, name = target.rpartition(".")
+    if not re.fullmatch(r"src(\.[a-z_]\w*)+", module):
+        return False
+    file = CONF.parent.joinpath(*module.split(".")).with_suffix(".py")
+    statements = ast.parse(file.read_text()).body if file.is_file() else []
+    return any(isinstance(statement, ast.ClassDef) and statement.name == name for statement in statements)
+
+
+def targets(container: DictConfig | ListConfig, above: tuple[int, ...] = ()) -> Iterator[str]:
+    """Every _target_ in a config, also in lists and behind interpolations."""
+    keys: Iterable[Any] = container if isinstance(container, DictConfig) else range(len(container))
+    for key in keys:
+        try:
+            value = container[key]
+        except OmegaConfBaseException:  # what cannot be resolved cannot be built either
+            continue
+        if isinstance(value, dict | list):  # what a resolver has made
+            value = OmegaConf.create(value)
+        if key == "_target_":
+            yield str(value)
+        elif OmegaConf.is_config(value) and not value._is_none() and id(value) not in above:
+            yield from targets(value, (*above, id(value)))
 
 
 def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Node]]:

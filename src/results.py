@@ -55,7 +55,7 @@ def collect(
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "samples_per_second": round(samples * trainer.world_size / training_seconds, 1),
+        "samples_per_second": round(samples / training_seconds, 1),
         **_surroundings(trainer.strategy.root_device),
     }
 

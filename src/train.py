@@ -15,6 +15,8 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
 
     from src.callbacks.console import print_results, quiet
+    from src.checkpoints import resume
+    from src.process import refuse_processes_within_multirun
     from src.results import collect, metric, write_metrics
 
     quiet()
@@ -26,9 +28,11 @@ def main(cfg: DictConfig) -> float | None:
     )
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger))
+    refuse_processes_within_multirun(trainer)
+    checkpoint = resume(Path(cfg.resume), trainer) if cfg.resume else None
 
     started = perf_counter()
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     fitted = perf_counter()
     metrics = dict(trainer.callback_metrics)
     if cfg.test:

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -14,9 +15,18 @@ from src.models.backprop import COLUMNS, BackpropModule
 class Trace(Callback):
     """Writes trace.csv, a row a step, and puts the first step, worked out, into TensorBoard's Text tab."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
-        self.first_lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "first_lr": self.first_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.first_lr = state_dict["rows"], state_dict["first_lr"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.rows:
+            self.first_lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
         assert isinstance(pl_module, BackpropModule)

@@ -17,11 +17,17 @@ from torch import nn
 
 def quiet() -> None:
     """Silences what Lightning says on every run and what does not apply to data that lies in memory."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in "lightning.pytorch", "lightning.fabric":
+        logging.getLogger(package).setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
+    # With several processes: torchmetrics has added the scores up before they are logged.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.* in distributed setting")
+    # A resumed run: Recovery sets the loader's position.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
 
 class LayerTable(Callback):

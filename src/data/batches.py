@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from src.errors import UserError
+
 
 class IndexBatches(Sampler[Tensor]):
     """Yields index tensors that cover `range(size)` once an epoch, over all `world_size` processes together.
@@ -27,12 +29,21 @@ class IndexBatches(Sampler[Tensor]):
         self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
         self.global_batch_size = batch_size * world_size
         self.epoch = 0
+        self.start = 0
+        rest = size % self.global_batch_size
+        self.joined = rest if rest < world_size and size > self.global_batch_size else 0
+        if size < world_size:
+            raise UserError(f"{size} samples are too few for {world_size} processes; use fewer trainer.devices")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def skip(self, batches: int) -> None:
+        """Leaves out the first batches of the next pass, and of no other."""
+        self.start = batches
+
     def __len__(self) -> int:
-        return ceil(self.size / self.global_batch_size)
+        return ceil((self.size - self.joined) / self.global_batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.seed is None:
@@ -40,7 +51,9 @@ class IndexBatches(Sampler[Tensor]):
         else:
             # The generator is always the CPU's, so that every device sees the same order.
             order = torch.randperm(self.size, generator=generator_for(self.seed, self.epoch))
-        for batch in order.to(self.device).split(self.global_batch_size):
+        ends = [self.global_batch_size * n for n in range(1, len(self))]
+        start, self.start = self.start, 0
+        for batch in order.to(self.device).tensor_split(ends)[start:]:
             yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch
 
 

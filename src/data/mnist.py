@@ -110,7 +110,8 @@ class DigitImages(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = batch
         if self.augment and self.trainer and self.trainer.training:
-            # Keyed by the step, so that a resumed run draws what the uninterrupted one would have drawn.
-            keys = self.seed, self.trainer.global_step, self.trainer.global_rank
+            # Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn.
+            batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+            keys = self.seed, batch_number, self.trainer.global_rank
             images = self.augment(images.float(), generator_for(*keys, device=images.device))
         return normalize(images), labels

@@ -36,7 +36,7 @@ class Classifier(L.LightningModule):
 
         def scores() -> MetricCollection:
             accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
-            return MetricCollection({"loss": MeanMetric(), "acc": accuracy}, compute_groups=False)
+            return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy}, compute_groups=False)
 
         self.train_scores, self.val_scores, self.test_scores = scores(), scores(), scores()
 
@@ -47,7 +47,8 @@ class Classifier(L.LightningModule):
         images, labels = batch
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
-        scores["loss"].update(loss.detach(), weight=len(labels))
+        # Once for each image: without its check for NaN, which waits for the GPU, MeanMetric ignores weights.
+        scores["loss"].update(loss.detach().expand(len(labels)))
         scores["acc"].update(log_probabilities.detach(), labels)
         return loss
 
@@ -63,6 +64,18 @@ class Classifier(L.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._step(batch, self.test_scores)
+
+    def _share_buffers(self) -> None:
+        """Each process has the running statistics of its own batches; those of the first are scored and saved."""
+        if self.trainer.world_size > 1:  # type: ignore[attr-defined]
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def on_validation_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_start(self) -> None:
+        self._share_buffers()
 
     def _log_epoch(self, stage: str, scores: MetricCollection) -> None:
         values = {f"{stage}/{name}": value for name, value in scores.compute().items()}

@@ -1,0 +1,74 @@
+"""What a job may change in its process, and what reaches it from outside: flags, environment, signals."""
+
+import gc
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from src.errors import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM a SystemExit with 128 + the signal's number, wherever nothing better is done."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python takes handlers from there alone
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Gives the next job of a multirun the process as this one found it. The seed each job sets itself."""
+    import torch  # here, because --help should not wait for it
+
+    cudnn, anomaly = torch.backends.cudnn, torch.autograd.anomaly_mode
+    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = cudnn.benchmark, cudnn.deterministic
+    precision, detect = torch.get_float32_matmul_precision(), torch.is_anomaly_enabled()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        cudnn.benchmark, cudnn.deterministic = flags
+        torch.set_float32_matmul_precision(precision)
+        anomaly.set_detect_anomaly(detect)
+        gc.collect()  # a Trainer and its parts refer to each other
+
+
+def refuse_processes_within_multirun(trainer: "L.Trainer") -> None:
+    """Lightning starts the other processes with this one's arguments: each would begin the whole multirun."""
+    launcher = trainer.strategy.launcher
+    if launcher is None or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return
+    if not trainer.strategy.cluster_environment.creates_processes_externally:  # type: ignore[attr-defined]
+        raise UserError(
+            f"trainer.devices={trainer.num_devices}: a multirun trains on one device a job; leave out -m and start "
+            "the runs one by one, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
+        )

@@ -1,0 +1,101 @@
+"""The jobs of a multirun share a process and must not notice."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.process import isolated
+
+TINY = (
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
+    *("trainer.max_epochs=1", "trainer.limit_train_batches=12"),
+)
+
+
+def final(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    weights = {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()}
+    return {"weights": weights, "metrics": json.loads((folder / "metrics.json").read_text())["metrics"]}
+
+
+@pytest.mark.parametrize("before", ["trainer.deterministic", "trainer.detect_anomaly", "trainer.benchmark"])
+def test_a_job_is_the_same_after_another_as_alone(program, tmp_path, before):
+    assert program(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
+    handlers, environment = list(logging.getLogger().handlers), dict(os.environ)
+    assert program("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
+    assert final(tmp_path / f"sweep/{before}=False") == final(tmp_path / "alone")
+    assert dict(os.environ) == environment
+    assert len(logging.getLogger().handlers) <= max(len(handlers), 2)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.is_anomaly_enabled()
+
+
+def test_a_job_gives_back_the_process_as_it_was():
+    def state():
+        return (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.get_float32_matmul_precision(),
+            torch.is_anomaly_enabled(),
+            dict(os.environ),
+        )
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), isolated():
+        torch.set_num_threads(before[0] + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        torch.set_float32_matmul_precision("medium")
+        torch.autograd.set_detect_anomaly(True)
+        os.environ["LOCAL_RANK"] = "7"
+        raise ZeroDivisionError
+    assert state() == before
+
+
+def test_several_devices_in_a_multirun_are_refused(program, tmp_path):
+    many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
+    result = program("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "trainer.devices=2: a multirun trains on one device a job" in result.err
+    assert "Traceback" not in result.err and not list(tmp_path.rglob("*.ckpt"))
+
+
+SLURM = {
+    **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "17"},
+    **{"SLURM_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
+    **{"SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "2"},
+}
+
+
+def test_processes_that_slurm_starts_need_one_folder(program, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    result = program(*TINY)
+    assert result.code == 2 and "set hydra.run.dir=" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    from src.callbacks.recovery import Recovery
+    from src.config import CONF
+
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
+        config = compose("train", overrides=[*overrides, "output_dir=nowhere"])
+    trainer = instantiate(config.trainer, logger=False)
+    environment = trainer.strategy.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
+    assert environment.main_address == "node1" and environment.creates_processes_externally
+    Recovery("nowhere").setup(trainer, None, "fit")
+    assert not environment.auto_requeue

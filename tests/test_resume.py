@@ -1,0 +1,280 @@
+"""A run that was stopped and continued ends with the same bits as one that was not."""
+
+import errno
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.callbacks.recovery import Recovery
+from src.config import CONF
+
+# 24 batches of training.
+TINY = (
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
+    *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
+    *("data.batch_size=8", "callbacks.last.every_steps=5"),
+)
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing is written any more."""
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
+    original = Recovery.on_train_batch_start
+
+    def at(batch, how):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.fit_loop.total_batch_idx == batch:
+                monkeypatch.setattr(Recovery, "on_train_batch_start", original)
+                if how is Killed:
+                    raise Killed
+                os.kill(os.getpid(), how)
+            original(self, trainer, *arguments)
+
+        monkeypatch.setattr(Recovery, "on_train_batch_start", on_train_batch_start)
+
+    return at
+
+
+def outcome(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()},
+        "optimizer": str(checkpoint["optimizer_states"]),
+        "metrics": json.loads((folder / "metrics.json").read_text())["metrics"],
+        "scalars": {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    return {}
+
+
+@pytest.fixture
+def whole(program, tmp_path, outcomes):
+    """The outcome of the same run, not stopped."""
+
+    def run(*overrides):
+        if overrides not in outcomes:
+            assert program(*TINY, f"hydra.run.dir={tmp_path / 'whole'}", *overrides).code == 0
+            outcomes[overrides] = outcome(tmp_path / "whole")
+        return outcomes[overrides]
+
+    return run
+
+
+@pytest.mark.parametrize("batch", [0, 8, 11, 12, 13, 23])
+def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole, batch):
+    folder = tmp_path / "run"
+    stop(batch, Killed)
+    with pytest.raises(Killed):
+        program(*TINY, f"hydra.run.dir={folder}")
+    result = program(f"resume={folder}")
+    assert result.code == 0 and not result.err, result.err
+    assert outcome(folder) == whole()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.val_check_interval=5",),
+        ("trainer.accumulate_grad_batches=3", "callbacks.last.every_steps=2"),
+        ("trainer.max_steps=20",),
+        ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
+        ("optimizer=adamw", "scheduler=constant", "data.augment=null"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overrides):
+    folder = tmp_path / "run"
+    for batch in 8, 19:
+        stop(batch, Killed)
+        with pytest.raises(Killed):
+            program(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
+    assert program(f"resume={folder}").code == 0
+    assert outcome(folder) == whole(*overrides)
+
+
+def test_backprop_continues_to_the_same_bits(program, tmp_path, stop):
+    small = "experiment=backprop", "trainer.max_epochs=20", "callbacks.last.every_steps=6"
+    assert program(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    stop(15, Killed)
+    with pytest.raises(Killed):
+        program(*small, f"hydra.run.dir={tmp_path / 'run'}")
+    result = program(f"resume={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(program, tmp_path, stop, whole, number, code):
+    folder = tmp_path / "optimizer.lr=0.1,model.dropout=it's 0"  # as in a sweep, and worse
+    stop(7, number)
+    result = program(*TINY, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
+    assert result.code == code and "Traceback" not in result.err
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
+    (line,) = [line for line in result.err.splitlines() if "resume=" in line]
+    assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train resume=")
+    assert program(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
+    assert outcome(folder) == whole()
+
+
+def test_a_signal_ends_a_multirun(program, tmp_path, stop):
+    stop(7, signal.SIGTERM)
+    result = program("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 143 and f"resume={os.path.relpath(tmp_path)}/seed=0" in result.err
+    assert not (tmp_path / "seed=1").exists()
+    assert program(f"resume={tmp_path}/seed=0").code == 0 and (tmp_path / "seed=0/metrics.json").exists()
+
+
+def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, monkeypatch, whole):
+    import lightning as L
+
+    folder, test = tmp_path / "run", L.Trainer.test
+
+    def terminated(*arguments, **settings):
+        monkeypatch.setattr(L.Trainer, "test", test)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(L.Trainer, "test", terminated)
+    assert program(*TINY, f"hydra.run.dir={folder}").code == 143
+    assert program(f"resume={folder}").code == 0
+    assert outcome(folder) == whole()
+
+
+@pytest.fixture
+def stopped(program, tmp_path, stop) -> Path:
+    """The folder of a run that has two checkpoints, of steps 5 and 10."""
+    stop(11, Killed)
+    with pytest.raises(Killed):
+        program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    return tmp_path / "run"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(program, stopped, whole):
+    newest = stopped / "checkpoints/last.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    result = program(f"resume={stopped}")
+    assert result.code == 0 and "last.ckpt cannot be used: it is damaged" in result.err
+    assert outcome(stopped) == whole()
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(program, stopped):
+    for file in (stopped / "checkpoints").iterdir():
+        file.write_bytes(b"")
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and "none of its checkpoints is sound" in result.err.splitlines()[-1]
+    assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["resume=nowhere"], "not the folder of a run"),
+        (["resume={}", "optimizer.lr=3"], "leave out optimizer.lr=3"),
+        (["-m", "resume={}"], "leave out -m"),
+    ],
+)
+def test_what_resume_refuses_is_one_line(program, stopped, arguments, words):
+    result = program(*(argument.format(stopped) for argument in arguments))
+    assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
+    assert not Path("nowhere").exists()
+
+
+def test_a_finished_run_is_left_alone(program, tmp_path):
+    folder = tmp_path / "run"
+    program(*TINY, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    result = program(f"resume={folder}")
+    assert result.code == 0 and "is finished" in result.out
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch):
+    folder, replace, done = tmp_path / "run", os.fsync, []
+
+    def full(descriptor):
+        done.append(descriptor)
+        if len(done) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = program(*TINY, f"hydra.run.dir={folder}")
+    assert result.code == 2 and "No space left on device; make room" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
+    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
+
+
+def test_a_loss_that_is_not_finite_is_named(program, tmp_path):
+    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}", "optimizer.lr=1e30", "trainer.gradient_clip_val=null")
+    line = result.err.splitlines()[-1]
+    assert result.code == 2 and "Traceback" not in result.err
+    assert re.search(r"the loss is (nan|inf) at step \d \(epoch 1, batch \d\); no checkpoint yet", line)
+
+
+def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatch):
+    from src.models.classifier import Classifier
+
+    step = Classifier.training_step
+
+    def broken(self, batch, batch_idx):
+        loss = step(self, batch, batch_idx)
+        return loss * float("nan") if self.global_step == 7 else loss
+
+    monkeypatch.setattr(Classifier, "training_step", broken)
+    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    assert "the loss is nan at step 8 (epoch 1, batch 8); the last good checkpoint is" in result.err
+    assert "last.ckpt (step 5)" in result.err and result.code == 2
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", None])
+def test_out_of_memory_names_the_batch_size(program, tmp_path, monkeypatch, message):
+    from src.models.classifier import Classifier
+
+    def full(*_):
+        raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Classifier, "training_step", full)
+    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and "out of memory with data.batch_size=8" in result.err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path, whole):
+    """Real processes; TINY in `whole` ran in this one, so equal bits also mean equal threads and flags."""
+    rng, folder = random.Random(0), tmp_path / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "src.train", *TINY, f"hydra.run.dir={folder}"]
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (folder / "layers.txt").exists():
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+        command = [sys.executable, "-m", "src.train", f"resume={folder}"]
+    subprocess.run(command, env=environment, cwd=CONF.parent, check=True)
+    assert outcome(folder) == whole()

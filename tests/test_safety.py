@@ -1,0 +1,199 @@
+"""What comes from strangers or is damaged: refused in one line, nothing run, nothing destroyed."""
+
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.checkpoints import newest_sound
+from src.config import check, targets
+from src.data import sources
+from src.data.sources import read_mnist
+from src.errors import UserError
+
+TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.limit_train_batches=6", "trainer.max_epochs=1"
+
+
+class Trap:
+    """Pickles into a call that leaves a file behind."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.fixture
+def stopped(program, tmp_path) -> Path:
+    """The folder of a run that ended before its scores were written."""
+    folder = tmp_path / "run"
+    assert program(*TINY, "callbacks.last.every_steps=3", f"hydra.run.dir={folder}").code == 0
+    (folder / "metrics.json").unlink()
+    return folder
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_checkpoint_with_code_in_it_does_not_run(program, stopped, tmp_path):
+    newest = stopped / "checkpoints/last.ckpt"
+    checkpoint = torch.load(newest, weights_only=True)
+    torch.save(checkpoint | {"loops": Trap(tmp_path / "ran")}, newest)
+    torch.load(newest, weights_only=False)
+    assert (tmp_path / "ran").exists()  # the trap works where it is let
+    (tmp_path / "ran").unlink()
+    result = program(f"resume={stopped}")
+    assert result.code == 0 and "last.ckpt cannot be used: it holds more than tensors and plain values" in result.err
+    assert not (tmp_path / "ran").exists()
+
+
+FOREIGN = [
+    "{_target_: os.system, command: touch ran}",
+    "{_target_: builtins.exec}",
+    "{_target_: subprocess.run}",
+    "{_target_: hydra.utils.call}",
+    "{_target_: hydra.utils.get_method}",
+    "{_target_: src.cli.os.system, command: touch ran}",
+    "{_target_: src.cli.shutil.rmtree}",
+    "{_target_: src.cli.sys}",
+    "{_target_: src.callbacks.sweep.clear}",
+    "{_target_: src.errors.say}",
+    "{_target_: torch.load}",
+    "{_target_: torch.hub.load}",
+    "{_target_: torch.nn.os.system}",
+    "{_target_: torch.nn.modules.module.torch.load}",
+    "{_target_: lightning.pytorch.trainer.connectors.signal_connector.call}",
+    "{_target_: '${oc.decode:os.system}'}",
+    "{inner: [{_target_: os.system}]}",
+    "[[{_target_: os.system}]]",
+    "{_target_: torch.nn.Linear, _args_: [{_target_: os.system, _partial_: true}]}",
+    "\"${oc.decode:'{_target_: os.system}'}\"",
+    "{a: '${name}', _target_: [os.system]}",
+]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+@pytest.mark.parametrize("key", ["model", "callbacks", "trainer"])
+def test_a_config_cannot_name_what_is_not_offered(foreign, key):
+    config = OmegaConf.create(f"{{name: text, {key}: {{x: {foreign}}}}}")
+    with pytest.raises(UserError, match="_target_="):
+        check(config)
+
+
+def test_a_config_from_a_stranger_is_refused_before_anything_runs(program, stopped, monkeypatch):
+    monkeypatch.chdir(stopped)
+    file = stopped / ".hydra/config.yaml"
+    file.write_text(file.read_text().replace("torch.optim.SGD", "os.system") + "\nhydra: {callbacks: {x: 1}}\n")
+    before = content(stopped)
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "_target_=os.system" in result.err
+    assert content(stopped) == before
+
+
+def test_what_is_offered_is_found_without_importing_it():
+    config = OmegaConf.create("{a: [{_target_: torch.optim.Adam}], b: '${a}', c: {_target_: '${d}'}, d: x.y}")
+    assert sorted(targets(config)) == ["torch.optim.Adam", "torch.optim.Adam", "x.y"]
+    check(OmegaConf.create("{a: {_target_: src.models.cnn.CNN}, b: {_target_: lightning.pytorch.loggers.CSVLogger}}"))
+
+
+def damaged(good: bytes, count: int):
+    """`count` damaged forms: cut short, bits turned, bytes overwritten, pieces moved, emptied, lengthened in front."""
+    rng = random.Random(0)
+    yield b""
+    for _ in range(count - 1):
+        at, data = rng.randrange(len(good)), bytearray(good)
+        kind = rng.randrange(5)
+        if kind == 0:
+            yield good[:at]
+        elif kind == 1:
+            data[at] ^= 1 << rng.randrange(8)
+            yield bytes(data)
+        elif kind == 2:
+            data[at : at + 64] = rng.randbytes(len(data[at : at + 64]))
+            yield bytes(data)
+        elif kind == 3:
+            yield good[at:] + good[:at]
+        else:
+            yield rng.randbytes(at % 99 + 1) + good[at % 99 :]
+
+
+def test_damaged_idx_files_are_refused(mnist_root):
+    good, count = content(mnist_root / "MNIST/raw"), 0
+    for file, right in good.items():
+        for wrong in damaged(right, 15):
+            if wrong == right:
+                continue
+            file.write_bytes(wrong)
+            with pytest.raises(UserError, match=file.name):
+                read_mnist(mnist_root)
+            count += 1
+        file.write_bytes(right)
+    assert count > 50 and read_mnist(mnist_root).train.images.shape == (40, 1, 28, 28)
+
+
+def test_damaged_checkpoints_are_refused_or_harmless(stopped, capfd):
+    """A turned bit may fall on one that means nothing, such as padding: then the checkpoint reads as before."""
+    newest, before = stopped / "checkpoints/last.ckpt", stopped / "checkpoints/previous.ckpt"
+    right, sound = newest.read_bytes(), before.read_bytes()
+    expected = str(torch.load(newest, weights_only=True))
+    refused = 0
+    for wrong in damaged(right, 60):
+        newest.write_bytes(wrong)
+        found = newest_sound(stopped)
+        refused += found == before
+        assert found == before or str(torch.load(newest, weights_only=True)) == expected
+        assert before.read_bytes() == sound
+    assert refused > 45 and capfd.readouterr().err.count("last.ckpt cannot be used") == refused
+
+
+def test_damaged_configs_are_refused_in_one_line(program, stopped):
+    """Or run, where what is changed is a comment, a name, or a number that is as good."""
+    file = stopped / ".hydra/config.yaml"
+    right, refused = file.read_bytes(), 0
+    sound = content(stopped / "checkpoints")
+    for wrong in damaged(right, 40):
+        file.write_bytes(wrong)
+        result = program(f"resume={stopped}", "hydra.job_logging=disabled")
+        assert "Traceback" not in result.err
+        if result.code == 0:
+            (stopped / "metrics.json").unlink()
+            continue
+        assert result.code == 2 and result.err.splitlines()[-1].startswith("error: "), result.err
+        assert content(stopped / "checkpoints") == sound
+        refused += 1
+    assert refused > 25
+
+
+def test_a_foreign_network_is_refused_in_one_line(program, stopped):
+    file = stopped / ".hydra/config.yaml"
+    config = OmegaConf.load(file)
+    config.model.channels[0] = 5
+    OmegaConf.save(config, file)
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and "does not fit" in result.err.splitlines()[-1] and "Traceback" not in result.err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(program, tmp_path):
+    (tmp_path / "file").touch()
+    result = program(*TINY, f"hydra.run.dir={tmp_path / 'file/run'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "hydra.run.dir" in result.err
+
+
+def test_checksums_cover_what_pytorch_does_not_compare(stopped):
+    newest = stopped / "checkpoints/last.ckpt"
+    with zipfile.ZipFile(newest) as archive:
+        name = max(archive.infolist(), key=lambda info: info.file_size)
+    data = bytearray(newest.read_bytes())
+    data[name.header_offset + name.file_size // 2 + 200] ^= 1
+    newest.write_bytes(data)
+    assert newest_sound(stopped) == stopped / "checkpoints/previous.ckpt"
+
+
+def test_the_checksums_of_mnist_are_the_published_ones():
+    assert sum(size for size, _ in sources.MNIST_FILES.values()) == 54_950_048
