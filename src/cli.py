@@ -42,7 +42,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             try:
                 check(config)
                 _check_added()
-                return task(config)
+                return _finished_before() or task(config)
             except Exception as error:
                 line = explain(error)
                 hydra_config = HydraConfig.get()
@@ -131,6 +131,15 @@ def _check_added() -> None:
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
         if not parent or nearest(key, siblings, cutoff=0.8):
             raise UserError(_unknown_key(key, known))
+
+
+def _finished_before() -> str | None:
+    """Says so where an earlier start of this multirun has finished the job, which is then not done again."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not (folder / "metrics.json").exists():
+        return None
+    print(f"finished before: {folder.name}", flush=True)
+    return "finished before"
 
 
 def _remove_if_empty(folder: Path) -> None:
