@@ -18,7 +18,7 @@ def report(folders: list[Path], output: Path) -> None:
     from src.sweeps.jobs import compare, read_jobs
 
     comparison = compare(read_jobs(folders))
-    title = ", ".join(os.path.relpath(folder) for folder in folders)
+    title = ", ".join(folder.resolve().name for folder in folders)
     output.mkdir(parents=True, exist_ok=True)
     tables.write_csv(comparison, output / "sweep.csv")
     drawn = pictures.draw(comparison, output)

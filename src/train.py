@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
 
     from src.callbacks.console import print_results, quiet
-    from src.results import collect, metric, write_metrics
+    from src.results import collect, log_hyperparameters, metric, write_metrics
 
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -27,6 +27,7 @@ def main(cfg: DictConfig) -> float | None:
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger))
 
+    log_hyperparameters(trainer, cfg)
     started = perf_counter()
     trainer.fit(module, data)
     fitted = perf_counter()
