@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UserError
+from src.sweeps.settings import flat, refuse_other
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
 
@@ -38,7 +39,10 @@ class Sweep(Callback):
         )
         folder = Path(config.hydra.sweep.dir)
         try:
-            refuse_other_settings(config, folder)
+            if (folder / "multirun.yaml").exists():
+                before = OmegaConf.load(folder / "multirun.yaml")
+                fix = "continue it by its own command, or begin another folder"
+                refuse_other(flat(before), flat(config), f"the sweep in {folder}", fix)
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(_say(f"error: {error}", 2))
         print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
@@ -72,33 +76,6 @@ class Sweep(Callback):
         if errors:
             bugs = any(len(lines) > 1 for lines in errors)
             sys.exit(1 if bugs else 2)
-
-
-def refuse_other_settings(config: DictConfig, folder: Path) -> None:
-    """Raises UserError if the sweep that `folder` has was of another config: its finished jobs would not fit."""
-    if not (folder / "multirun.yaml").exists():
-        return
-    before, now = (_flat(one) for one in (OmegaConf.load(folder / "multirun.yaml"), config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"hydra.sweep.dir={folder} has a sweep with {key}={before.get(key)}, and here it is {now.get(key)}; "
-                "continue that one by its own command, or begin another folder"
-            )
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """Leaves by dotted key, interpolations as they are written; Hydra's own keys left out."""
-
-    def walk(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {key: leaf for name in node for key, leaf in walk(node[name], f"{prefix}.{name}").items()}
-
-    container = OmegaConf.to_container(config)
-    assert isinstance(container, dict)
-    container.pop("hydra")
-    return {key.removeprefix("."): leaf for key, leaf in walk(container, "").items()}
 
 
 def clear(folder: Path) -> None:

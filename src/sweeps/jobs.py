@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.errors import UserError
 
-FINISHED, FAILED, UNFINISHED, NOT_BEGUN = "finished", "failed", "unfinished", "not begun"
+STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
 # Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
 APART = "seed", "sweep", "output_dir"
 
@@ -66,6 +66,11 @@ def text(value: Any) -> str:
     return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
 
 
+def is_loss(metric: str) -> bool:
+    """Whether less is better."""
+    return "loss" in metric
+
+
 def read_jobs(folders: Sequence[Path]) -> list[Job]:
     """Every run below the folders, and those that their sweeps have yet to begin. Raises UserError if there is none."""
     jobs: dict[Path, Job] = {}
@@ -91,7 +96,8 @@ def _read_job(folder: Path) -> Job:
     if (folder / "metrics.json").exists():
         job.status, job.results = FINISHED, json.loads((folder / "metrics.json").read_text())
     elif (folder / "error.txt").exists():
-        job.status, job.error = FAILED, (folder / "error.txt").read_text().partition("\n")[0]
+        job.error = (folder / "error.txt").read_text().partition("\n")[0]
+        job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
     return job
 
 
@@ -134,7 +140,9 @@ class Group:
 
     @property
     def status(self) -> str:
-        return next((s for s in (FINISHED, FAILED, UNFINISHED) if s in {job.status for job in self.jobs}), NOT_BEGUN)
+        return next(
+            (s for s in (FINISHED, FAILED, PRUNED, UNFINISHED) if s in {job.status for job in self.jobs}), NOT_BEGUN
+        )
 
     @property
     def name(self) -> str:
@@ -162,7 +170,7 @@ class Comparison:
 
     @property
     def lower_is_better(self) -> bool:
-        return self.metric is not None and "loss" in self.metric
+        return self.metric is not None and is_loss(self.metric)
 
     @property
     def best(self) -> Group | None:
@@ -193,18 +201,23 @@ def compare(jobs: list[Job]) -> Comparison:
 
 
 def _metric(jobs: list[Job]) -> tuple[str | None, str]:
-    """The metric to rank by, or None and why: nothing may be chosen by a score on the test images."""
+    """The metric to rank by, or None and why there is none."""
     finished = [job for job in jobs if job.status == FINISHED]
-    names = {job.config.get("optimized_metric") for job in finished}
     if not finished:
         return None, "no run has finished"
-    if len(names) > 1:
+    if len({job.config.get("optimized_metric") for job in finished}) > 1:
         return None, "the runs differ in optimized_metric"
-    (name,) = names
-    if name is None:
-        return None, "optimized_metric is null"
-    if name.startswith("test/"):
-        return None, f"{name} is a score on the test images, by which nothing may be chosen"
-    if any(OmegaConf.select(job.config, "data.val_on_test") for job in finished):
-        return None, "with data.val_on_test the validation images are the test images, by which nothing may be chosen"
-    return name, ""
+    why_not = next((why for job in finished if (why := unfit_to_choose_by(job.config))), "")
+    return (None, why_not) if why_not else (finished[0].config.optimized_metric, "")
+
+
+def unfit_to_choose_by(config: DictConfig) -> str:
+    """Why no run may be chosen by the config's optimized_metric; empty if it may."""
+    metric = config.get("optimized_metric")
+    if metric is None:
+        return "optimized_metric is null"
+    if metric.startswith("test/"):
+        return f"{metric} is a score on the test images, by which nothing may be chosen"
+    if OmegaConf.select(config, "data.val_on_test"):
+        return "with data.val_on_test the validation images are the test images, by which nothing may be chosen"
+    return ""

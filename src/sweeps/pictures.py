@@ -24,7 +24,9 @@ CURVES = 10  # with a colour and a line in the legend; further ones are grey
 def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
     """Writes what can be drawn into the folder; gives the file names with what they show."""
     pictures = {}
-    if comparison.best and len(comparison.keys) == 2:
+    # A search makes no grid, and a map of it would be mostly empty.
+    cells = [len({group.settings[key] for group in comparison.groups}) for key in comparison.keys]
+    if comparison.best and len(cells) == 2 and 2 * len(comparison.groups) > cells[0] * cells[1]:
         pictures["heatmap.png"] = _save(heat_map(comparison), folder / "heatmap.png", comparison)
     if comparison.best and len(comparison.keys) == 1:
         pictures["line.png"] = _save(line(comparison), folder / "line.png", comparison)
@@ -149,10 +151,15 @@ def line(comparison: Comparison) -> Figure:
 def loss_curves(comparison: Comparison) -> Figure | None:
     """Training and validation losses of all runs, from what they logged for TensorBoard; None if they logged none."""
     curves = {job.folder: _losses(job.folder) for job in comparison.jobs if job.folder.is_dir()}
-    logged = {tag for found in curves.values() for tag in found}
-    tags = [tag for tag in ("train/loss", "val/loss") if tag in logged] or sorted(logged)[:2]
-    if not tags:
+    points: dict[str, int] = {}
+    for found in curves.values():
+        for tag, (steps, _) in found.items():
+            points[tag] = max(points.get(tag, 0), len(steps))
+    if not points:
         return None
+    # Runs of one epoch have a curve only in the losses of single steps.
+    train = "train/loss_step" if points.get("train/loss") == 1 < points.get("train/loss_step", 0) else "train/loss"
+    tags = [tag for tag in (train, "val/loss") if tag in points] or sorted(points)[:2]
     figure, panels = plt.subplots(1, len(tags), figsize=(1 + 5 * len(tags), 5), layout="constrained", squeeze=False)
     for tag, axes in zip(tags, panels[0], strict=True):
         _panel(comparison, tag, curves, axes)
@@ -185,6 +192,6 @@ def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     found = {}
     for tag in events.Tags()["scalars"]:
         points = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
-        if "loss" in tag and not tag.endswith("_step") and not tag.startswith("test/") and points:
+        if "loss" in tag and not tag.startswith("test/") and points:
             found[tag] = (list(points), list(points.values()))
     return found

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, UNFINISHED, Comparison, Group, continue_command
+from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Group, continue_command
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:
@@ -111,7 +111,7 @@ def markdown(comparison: Comparison, title: str, pictures: dict[str, str]) -> st
 
 
 def counted(comparison: Comparison) -> str:
-    counts = {s: comparison.count(s) for s in (FINISHED, FAILED, UNFINISHED, NOT_BEGUN)}
+    counts = {s: comparison.count(s) for s in STATUSES}
     total = len(comparison.jobs)
     return f"{total} run{'s' * (total != 1)}: " + ", ".join(f"{n} {status}" for status, n in counts.items() if n)
 
