@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     from optuna.study import MaxTrialsCallback
 
     from src.report import report
-    from src.sweeps.study import COUNTED, open_study, run_trial
+    from src.sweeps.study import COUNTED, open_study, run_trial, tell
 
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     if left > 0:
         # Other processes may work on the same study: the callback stops all of them at the target.
         stop = MaxTrialsCallback(cfg.trials, states=COUNTED)
-        study.optimize(lambda trial: run_trial(trial, cfg.search, folder), n_trials=left, callbacks=[stop])
+        study.optimize(lambda trial: run_trial(trial, cfg.search, folder), n_trials=left, callbacks=[tell, stop])
     report([folder], folder)
 
 

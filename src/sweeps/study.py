@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from src import train
@@ -35,6 +35,7 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     if why_not := unfit_to_choose_by(cfg):
         raise UserError(f"{why_not}; set optimized_metric=val/acc and data.val_on_test=false")
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it answers a mistake with a traceback; see tell
     # A trial whose process was killed no longer beats; the study takes it up again later.
     retry = RetryHeartbeatStaleTrialCallback()
     storage = RDBStorage(
@@ -54,6 +55,14 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     # With one seed for every start, a continued study would draw its first trials once more.
     study.sampler = instantiate(cfg.sampler, seed=cfg.seed + len(study.trials))
     return study
+
+
+def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+    """A line a trial, for study.optimize to call."""
+    outcome = f"{trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
+    print(f"trial {trial.number}: {outcome}{best}", flush=True)
 
 
 def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:

@@ -121,7 +121,8 @@ def show(comparison: Comparison, title: str) -> None:
     if not console.is_terminal:
         console.width = 200  # a file has no edge to break lines at
     heads, rows = summary(comparison)
-    table = Table(title=f"{title} ({counted(comparison)})", box=box.SIMPLE_HEAD, title_justify="left")
+    console.print(f"{title} ({counted(comparison)})", soft_wrap=True, markup=False)
+    table = Table(box=box.SIMPLE_HEAD)
     for head in heads:
         table.add_column(head, justify="left" if head in ("run", "status") else "right", overflow="fold")
     for number, cells in enumerate(rows):
