@@ -45,7 +45,13 @@ def pretend(folder: Path, *overrides: str, metrics: dict[str, float] | None = No
     OmegaConf.save(OmegaConf.merge({"optimized_metric": "val/acc", **config}, settings), folder / ".hydra/config.yaml")
     if metrics is not None:
         seed = int(settings.get("seed", 0))
-        results = {"data": "mnist", "epochs": 2, "parameters": 15_544, "seed": seed, "seconds": {"fit": 2.0, "test": 1.0}}
+        results = {
+            "data": "mnist",
+            "epochs": 2,
+            "parameters": 15_544,
+            "seed": seed,
+            "seconds": {"fit": 2.0, "test": 1.0},
+        }
         (folder / "metrics.json").write_text(json.dumps({**results, "metrics": metrics}))
     if error:
         (folder / "error.txt").write_text(error)
@@ -207,7 +213,9 @@ def test_without_runs_there_is_one_line(tmp_path, monkeypatch, capsys, make):
 def test_the_pictures_show_what_was_measured(tmp_path):
     values = {("0.1", "0"): 0.9, ("0.1", "0.5"): 0.8, ("1", "0"): 0.1}
     for (lr, dropout), score in values.items():
-        pretend(tmp_path / f"{lr}_{dropout}", f"optimizer.lr={lr}", f"model.dropout={dropout}", metrics={"val/acc": score})
+        pretend(
+            tmp_path / f"{lr}_{dropout}", f"optimizer.lr={lr}", f"model.dropout={dropout}", metrics={"val/acc": score}
+        )
     pretend(tmp_path / "failed", "optimizer.lr=1", "model.dropout=0.5", error="no")
     axes = heat_map(compare(read_jobs([tmp_path]))).axes[0]
     assert {text.get_text() for text in axes.texts} == {"90.00", "80.00", "10.00", "failed"}
@@ -220,7 +228,9 @@ def test_the_pictures_show_what_was_measured(tmp_path):
 
 
 def test_one_of_four_fails_and_is_named(program, tmp_path):
-    result = program("-m", *TINY, "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}")
+    result = program(
+        "-m", *TINY, "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}"
+    )
     assert result.code == 2 and "Traceback" not in result.err
     assert "failed: optimizer.lr=-1: optimizer.lr=-1: must be a number above 0" in result.err.splitlines()
     assert len(list(tmp_path.glob("*/metrics.json"))) == 3
@@ -285,7 +295,9 @@ PROGRAM = "import sys; from src.train import main; sys.argv[0] = 'src/train.py';
 
 def start(*arguments: str) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], cwd=CONF.parent, start_new_session=True, **quiet)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=CONF.parent, start_new_session=True, **quiet
+    )
 
 
 @pytest.mark.slow
@@ -331,7 +343,9 @@ def test_jobs_in_other_processes_give_the_same(launcher, program, tmp_path):
     assert result.code == 2 and "2 finished, 1 failed" in result.out
     assert program(*arguments, f"hydra.sweep.dir={tmp_path / 'here'}").code == 2
     for seed in "01":
-        here, there = (json.loads((tmp_path / f"{place}/seed={seed}/metrics.json").read_text()) for place in ("here", "there"))
+        here, there = (
+            json.loads((tmp_path / f"{place}/seed={seed}/metrics.json").read_text()) for place in ("here", "there")
+        )
         assert here["metrics"] == there["metrics"]
 
 
@@ -347,7 +361,12 @@ def test_continue_command_of_a_named_sweep(tmp_path):
 def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeypatch):
     optuna = pytest.importorskip("optuna")
     arguments = [one for one in TINY if "max_epochs" not in one]
-    arguments += ["trainer.max_epochs=2", "pruner.n_warmup_steps=0", "search.optimizer.lr.low=0.0001", f"hydra.run.dir={tmp_path}"]
+    arguments += [
+        "trainer.max_epochs=2",
+        "pruner.n_warmup_steps=0",
+        "search.optimizer.lr.low=0.0001",
+        f"hydra.run.dir={tmp_path}",
+    ]
 
     def trials() -> list:
         return optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
