@@ -228,9 +228,7 @@ def test_the_pictures_show_what_was_measured(tmp_path):
 
 
 def test_one_of_four_fails_and_is_named(program, tmp_path):
-    result = program(
-        "-m", *TINY, "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}"
-    )
+    result = program("-m", *TINY, "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "Traceback" not in result.err
     assert "failed: optimizer.lr=-1: optimizer.lr=-1: must be a number above 0" in result.err.splitlines()
     assert len(list(tmp_path.glob("*/metrics.json"))) == 3
