@@ -43,9 +43,8 @@ def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
         value = OmegaConf.select(cfg, key, default=absent)
         if value is not absent and not isinstance(value, DictConfig):
             plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
-    for group, option in hydra.runtime.choices.items():
-        if "/" not in group and option is not None:
-            plain[group] = str(option)
+    for group in "experiment", "data", "model", "optimizer", "scheduler":
+        plain[group] = str(hydra.runtime.choices[group] or "null")
     return plain
 
 
@@ -56,9 +55,11 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
     Lightning's and PyTorch's own ways also write a description of the whole experiment, made from one run;
     TensorBoard believes the first that it finds, and shows no column that it lacks. Without any it looks at all runs.
     """
+    folder = Path(cfg.output_dir)
+    summary = hparams_pb(hyperparameters(cfg), trial_id=f"{folder.name} in {folder.parent.name}")
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment._get_file_writer().add_summary(hparams_pb(hyperparameters(cfg)))
+            logger.experiment._get_file_writer().add_summary(summary)
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:

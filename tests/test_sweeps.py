@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 
 from src import report, tune
 from src.config import CONF
-from src.sweeps.jobs import compare, continue_command, read_jobs
+from src.sweeps.jobs import command, compare, continue_command, read_jobs
 from src.sweeps.pictures import heat_map, line
 
 TINY = (
@@ -93,11 +94,15 @@ def mean_of(rows: list[dict[str, str]], setting: str) -> float:
 
 
 def test_the_command_in_the_report_trains_the_winner_again(swept, program, tmp_path):
-    winner = compare(read_jobs([swept])).best.jobs[0]
-    words = winner.command.replace("'", "").split()
-    assert words[:3] == ["python", "-m", "src.train"]
-    assert program(*words[3:], f"hydra.run.dir={tmp_path}").code == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"] == winner.results["metrics"]
+    winners = compare(read_jobs([swept])).best.jobs
+    words = shlex.split(command(winners))
+    assert words[:4] == ["python", "-m", "src.train", "-m"] and words[-1] == "seed=0,1"
+    assert program(*words[3:], f"hydra.sweep.dir={tmp_path}").code == 0
+    for winner in winners:
+        again = json.loads((tmp_path / f"seed={winner.seed}/metrics.json").read_text())
+        assert again["metrics"] == winner.results["metrics"]
+    words = shlex.split(command(winners[:1]))
+    assert "-m" not in words[3:] and words[-1] == "seed=0"
 
 
 def test_tensorboard_shows_a_filled_column_for_each_swept_key_and_metric(swept):

@@ -49,11 +49,13 @@ class Job:
     def seconds(self) -> float:
         return sum(self.results.get("seconds", {}).values())
 
-    @property
-    def command(self) -> str:
-        """What trains this one again, alone: its overrides without those that make it a sweep."""
-        kept = [one for one in self.overrides if not one.startswith("sweep=")]
-        return shlex.join(["python", "-m", "src.train", *kept])
+
+def command(jobs: Sequence[Job]) -> str:
+    """What trains these again: their overrides but a sweep's name; for several jobs, a multirun over their seeds."""
+    kept = [one for one in jobs[0].overrides if not one.startswith(("sweep=", "seed="))]
+    seeds = f"seed={','.join(str(job.seed) for job in jobs)}"
+    spoken = any(one.startswith("seed=") for one in jobs[0].overrides) or len(jobs) > 1
+    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(jobs) > 1), *kept, *[seeds] * spoken])
 
 
 def parse(overrides: Sequence[str]) -> dict[str, str]:

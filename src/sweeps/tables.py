@@ -9,7 +9,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Group, continue_command
+from src.sweeps.jobs import (
+    FAILED,
+    FINISHED,
+    NOT_BEGUN,
+    STATUSES,
+    UNFINISHED,
+    Comparison,
+    Group,
+    command,
+    continue_command,
+)
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:
@@ -75,11 +85,11 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
         assert comparison.metric
         unit = " %" if comparison.metric.endswith("acc") else ""
         line = f"{best.name}: {comparison.metric} {score(best, comparison.metric)}{unit}, chosen by {comparison.metric}"
-        said.append(("Best", [line, *dict.fromkeys(f"    {job.command}" for job in best.finished)]))
+        said.append(("Best", [line, f"    {command(best.finished)}"]))
     else:
         said.append(("Best", [f"not ranked: {comparison.why_not or 'no score is a number'}"]))
     if failed := [job for job in comparison.jobs if job.status == FAILED]:
-        lines = [line for job in failed for line in (f"{job.folder.name}: {job.error}", f"    {job.command}")]
+        lines = [line for job in failed for line in (f"{job.folder.name}: {job.error}", f"    {command([job])}")]
         said.append((f"Failed: {len(failed)}", lines))
     missing = [job for job in comparison.jobs if job.status in (UNFINISHED, NOT_BEGUN)]
     if missing:
