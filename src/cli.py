@@ -58,7 +58,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except Exception as error:
-                line = explain(error)
+                line = explain(error, config_name)
                 if line is None or before == "1":
                     raise
                 sys.exit(_say(line))
@@ -75,7 +75,7 @@ def _say(line: str) -> int:
     return 2
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, config_name: str = "train") -> str | None:
     """One line for a mistake of the user's, None for a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -86,7 +86,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause or error).split())
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
-        return _unknown_key(text.split("'")[1], _known_keys(_chosen_groups()))
+        return _unknown_key(text.split("'")[1], _known_keys(_chosen_groups(), config_name))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -104,11 +104,11 @@ def _chosen_groups() -> list[str]:
     return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
 
 
-def _known_keys(overrides: list[str]) -> list[str]:
+def _known_keys(overrides: list[str], config_name: str = "train") -> list[str]:
     """The groups, and the keys of the config that these overrides give."""
     composing = GlobalHydra.instance().is_initialized()  # within a job; not after a composition that failed
     with nullcontext() if composing else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=overrides)
+        config = hydra.compose(config_name, overrides=overrides)
     return [key for key, _ in nodes(config)] + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 

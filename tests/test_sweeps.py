@@ -397,6 +397,8 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
         ("optimized_metric=test/acc", "nothing may be chosen"),
         ("search.optimizer.lr.suggest=flaot", "must be float, int or categorical"),
         ("search.optimizer.lr.low=5", "search.optimizer.lr"),
+        ("trial=5", "did you mean trials?"),
+        ("trials=0", "a whole number of 1 or more"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(program, tmp_path, mistake, words):

@@ -71,11 +71,14 @@ class Sweep(Callback):
         from src.report import report
 
         folder = Path(config.hydra.sweep.dir)
-        report([folder], folder)
+        try:
+            report([folder], folder)
+        except Exception:  # Hydra would make a warning of it
+            traceback.print_exc()
+            sys.exit(1)
         errors = [file.read_text().splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
         if errors:
-            bugs = any(len(lines) > 1 for lines in errors)
-            sys.exit(1 if bugs else 2)
+            sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
 
 
 def clear(folder: Path) -> None:
