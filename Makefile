@@ -28,6 +28,9 @@ sweep: $(VENV)/.installed  ## train over a grid of learning rates and dropouts
 backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates and compare them
 	$(RUN) -m src.train experiment=backprop sweep=backprop_lr $(ARGS)
 
+tune: $(VENV)/.installed  ## search the learning rate and the dropout with Optuna; bad trials stop early
+	$(RUN) -m src.tune data=auto $(ARGS)
+
 test: $(VENV)/.installed  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
@@ -44,4 +47,4 @@ clean:  ## remove caches (outputs/, data/ and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help train sweep backprop test lint format dashboard clean
+.PHONY: help train sweep tune backprop test lint format dashboard clean

@@ -60,6 +60,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                     config = _own_config(config)
                 check(config)
                 _check_added()
+                if finished := _finished_before():
+                    return finished
                 with isolated():
                     return task(config)
             except SystemExit as stop:
@@ -92,7 +94,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                     sys.argv = [arguments[0], *_prepare(arguments[1:])]
                     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except Exception as error:
-                line = explain(error)
+                line = explain(error, config_name)
                 if line is None or before == "1":
                     raise
                 sys.exit(_say(line))
@@ -188,7 +190,7 @@ def _say(line: str) -> int:
     return 2
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, config_name: str = "train") -> str | None:
     """One line for a mistake of the user's, None for a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -199,7 +201,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause or error).split())
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
-        return _unknown_key(text.split("'")[1], _known_keys(_chosen_groups()))
+        return _unknown_key(text.split("'")[1], _known_keys(_chosen_groups(), config_name))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -222,11 +224,11 @@ def _chosen_groups() -> list[str]:
     return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
 
 
-def _known_keys(overrides: list[str]) -> list[str]:
+def _known_keys(overrides: list[str], config_name: str = "train") -> list[str]:
     """The groups, and the keys of the config that these overrides give."""
     composing = GlobalHydra.instance().is_initialized()  # within a job; not after a composition that failed
     with nullcontext() if composing else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=overrides)
+        config = hydra.compose(config_name, overrides=overrides)
     return [key for key, _ in nodes(config)] + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 
@@ -249,6 +251,15 @@ def _check_added() -> None:
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
         if not parent or nearest(key, siblings, cutoff=0.8):
             raise UserError(_unknown_key(key, known))
+
+
+def _finished_before() -> str | None:
+    """Says so where an earlier start of this multirun has finished the job, which is then not done again."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode != RunMode.MULTIRUN or not (folder / "metrics.json").exists():
+        return None
+    print(f"finished before: {folder.name}", flush=True)
+    return "finished before"
 
 
 def _remove_if_empty(folder: Path) -> None:

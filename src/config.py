@@ -74,6 +74,8 @@ RULES: dict[str, Rule] = {
     "scheduler.pct_start": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "scheduler.div_factor": real("a number above 0", lambda x: x > 0),
     "scheduler.final_div_factor": real("a number above 0", lambda x: x > 0),
+    "trials": whole(1),
+    "study": text,
     "trainer.max_epochs": either(whole(1), Rule(lambda value: value == -1, "-1 for no limit")),
     "trainer.max_steps": either(whole(1), Rule(lambda value: value == -1, "-1 for no limit")),
     "trainer.num_nodes": whole(1),

@@ -10,10 +10,16 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from omegaconf import DictConfig
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch import Tensor
 
+from src.config import RULES
 from src.errors import UserError
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
@@ -25,6 +31,35 @@ def metric(results: dict[str, Any], name: str | None) -> float | None:
     if name is not None and name not in results["metrics"]:
         raise UserError(f"optimized_metric={name}: the run has " + ", ".join(results["metrics"]))
     return results["metrics"][name] if name is not None else None
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
+    """The project's own keys, what the command line set, and the chosen config groups, as plain values."""
+    hydra = HydraConfig.get()
+    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    absent = object()
+    plain: dict[str, bool | int | float | str] = {}
+    for key in [*RULES, *(override.key_or_group for override in overrides)]:
+        value = OmegaConf.select(cfg, key, default=absent)
+        if value is not absent and not isinstance(value, DictConfig):
+            plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
+    for group in "experiment", "data", "model", "optimizer", "scheduler":
+        plain[group] = str(hydra.runtime.choices[group] or "null")
+    return plain
+
+
+@rank_zero_only
+def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
+    """Puts the run into TensorBoard's HParams tab, whose metrics are the scalars that the run logs.
+
+    Lightning's and PyTorch's own ways also write a description of the whole experiment, made from one run;
+    TensorBoard believes the first that it finds, and shows no column that it lacks. Without any it looks at all runs.
+    """
+    folder = Path(cfg.output_dir)
+    summary = hparams_pb(hyperparameters(cfg), trial_id=f"{folder.name} in {folder.parent.name}")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment._get_file_writer().add_summary(summary)
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:

@@ -1,12 +1,20 @@
 """Trains, tests and records one experiment: python -m src.train. The keys are in conf/train.yaml."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from omegaconf import DictConfig
 
 from src import cli
 
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
 
 @cli.entry("train")
-def main(cfg: DictConfig) -> float | None:
+def main(cfg: DictConfig, further_callbacks: Sequence[Callback] = ()) -> float | None:
     # Here, because --help, --cfg and a typing mistake should not wait for PyTorch.
     from pathlib import Path
     from time import perf_counter
@@ -17,7 +25,7 @@ def main(cfg: DictConfig) -> float | None:
     from src.callbacks.console import print_results, quiet
     from src.checkpoints import resume
     from src.process import refuse_processes_within_multirun
-    from src.results import collect, metric, write_metrics
+    from src.results import collect, log_hyperparameters, metric, write_metrics
 
     quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -27,10 +35,11 @@ def main(cfg: DictConfig) -> float | None:
         cfg.module, net=net, optimizer=instantiate(cfg.optimizer), scheduler=instantiate(cfg.scheduler)
     )
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger))
+    trainer = instantiate(cfg.trainer, callbacks=[*callbacks, *further_callbacks], logger=instantiate(cfg.logger))
     refuse_processes_within_multirun(trainer)
     checkpoint = resume(Path(cfg.resume), trainer) if cfg.resume else None
 
+    log_hyperparameters(trainer, cfg)
     started = perf_counter()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     fitted = perf_counter()

@@ -190,7 +190,8 @@ def options(group: str) -> list[str]:
 )
 def test_every_config_composes_and_holds_to_the_rules(choice):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        check(compose("train", overrides=[choice]))
+        for root in ["tune"] if choice.startswith("search=") else ["train", "tune"]:
+            check(compose(root, overrides=[choice]))
 
 
 def test_every_rule_is_for_a_key_that_some_config_has():
@@ -198,7 +199,7 @@ def test_every_rule_is_for_a_key_that_some_config_has():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for folder in CONF.iterdir():
             for choice in options(folder.name):
-                config = compose("train", overrides=[choice])
+                config = compose("tune", overrides=[choice])
                 found |= {key for key in RULES if OmegaConf.select(config, key, default=found) is not found}
     assert set(RULES) == found
 

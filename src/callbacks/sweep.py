@@ -1,20 +1,103 @@
-"""What Hydra does around the jobs of a multirun."""
+"""What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
 
+import shutil
+import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UserError
+from src.sweeps.settings import flat, refuse_other
+
+METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
 
 
 class Sweep(Callback):
-    """Names each job's folder by the swept keys alone: overrides that all jobs share say nothing."""
+    """Works with every launcher: the jobs may run in other processes, or on other machines.
+
+    A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: cli.entry skips the jobs that
+    have a metrics.json there.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+        arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+        overrides = OverridesParser.create().parse_overrides(arguments)
         swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
         shared = {override.key_or_group for override in overrides} - swept
+        # A job's folder is named by the swept keys alone: overrides that all jobs share say nothing.
         # Every job's own config is composed anew from this list of Hydra overrides.
         config.hydra.overrides.hydra.append(
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
         )
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            if (folder / "multirun.yaml").exists():
+                before = OmegaConf.load(folder / "multirun.yaml")
+                fix = "continue it by its own command, or begin another folder"
+                refuse_other(flat(before), flat(config), f"the sweep in {folder}", fix)
+        except UserError as error:  # Hydra would make a warning of it
+            sys.exit(_say(f"error: {error}", 2))
+        print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        # A worker may outlive its sweep: whoever continues the sweep waits for the job instead of doing it twice.
+        self.lock = FileLock(folder / ".lock")
+        self.lock.acquire()
+        if not (folder / METRICS_FILE).exists():
+            clear(folder)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        if job_return.status == JobStatus.FAILED:
+            record_failure(Path(config.hydra.runtime.output_dir), job_return._return_value)
+            # Else the sweeper would raise the first failure, and nothing could be said about the others.
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        self.lock.release()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        # Here, because Hydra imports this file before it has read the command line to its end.
+        from src.report import report
+
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            report([folder], folder)
+        except Exception:  # Hydra would make a warning of it
+            traceback.print_exc()
+            sys.exit(1)
+        errors = [file.read_text().splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
+        if errors:
+            sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
+
+
+def clear(folder: Path) -> None:
+    """Takes away what an interrupted or failed job left, lest TensorBoard draw both attempts as one curve."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for file in [*folder.glob("events.out.tfevents.*"), folder / ERROR_FILE]:
+        file.unlink(missing_ok=True)
+
+
+def record_failure(folder: Path, error: BaseException) -> None:
+    """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
+    from src.cli import explain
+
+    line = explain(error)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
+    (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
+    _say(f"failed: {folder.name}: {text.splitlines()[0] if line is None else line}")
+
+
+def _say(line: str, code: int = 0) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,225 @@
+"""The runs below some folders: read, compared, grouped over seeds, ranked."""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from src.errors import UserError
+
+STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
+# Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
+APART = "seed", "sweep", "output_dir"
+
+
+@dataclass
+class Job:
+    folder: Path
+    status: str
+    overrides: list[str]
+    config: DictConfig
+    results: dict[str, Any] = field(default_factory=dict)  # metrics.json
+    error: str = ""
+
+    def value(self, key: str) -> str:
+        """What the job's config has for the key, or the chosen option if the key is a config group."""
+        value = OmegaConf.select(self.config, key)
+        if value is None or isinstance(value, DictConfig):
+            return parse(self.overrides).get(key, "")
+        return text(value)
+
+    @property
+    def seed(self) -> Any:
+        return self.results.get("seed", self.config.get("seed"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: x for name, x in self.results.get("metrics", {}).items() if not name.endswith("_step")}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.results.get("seconds", {}).values())
+
+
+def command(jobs: Sequence[Job]) -> str:
+    """What trains these again: their overrides but a sweep's name; for several jobs, a multirun over their seeds."""
+    kept = [one for one in jobs[0].overrides if not one.startswith(("sweep=", "seed="))]
+    seeds = f"seed={','.join(str(job.seed) for job in jobs)}"
+    spoken = any(one.startswith("seed=") for one in jobs[0].overrides) or len(jobs) > 1
+    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(jobs) > 1), *kept, *[seeds] * spoken])
+
+
+def parse(overrides: Sequence[str]) -> dict[str, str]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {one.key_or_group: text(one.value()) for one in parsed}
+
+
+def text(value: Any) -> str:
+    """One spelling for equal values: 0, 0.0 and 0e0 are one setting."""
+    return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
+
+
+def is_loss(metric: str) -> bool:
+    """Whether less is better."""
+    return "loss" in metric
+
+
+def read_jobs(folders: Sequence[Path]) -> list[Job]:
+    """Every run below the folders, and those that their sweeps have yet to begin. Raises UserError if there is none."""
+    jobs: dict[Path, Job] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder; runs and sweeps lie under outputs/")
+        for file in sorted(folder.rglob(".hydra/overrides.yaml")):
+            jobs.setdefault(file.parent.parent.resolve(), _read_job(file.parent.parent))
+        for sweep in sorted(folder.rglob("multirun.yaml")):
+            begun = {frozenset(parse(job.overrides).items()) for job in jobs.values()}
+            for overrides in _planned(sweep):
+                if frozenset(parse(overrides).items()) not in begun:
+                    place = sweep.parent / " ".join(overrides)
+                    jobs[place] = Job(place, NOT_BEGUN, overrides, OmegaConf.create())
+    if not jobs:
+        raise UserError(f"{', '.join(map(str, folders))}: there are no runs in here; name the folder of a sweep")
+    return list(jobs.values())
+
+
+def _read_job(folder: Path) -> Job:
+    overrides, config = _yaml(folder / ".hydra/overrides.yaml"), _yaml(folder / ".hydra/config.yaml")
+    job = Job(folder, UNFINISHED, overrides or [], OmegaConf.create(config or {}))
+    if (folder / "metrics.json").exists():
+        job.status, job.results = FINISHED, json.loads((folder / "metrics.json").read_text())
+    elif (folder / "error.txt").exists():
+        job.error = (folder / "error.txt").read_text().partition("\n")[0]
+        job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
+    return job
+
+
+def _yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError):  # Hydra was killed while it wrote the file
+        return None
+
+
+def _planned(multirun: Path) -> list[list[str]]:
+    """The overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
+    hydra = (_yaml(multirun) or {}).get("hydra", {})
+    params = hydra.get("sweeper", {}).get("params") or {}
+    arguments = [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", [])
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def continue_command(multirun: Path) -> str:
+    """The command that the sweep was started with, and the switch that makes it continue."""
+    overrides = _yaml(multirun)["hydra"]["overrides"]
+    own = ("hydra.mode=", "hydra.sweep.dir=", "hydra.job.config.override_dirname.exclude_keys=")
+    hydra = [one for one in overrides["hydra"] if not one.startswith(own)]
+    flag = ["-m"] if "hydra.mode=MULTIRUN" in overrides["hydra"] else []
+    folder = f"hydra.sweep.dir={multirun.parent}"
+    return shlex.join(["python", "-m", "src.train", *flag, *overrides["task"], *hydra, folder])
+
+
+@dataclass
+class Group:
+    """The jobs whose settings are equal, seeds aside."""
+
+    settings: dict[str, str]
+    jobs: list[Job]
+
+    @property
+    def finished(self) -> list[Job]:
+        return [job for job in self.jobs if job.status == FINISHED]
+
+    @property
+    def status(self) -> str:
+        return next(
+            (s for s in (FINISHED, FAILED, PRUNED, UNFINISHED) if s in {job.status for job in self.jobs}), NOT_BEGUN
+        )
+
+    @property
+    def name(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or self.jobs[0].folder.name
+
+    def values(self, metric: str) -> list[float]:
+        return [job.metrics[metric] for job in self.finished if metric in job.metrics]
+
+    def mean(self, metric: str) -> float:
+        return fmean(self.values(metric) or [math.nan])
+
+    def std(self, metric: str) -> float:
+        """Of the sample; NaN for fewer than two."""
+        values = self.values(metric)
+        return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+@dataclass
+class Comparison:
+    jobs: list[Job]
+    keys: list[str]  # what differs between the jobs
+    groups: list[Group]  # best first; those without a score last
+    metric: str | None  # what they are ranked by
+    why_not: str = ""  # they are not ranked
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric is not None and is_loss(self.metric)
+
+    @property
+    def best(self) -> Group | None:
+        first = self.groups[0]
+        return first if self.metric and math.isfinite(first.mean(self.metric)) else None
+
+    def count(self, status: str) -> int:
+        return sum(job.status == status for job in self.jobs)
+
+
+def compare(jobs: list[Job]) -> Comparison:
+    mentioned = dict.fromkeys(key for job in jobs for key in parse(job.overrides))
+    apart = [key for key in mentioned if key not in APART]
+    keys = [key for key in apart if len({job.value(key) for job in jobs}) > 1]
+    groups: dict[tuple[str, ...], Group] = {}
+    for job in jobs:
+        values = tuple(job.value(key) for key in keys)
+        groups.setdefault(values, Group(dict(zip(keys, values, strict=True)), [])).jobs.append(job)
+    metric, why_not = _metric(jobs)
+    comparison = Comparison(jobs, keys, list(groups.values()), metric, why_not)
+
+    def order(group: Group) -> tuple[bool, float]:
+        mean = group.mean(metric) if metric else math.nan
+        return not math.isfinite(mean), (mean if comparison.lower_is_better else -mean) if mean == mean else 0.0
+
+    comparison.groups.sort(key=order)
+    return comparison
+
+
+def _metric(jobs: list[Job]) -> tuple[str | None, str]:
+    """The metric to rank by, or None and why there is none."""
+    finished = [job for job in jobs if job.status == FINISHED]
+    if not finished:
+        return None, "no run has finished"
+    if len({job.config.get("optimized_metric") for job in finished}) > 1:
+        return None, "the runs differ in optimized_metric"
+    why_not = next((why for job in finished if (why := unfit_to_choose_by(job.config))), "")
+    return (None, why_not) if why_not else (finished[0].config.optimized_metric, "")
+
+
+def unfit_to_choose_by(config: DictConfig) -> str:
+    """Why no run may be chosen by the config's optimized_metric; empty if it may."""
+    metric = config.get("optimized_metric")
+    if metric is None:
+        return "optimized_metric is null"
+    if metric.startswith("test/"):
+        return f"{metric} is a score on the test images, by which nothing may be chosen"
+    if OmegaConf.select(config, "data.val_on_test"):
+        return "with data.val_on_test the validation images are the test images, by which nothing may be chosen"
+    return ""

@@ -1,0 +1,197 @@
+"""A comparison drawn: a heat map or a line over what was swept, and the loss curves on top of each other."""
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from src.sweeps.jobs import FINISHED, Comparison, Group
+from src.sweeps.tables import score
+
+CURVES = 10  # with a colour and a line in the legend; further ones are grey
+
+
+def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
+    """Writes what can be drawn into the folder; gives the file names with what they show."""
+    pictures = {}
+    # A search makes no grid, and a map of it would be mostly empty.
+    cells = [len({group.settings[key] for group in comparison.groups}) for key in comparison.keys]
+    if comparison.best and len(cells) == 2 and 2 * len(comparison.groups) > cells[0] * cells[1]:
+        pictures["heatmap.png"] = _save(heat_map(comparison), folder / "heatmap.png", comparison)
+    if comparison.best and len(comparison.keys) == 1:
+        pictures["line.png"] = _save(line(comparison), folder / "line.png", comparison)
+    if curves := loss_curves(comparison):
+        curves.savefig(folder / "losses.png", dpi=150)
+        plt.close(curves)
+        pictures["losses.png"] = "loss curves"
+    return pictures
+
+
+def _save(figure: Figure, file: Path, comparison: Comparison) -> str:
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return f"{comparison.metric} over {' and '.join(comparison.keys)}"
+
+
+def _sorted(values: Iterable[str]) -> list[str]:
+    """Numbers by size, words by letters."""
+    return sorted(set(values), key=lambda value: (_number(value) is None, _number(value) or 0.0, value))
+
+
+def _number(value: str) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _label(comparison: Comparison) -> str:
+    assert comparison.metric
+    return f"{comparison.metric} in %" if comparison.metric.endswith("acc") else comparison.metric
+
+
+def _title(comparison: Comparison) -> str:
+    """The metric and where it comes from: data, epochs, seeds."""
+    done = [job for job in comparison.jobs if job.status == FINISHED]
+    facts = {
+        "": {str(job.results["data"]) for job in done},
+        " epochs": {str(job.results["epochs"]) for job in done},
+        " seeds a setting": {str(len(group.finished)) for group in comparison.groups if group.finished},
+    }
+    parts = [f"{'/'.join(_sorted(values))}{unit}" for unit, values in facts.items()]
+    title = f"{_label(comparison)} ({', '.join(parts)})"
+    return title.replace(" 1 epochs", " 1 epoch").replace(" 1 seeds", " 1 seed")
+
+
+def heat_map(comparison: Comparison) -> Figure:
+    assert comparison.metric and comparison.best
+    down, across = comparison.keys
+    rows, columns = (_sorted(group.settings[key] for group in comparison.groups) for key in comparison.keys)
+    scale = 100 if comparison.metric.endswith("acc") else 1
+    grid = np.full((len(rows), len(columns)), np.nan)
+    groups: dict[tuple[int, int], Group] = {}
+    for group in comparison.groups:
+        place = rows.index(group.settings[down]), columns.index(group.settings[across])
+        groups[place], grid[place] = group, scale * group.mean(comparison.metric)
+
+    low, high, extend = _colour_range(grid, comparison.lower_is_better)
+    figure, axes = plt.subplots(figsize=(2.4 + 1.3 * len(columns), 1.6 + 0.8 * len(rows)), layout="constrained")
+    colours = "viridis_r" if comparison.lower_is_better else "viridis"
+    image = axes.imshow(grid, cmap=colours, aspect="auto", vmin=low, vmax=high)
+    figure.colorbar(image, extend=extend)
+    for (y, x), group in groups.items():
+        shown = score(group, comparison.metric).replace(" ± ", "\n± ") or group.status
+        if math.isnan(grid[y, x]):
+            axes.text(x, y, shown, ha="center", va="center", color="firebrick")
+            continue
+        red, green, blue, _ = image.cmap(image.norm(grid[y, x]))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        axes.text(x, y, shown, ha="center", va="center", color="white" if dark else "black")
+        if group is comparison.best:
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3))
+    axes.set(
+        xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows,
+        xlabel=across, ylabel=down, title=_title(comparison),
+    )  # fmt: skip
+    return figure
+
+
+def _colour_range(grid: np.ndarray, lower_is_better: bool) -> tuple[float, float, str]:
+    """Limits of the colours: one diverged run must not make all others look alike."""
+    scores = grid[np.isfinite(grid)]
+    low, middle, high = scores.min(), np.median(scores), scores.max()
+    if lower_is_better and high > (limit := middle + 4 * (middle - low)) > low:
+        return low, limit, "max"
+    if not lower_is_better and low < (limit := middle - 4 * (high - middle)) < high:
+        return limit, high, "min"
+    return low, high, "neither"
+
+
+def line(comparison: Comparison) -> Figure:
+    """Means with their standard deviations, and each seed as a point."""
+    assert comparison.metric
+    (key,) = comparison.keys
+    scale = 100 if comparison.metric.endswith("acc") else 1
+    names = _sorted(group.settings[key] for group in comparison.groups)
+    numbers = [x for name in names if (x := _number(name)) is not None]
+    numeric = len(numbers) == len(names)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    means = []
+    for group in comparison.groups:
+        x = float(group.settings[key]) if numeric else names.index(group.settings[key])
+        values = [scale * value for value in group.values(comparison.metric) if math.isfinite(value)]
+        axes.plot([x] * len(values), values, "o", color="C0", alpha=0.35, markersize=4)
+        if values:
+            means.append((x, scale * group.mean(comparison.metric), scale * group.std(comparison.metric)))
+    xs, ys, errors = zip(*sorted(means), strict=True)
+    axes.errorbar(xs, ys, np.nan_to_num(errors), fmt="o-" if numeric else "o", color="C0", capsize=4)
+    if not numeric:
+        axes.set_xticks(range(len(names)), names)
+    elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, names)
+        axes.minorticks_off()
+    if comparison.lower_is_better and min(ys) > 0 and max(ys) >= 10 * min(ys):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.set(xlabel=key, ylabel=_label(comparison), title=_title(comparison))
+    return figure
+
+
+def loss_curves(comparison: Comparison) -> Figure | None:
+    """Training and validation losses of all runs, from what they logged for TensorBoard; None if they logged none."""
+    curves = {job.folder: _losses(job.folder) for job in comparison.jobs if job.folder.is_dir()}
+    points: dict[str, int] = {}
+    for found in curves.values():
+        for tag, (steps, _) in found.items():
+            points[tag] = max(points.get(tag, 0), len(steps))
+    if not points:
+        return None
+    # Runs of one epoch have a curve only in the losses of single steps.
+    train = "train/loss_step" if points.get("train/loss") == 1 < points.get("train/loss_step", 0) else "train/loss"
+    tags = [tag for tag in (train, "val/loss") if tag in points] or sorted(points)[:2]
+    figure, panels = plt.subplots(1, len(tags), figsize=(1 + 5 * len(tags), 5), layout="constrained", squeeze=False)
+    for tag, axes in zip(tags, panels[0], strict=True):
+        _panel(comparison, tag, curves, axes)
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=2, fontsize="small")
+    return figure
+
+
+def _panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, tuple]], axes: Axes) -> None:
+    for rank, group in enumerate(comparison.groups):
+        drawn = [curves[job.folder][tag] for job in group.jobs if tag in curves.get(job.folder, {})]
+        for number, (steps, losses) in enumerate(drawn):
+            axes.plot(
+                steps,
+                losses,
+                color=f"C{rank}" if rank < CURVES else "lightgrey",
+                label=group.name if number == 0 and rank < CURVES else None,
+                marker="o" if len(steps) < 10 else None,
+                markersize=4,
+                zorder=CURVES - min(rank, CURVES),  # the best on top
+            )
+    axes.set(xlabel="step", ylabel=tag, title=tag, yscale="log")
+    axes.grid(alpha=0.3, which="both")
+
+
+def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and finite values of each scalar with "loss" in its name; the last value logged for a step counts."""
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it opens
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        points = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
+        if "loss" in tag and not tag.startswith("test/") and points:
+            found[tag] = (list(points), list(points.values()))
+    return found

@@ -1,0 +1,120 @@
+"""An Optuna study over the configs of src.train: its storage, its search space, its trials."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra import compose
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import run_job
+from hydra.types import HydraContext
+from hydra.utils import instantiate
+from omegaconf import DictConfig, read_write
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+from optuna_integration import PyTorchLightningPruningCallback
+
+from src import train
+from src.callbacks.sweep import ERROR_FILE, record_failure
+from src.config import check
+from src.errors import UserError
+from src.sweeps.jobs import PRUNED, is_loss, text, unfit_to_choose_by
+from src.sweeps.settings import flat, refuse_other
+
+# The keys of conf/tune.yaml that conf/train.yaml lacks.
+OWN = "trials", "study", "sampler", "pruner", "search"
+COUNTED = TrialState.COMPLETE, TrialState.PRUNED
+
+
+def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
+    """The study in `folder`/study.db, begun or continued. Raises UserError if it was begun with other settings."""
+    if why_not := unfit_to_choose_by(cfg):
+        raise UserError(f"{why_not}; set optimized_metric=val/acc and data.val_on_test=false")
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it answers a mistake with a traceback; see tell
+    # A trial whose process was killed no longer beats; the study takes it up again later.
+    retry = RetryHeartbeatStaleTrialCallback()
+    storage = RDBStorage(
+        f"sqlite:///{folder / 'study.db'}", heartbeat_interval=30, heartbeat_stale_trial_callback=retry
+    )
+    study = optuna.create_study(
+        storage=storage,
+        study_name=cfg.study,
+        direction="minimize" if is_loss(cfg.optimized_metric) else "maximize",
+        pruner=instantiate(cfg.pruner),
+        load_if_exists=True,
+    )
+    settings = {key: str(leaf) for key, leaf in flat(cfg).items() if key.split(".")[0] not in OWN[:-1]}
+    fix = "continue it with the same settings, or begin another with study=NAME"
+    refuse_other(study.user_attrs.get("settings", settings), settings, f"the study in {folder}", fix)
+    study.set_user_attr("settings", settings)
+    # With one seed for every start, a continued study would draw its first trials once more.
+    study.sampler = instantiate(cfg.sampler, seed=cfg.seed + len(study.trials))
+    return study
+
+
+def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+    """A line a trial, for study.optimize to call."""
+    outcome = f"{trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
+    print(f"trial {trial.number}: {outcome}{best}", flush=True)
+
+
+def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """A value for each key of the search space. Raises UserError for a range that Optuna refuses."""
+    values: dict[str, Any] = {}
+    for name, child in node.items():
+        key = f"{prefix}{name!s}"
+        if "suggest" not in child:
+            values |= suggest(trial, child, f"{key}.")
+            continue
+        space = instantiate(child, _convert_="all")
+        kind = space.pop("suggest")
+        if kind not in ("float", "int", "categorical"):
+            raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
+        try:
+            values[key] = getattr(trial, f"suggest_{kind}")(key, **space)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"search.{key}: {error}") from error
+    return values
+
+
+def run_trial(trial: optuna.Trial, search: DictConfig, study_folder: Path) -> float:
+    """Trains as src.train would with the suggested values, in a folder of its own.
+
+    Raises optuna.TrialPruned where the study stops the trial early.
+    """
+    values = suggest(trial, search)
+    shared = [
+        one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0].split(".")[0] not in OWN
+    ]
+    name = "_".join([f"{trial.number:03d}", *(f"{key}={text(value)}" for key, value in values.items())])
+    config = compose(
+        "train", overrides=[*shared, *(f"{key}={value}" for key, value in values.items())], return_hydra_config=True
+    )
+    with read_write(config):
+        config.hydra.run.dir = str(study_folder / name.replace("/", "-"))
+
+    def task(cfg: DictConfig) -> Any:
+        try:
+            check(cfg)
+            return train.main.__wrapped__(  # type: ignore[attr-defined]
+                cfg, [PyTorchLightningPruningCallback(trial, cfg.optimized_metric)]
+            )
+        except Exception as error:
+            return error
+
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    result = run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+    if isinstance(result, optuna.TrialPruned):
+        (Path(config.hydra.run.dir) / ERROR_FILE).write_text(f"{PRUNED}: worse than earlier trials at this epoch\n")
+        raise result
+    if isinstance(result, Exception):
+        record_failure(Path(config.hydra.run.dir), result)
+        raise result
+    return result

@@ -1,0 +1,30 @@
+"""Searches instead of sweeping a grid: python -m src.tune. The keys are in conf/tune.yaml and conf/train.yaml."""
+
+from omegaconf import DictConfig
+
+from src import cli
+
+
+@cli.entry("tune")
+def main(cfg: DictConfig) -> None:
+    # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
+    from pathlib import Path
+
+    from optuna.study import MaxTrialsCallback
+
+    from src.report import report
+    from src.sweeps.study import COUNTED, open_study, run_trial, tell
+
+    folder = Path(cfg.output_dir)
+    study = open_study(cfg, folder)
+    left = cfg.trials - len(study.get_trials(states=COUNTED))
+    print(f"{cfg.trials - left} of {cfg.trials} trials are done")
+    if left > 0:
+        # Other processes may work on the same study: the callback stops all of them at the target.
+        stop = MaxTrialsCallback(cfg.trials, states=COUNTED)
+        study.optimize(lambda trial: run_trial(trial, cfg.search, folder), n_trials=left, callbacks=[tell, stop])
+    report([folder], folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,406 @@
+"""Sweeps: their report, their failures, how they go on after an interruption, and how they run in parallel."""
+
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import torch
+import yaml
+from matplotlib import pyplot as plt
+from omegaconf import OmegaConf
+
+from src import report, tune
+from src.config import CONF
+from src.sweeps.jobs import command, compare, continue_command, read_jobs
+from src.sweeps.pictures import heat_map, line
+
+TINY = (
+    "model.channels=[4,4,4,4,4,4]",
+    "data=digits",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=20",
+    "optimizer.lr=0.1",
+    "callbacks.layers=null",
+)
+
+
+def sheet(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def pretend(folder: Path, *overrides: str, metrics: dict[str, float] | None = None, error: str = "", **config) -> None:
+    """A run folder as src.train leaves it, without a training."""
+    settings = OmegaConf.from_dotlist(list(overrides))
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
+    OmegaConf.save(OmegaConf.merge({"optimized_metric": "val/acc", **config}, settings), folder / ".hydra/config.yaml")
+    if metrics is not None:
+        seed = int(settings.get("seed", 0))
+        results = {
+            "data": "mnist",
+            "epochs": 2,
+            "parameters": 15_544,
+            "seed": seed,
+            "seconds": {"fit": 2.0, "test": 1.0},
+        }
+        (folder / "metrics.json").write_text(json.dumps({**results, "metrics": metrics}))
+    if error:
+        (folder / "error.txt").write_text(error)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """A real sweep over two learning rates, two dropouts and two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    arguments = ["-m", *TINY, "optimizer.lr=0.03,0.1", "model.dropout=0,0.1", "seed=0,1", f"hydra.sweep.dir={folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        from src import train
+
+        patch.setattr(sys, "argv", ["src/train.py", *arguments])
+        train.main()
+    return folder
+
+
+def test_a_sweep_leaves_a_table_a_page_and_pictures(swept):
+    rows = sheet(swept)
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"finished"}
+    assert {(row["optimizer.lr"], row["model.dropout"], row["seed"]) for row in rows} == {
+        (lr, dropout, seed) for lr in ("0.03", "0.1") for dropout in ("0", "0.1") for seed in "01"
+    }
+    for row in rows:
+        results = json.loads((Path(row["folder"]) / "metrics.json").read_text())
+        assert float(row["val/acc"]) == results["metrics"]["val/acc"] and row["parameters"] == "1788"
+        assert float(row["seconds"]) == pytest.approx(sum(results["seconds"].values()))
+    page = (swept / "report.md").read_text()
+    for picture in "heatmap.png", "losses.png":
+        assert f"]({picture})" in page and plt.imread(swept / picture).std() > 0.05
+    best = max({row["optimizer.lr"] + " " + row["model.dropout"] for row in rows}, key=lambda s: mean_of(rows, s))
+    scores = [100 * float(r["val/acc"]) for r in rows if f"{r['optimizer.lr']} {r['model.dropout']}" == best]
+    assert f"| 1 | {best.replace(' ', ' | ')} | {fmean(scores):.2f} ± {stdev(scores):.2f} |" in page
+
+
+def mean_of(rows: list[dict[str, str]], setting: str) -> float:
+    return fmean(float(r["val/acc"]) for r in rows if f"{r['optimizer.lr']} {r['model.dropout']}" == setting)
+
+
+def test_the_command_in_the_report_trains_the_winner_again(swept, program, tmp_path):
+    winners = compare(read_jobs([swept])).best.jobs
+    words = shlex.split(command(winners))
+    assert words[:4] == ["python", "-m", "src.train", "-m"] and words[-1] == "seed=0,1"
+    assert program(*words[3:], f"hydra.sweep.dir={tmp_path}").code == 0
+    for winner in winners:
+        again = json.loads((tmp_path / f"seed={winner.seed}/metrics.json").read_text())
+        assert again["metrics"] == winner.results["metrics"]
+    words = shlex.split(command(winners[:1]))
+    assert "-m" not in words[3:] and words[-1] == "seed=0"
+
+
+def test_tensorboard_shows_a_filled_column_for_each_swept_key_and_metric(swept):
+    from tensorboard import default, program
+    from tensorboard.backend.application import TensorBoardWSGIApp
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from werkzeug.test import Client
+
+    board = program.TensorBoard(plugins=default.get_plugins())
+    board.configure(argv=[None, "--logdir", str(swept)])
+    runs = EventMultiplexer().AddRunsFromDirectory(str(swept))
+    runs.Reload()
+    app = TensorBoardWSGIApp(board.flags, board.plugin_loaders, MultiplexerDataProvider(runs, str(swept)), None, runs)
+    client = Client(app)
+
+    asked = {"experimentName": "", "includeMetrics": True}
+    experiment = client.post("/data/plugin/hparams/experiment", json=asked).get_json()
+    keys = [info["name"] for info in experiment["hparamInfos"]]
+    assert keys[:3] == ["model.dropout", "optimizer.lr", "seed"]  # what differs comes first
+    metrics = [info["name"] for info in experiment["metricInfos"]]
+    assert {"val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss"} <= {m["tag"] for m in metrics}
+    assert "hp_metric" not in {m["tag"] for m in metrics}
+
+    asked = {
+        "startIndex": 0,
+        "sliceSize": 100,
+        "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"],
+        "colParams": [{"metric": metric} for metric in metrics],
+    }
+    groups = client.post("/data/plugin/hparams/session_groups", json=asked).get_json()["sessionGroups"]
+    assert len(groups) == 8
+    for group in groups:
+        found = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
+        name = group["sessions"][0]["name"]
+        for tag, value in json.loads((swept / name / "metrics.json").read_text())["metrics"].items():
+            assert found[tag] == pytest.approx(value)
+        parts = dict(part.split("=") for part in name.replace("_seed", ",seed").replace("_opt", ",opt").split(","))
+        assert {key: group["hparams"][key] for key in parts} == {key: float(value) for key, value in parts.items()}
+
+
+def test_equal_settings_are_averaged_over_seeds_and_ranked_by_validation_alone(tmp_path):
+    for lr, scores, test in ("0.1", (0.90, 0.94), 0.99), ("0.3", (0.95, 0.97), 0.5):
+        for seed, score in enumerate(scores):
+            metrics = {"val/acc": score, "test/acc": test}
+            pretend(tmp_path / f"{lr}_{seed}", f"optimizer.lr={lr}", f"seed={seed}", metrics=metrics)
+    pretend(tmp_path / "nan", "optimizer.lr=9", "seed=0", metrics={"val/acc": math.nan, "test/acc": 1.0})
+    found = compare(read_jobs([tmp_path]))
+    assert found.keys == ["optimizer.lr"] and [group.settings["optimizer.lr"] for group in found.groups] == [
+        *("0.3", "0.1", "9"),
+    ]
+    assert found.best.mean("val/acc") == pytest.approx(0.96)
+    assert found.best.std("val/acc") == pytest.approx(0.0141421356)
+
+
+def test_a_loss_is_better_the_lower(tmp_path):
+    for lr, loss in ("0.1", 0.5), ("0.2", 0.25):
+        pretend(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/loss": loss}, optimized_metric="val/loss")
+    assert compare(read_jobs([tmp_path])).best.settings == {"optimizer.lr": "0.2"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"optimized_metric": "test/acc"}, {"optimized_metric": None}, {"data": {"val_on_test": True}}],
+)
+def test_nothing_is_chosen_by_the_test_images(tmp_path, capsys, config):
+    for lr in "0.1", "0.2":
+        pretend(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/acc": 0.5, "test/acc": 0.5}, **config)
+    report.report([tmp_path], tmp_path)
+    assert "not ranked" in capsys.readouterr().out and not (tmp_path / "line.png").exists()
+
+
+def test_unfinished_failed_and_unborn_jobs_are_told(tmp_path, capsys):
+    pretend(tmp_path / "a", "optimizer.lr=0.1", metrics={"val/acc": 0.5})
+    pretend(tmp_path / "b", "optimizer.lr=0.2", error="ZeroDivisionError: by nothing\n\nTraceback …\n")
+    pretend(tmp_path / "c", "optimizer.lr=0.3")
+    (tmp_path / "d/.hydra").mkdir(parents=True)
+    (tmp_path / "d/.hydra/overrides.yaml").write_text("- 'optimizer.lr=0.4")  # killed while Hydra wrote it
+    overrides = {"task": ["optimizer.lr=0.1,0.2,0.3,0.4"], "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=joblib"]}
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
+    report.report([tmp_path], tmp_path)
+    out = capsys.readouterr().out
+    assert "1 finished, 1 failed, 2 unfinished, 1 not begun" in out
+    assert "b: ZeroDivisionError: by nothing" in out
+    command = "python -m src.train -m optimizer.lr=0.1,0.2,0.3,0.4 hydra/launcher=joblib"
+    assert f"{command} hydra.sweep.dir={tmp_path}" in out
+    assert out.index("0.1") < out.index("0.2")
+    assert sorted(row["status"] for row in sheet(tmp_path)) == [
+        *("failed", "finished", "not begun", "unfinished", "unfinished"),
+    ]
+
+
+def test_several_folders_are_one_comparison(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, epochs in ("one", 1), ("two", 2):
+        pretend(tmp_path / name / "job", f"trainer.max_epochs={epochs}", metrics={"val/acc": epochs / 10})
+    monkeypatch.setattr(sys, "argv", ["report", "one", "two"])
+    report.main()
+    assert [row["trainer.max_epochs"] for row in sheet(tmp_path / "outputs/report")] == ["2", "1"]
+    assert "trainer.max_epochs=2: val/acc 20.00 %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
+def test_without_runs_there_is_one_line(tmp_path, monkeypatch, capsys, make):
+    make(tmp_path / "empty")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "empty")])
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_the_pictures_show_what_was_measured(tmp_path):
+    values = {("0.1", "0"): 0.9, ("0.1", "0.5"): 0.8, ("1", "0"): 0.1}
+    for (lr, dropout), score in values.items():
+        pretend(
+            tmp_path / f"{lr}_{dropout}", f"optimizer.lr={lr}", f"model.dropout={dropout}", metrics={"val/acc": score}
+        )
+    pretend(tmp_path / "failed", "optimizer.lr=1", "model.dropout=0.5", error="no")
+    axes = heat_map(compare(read_jobs([tmp_path]))).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"90.00", "80.00", "10.00", "failed"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.1", "1"]
+    (frame,) = axes.patches
+    assert frame.get_xy() == (-0.5, -0.5)
+    axes = line(compare(read_jobs([tmp_path / "0.1_0", tmp_path / "1_0"]))).axes[0]
+    assert axes.get_xscale() == "log" and sorted(axes.lines[-1].get_ydata()) == pytest.approx([10, 90])
+    plt.close("all")
+
+
+def test_one_of_four_fails_and_is_named(program, tmp_path):
+    result = program("-m", *TINY, "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "Traceback" not in result.err
+    assert "failed: optimizer.lr=-1: optimizer.lr=-1: must be a number above 0" in result.err.splitlines()
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 3
+    assert "3 finished, 1 failed" in result.out
+    assert (tmp_path / "optimizer.lr=-1/error.txt").read_text() == "optimizer.lr=-1: must be a number above 0\n"
+
+
+def test_a_bug_in_a_job_leaves_its_traceback(program, tmp_path, monkeypatch):
+    import lightning as L
+
+    fit = L.Trainer.fit
+
+    def broken(trainer, module, data):
+        if "seed=1" in trainer.default_root_dir:
+            raise ZeroDivisionError("a bug")
+        fit(trainer, module, data)
+
+    monkeypatch.setattr(L.Trainer, "fit", broken)
+    result = program("-m", *TINY, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 1 and "failed: seed=1: ZeroDivisionError: a bug" in result.err
+    assert "in broken" in (tmp_path / "seed=1/error.txt").read_text()
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 2
+
+
+def test_a_sweep_continues_where_it_stopped(swept, program, tmp_path):
+    arguments = "-m", *TINY, "seed=0,1", "model.dropout=0.1", "optimizer.lr=0.1", f"hydra.sweep.dir={tmp_path}"
+    done, begun = tmp_path / "seed=0", tmp_path / "seed=1"
+    assert program(*arguments).code == 0
+    results = [json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (done, begun)]
+    before = (done / "metrics.json").stat()
+    (begun / "metrics.json").rename(begun / ".metrics.json.part")  # as if killed while writing it
+    result = program(*arguments)
+    assert result.code == 0 and "finished before: seed=0" in result.out and "2 runs: 2 finished" in result.out
+    assert (done / "metrics.json").stat() == before
+    assert [json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (done, begun)] == results
+    assert len(list(begun.glob("events.*"))) == len(list(done.glob("events.*")))  # one attempt's curves, not two
+
+
+def test_another_sweep_is_not_continued(program, tmp_path):
+    where = f"hydra.sweep.dir={tmp_path}"
+    assert program("-m", *TINY, "seed=0,1", where).code == 0
+    before = [(file, file.stat().st_mtime_ns) for file in tmp_path.glob("*/metrics.json")]
+    result = program("-m", *TINY, "seed=0,1,2", "optimizer.momentum=0.5", where)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert "begun with optimizer.momentum=0.9, here it is 0.5" in result.err
+    assert [(file, file.stat().st_mtime_ns) for file in tmp_path.glob("*/metrics.json")] == before
+    assert program("-m", *TINY, "seed=0,1,2", where).out.count("finished before") == 2  # more of the same is fine
+
+
+def test_the_named_sweeps_have_the_jobs_that_they_say(program):
+    for name, count in ("lr_dropout", 9), ("seeds", 5):
+        params = OmegaConf.load(CONF / f"sweep/{name}.yaml").hydra.sweeper.params
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        parsed = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+        assert len(BasicSweeper.split_arguments(parsed, None)[0]) == count
+
+
+PROGRAM = "import sys; from src.train import main; sys.argv[0] = 'src/train.py'; main()"
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments], cwd=CONF.parent, start_new_session=True, **quiet
+    )
+
+
+@pytest.mark.slow
+def test_eight_jobs_survive_two_kills(program, tmp_path):
+    arguments = "-m", *TINY, "seed=range(8)", "model.dropout=0.1"
+    assert program(*arguments, f"hydra.sweep.dir={tmp_path / 'whole'}").code == 0
+    folder = tmp_path / "killed"
+
+    def finished() -> dict[Path, int]:
+        return {file: file.stat().st_mtime_ns for file in folder.glob("*/metrics.json")}
+
+    def in_a_job() -> bool:
+        begun = {file.parent for file in folder.glob("*/events.*")}
+        return bool(begun - {file.parent for file in finished()})
+
+    kept: dict[Path, int] = {}
+    for stop_now in lambda: len(finished()) >= 3, lambda: len(finished()) >= 4 and in_a_job():
+        process = start(*arguments, f"hydra.sweep.dir={folder}")
+        while not stop_now() and process.poll() is None:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert kept.items() <= finished().items() and len(kept) < len(finished()) < 8
+        kept = finished()
+
+    result = program(*arguments, f"hydra.sweep.dir={folder}")
+    assert result.code == 0 and result.out.count("finished before") == len(kept)
+    assert kept.items() <= finished().items() and len(finished()) == 8 == len(sheet(folder))
+    for seed in range(8):
+        one, other = (
+            torch.load(tmp_path / sweep / f"seed={seed}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+            for sweep in ("whole", "killed")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_jobs_in_other_processes_give_the_same(launcher, program, tmp_path):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    arguments = "-m", *TINY, "seed=0,1,-1"
+    result = program(*arguments, f"hydra.sweep.dir={tmp_path / 'there'}", f"hydra/launcher={launcher}")
+    assert result.code == 2 and "2 finished, 1 failed" in result.out
+    assert program(*arguments, f"hydra.sweep.dir={tmp_path / 'here'}").code == 2
+    for seed in "01":
+        here, there = (
+            json.loads((tmp_path / f"{place}/seed={seed}/metrics.json").read_text()) for place in ("here", "there")
+        )
+        assert here["metrics"] == there["metrics"]
+
+
+def test_continue_command_of_a_named_sweep(tmp_path):
+    hydra = ["hydra.sweep.dir=x", "hydra.job.config.override_dirname.exclude_keys=[sweep]"]
+    overrides = {"task": ["sweep=seeds", "model.channels=[4,4,4,4,4,4]"], "hydra": hydra}
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
+    assert continue_command(tmp_path / "multirun.yaml") == (
+        f"python -m src.train sweep=seeds 'model.channels=[4,4,4,4,4,4]' hydra.sweep.dir={tmp_path}"
+    )
+
+
+def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    arguments = [one for one in TINY if "max_epochs" not in one]
+    arguments += [
+        "trainer.max_epochs=2",
+        "pruner.n_warmup_steps=0",
+        "search.optimizer.lr.low=0.0001",
+        f"hydra.run.dir={tmp_path}",
+    ]
+
+    def trials() -> list:
+        return optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
+
+    for target, there in (6, 6), (12, 12), (12, 12):
+        result = program(*arguments, f"trials={target}", main=tune.main)
+        assert result.code == 0, result.err
+        assert len(trials()) == there
+    assert "12 of 12 trials are done" in result.out
+    states = [trial.state.name for trial in trials()]
+    assert set(states) == {"COMPLETE", "PRUNED"}
+    assert f"12 runs: {states.count('COMPLETE')} finished, {states.count('PRUNED')} pruned" in result.out
+    assert len({str(trial.params) for trial in trials()}) == 12
+    rows = [row for row in sheet(tmp_path) if row["status"] == "finished"]
+    complete = [trial.value for trial in trials() if trial.state.name == "COMPLETE"]
+    assert sorted(float(row["val/acc"]) for row in rows) == pytest.approx(sorted(complete))
+
+    result = program(*arguments, "trials=13", "optimizer.momentum=0.5", main=tune.main)
+    assert result.code == 2 and "begun with optimizer.momentum=0.9, here it is 0.5" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("optimized_metric=test/acc", "nothing may be chosen"),
+        ("search.optimizer.lr.suggest=flaot", "must be float, int or categorical"),
+        ("search.optimizer.lr.low=5", "search.optimizer.lr"),
+        ("trial=5", "did you mean trials?"),
+        ("trials=0", "a whole number of 1 or more"),
+    ],
+)
+def test_a_mistake_in_a_study_is_one_line(program, tmp_path, mistake, words):
+    result = program(*TINY, "trials=1", mistake, f"hydra.run.dir={tmp_path}", main=tune.main)
+    assert result.code == 2 and words in result.err.splitlines()[-1] and "Traceback" not in result.err
