@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config import CONF, check, nearest, nodes
-from src.errors import UserError
+from src.errors import UserError, say
 
 # What Lightning says, and what to do about it.
 FIXES = {
@@ -49,7 +49,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 if line is None or hydra_config.mode == RunMode.MULTIRUN:
                     raise
                 _remove_if_empty(Path(hydra_config.runtime.output_dir))
-                sys.exit(_say(line))
+                sys.exit(say(line))
 
         @functools.wraps(task)
         def program() -> None:
@@ -61,18 +61,13 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 line = explain(error)
                 if line is None or before == "1":
                     raise
-                sys.exit(_say(line))
+                sys.exit(say(line))
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = before
 
         return program
 
     return decorate
-
-
-def _say(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return 2
 
 
 def explain(error: BaseException) -> str | None:
