@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchmetrics.utilities.plot import plot_confusion_matrix
 from torchvision.utils import make_grid
 
 from src.errors import UserError
@@ -26,7 +24,7 @@ def grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -
     """[28, 28] images in rows, each with its caption above."""
     columns = min(columns, len(images))
     gap, height, width = 12, *images[0].shape
-    picture = make_grid(torch.stack(list(images))[:, None], nrow=columns, padding=gap, pad_value=255)[0]
+    picture = make_grid(torch.stack(list(images))[:, None], nrow=columns, padding=gap, pad_value=255)[0].numpy()
     figure = Figure(figsize=(picture.shape[1] / 32, picture.shape[0] / 32))
     axes: Any = figure.add_axes((0, 0, 1, 1))
     axes.imshow(picture, cmap="gray", interpolation="nearest")
@@ -56,6 +54,9 @@ def mistakes(images: Tensor, labels: Tensor, probabilities: Tensor) -> Figure | 
 
 def confusion(labels: Tensor, probabilities: Tensor) -> Figure:
     """How often each digit was read as which."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # seconds, for this figure alone
+    from torchmetrics.utilities.plot import plot_confusion_matrix
+
     counts = multiclass_confusion_matrix(probabilities, labels, probabilities.shape[1])
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes: Any = figure.add_subplot()

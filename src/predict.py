@@ -67,7 +67,9 @@ def read_all(net: "nn.Module", files: list[Path]) -> Iterator[tuple[dict[str, An
 @entry
 def main() -> int:
     parser = Parser(prog="python -m src.predict", description="Reads the digit in each image.")
-    parser.add_argument("images", nargs="+", type=Path, help="PNG, JPEG, BMP or GIF files, folders of them, - for stdin")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", type=Path, help="PNG, JPEG, BMP, GIF files, folders of them, or - for stdin"
+    )
     parser.add_argument("--weights", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what the network saw")
