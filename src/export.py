@@ -48,7 +48,8 @@ def main() -> None:
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     net, file, _ = load(arguments.weights)
-    reader = Reader(net).eval()
+    # Contiguous, because torch.export.save warns of weights in channels_last.
+    reader = Reader(net.to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
     # Images of a data set that is at hand: the graphs must agree on digits, not on noise.
     name, _, (images, labels) = read_mnist(arguments.root) if has_mnist(arguments.root) else read_digits()
     images, labels = images[:CHECKED], labels[:CHECKED]
@@ -81,13 +82,14 @@ def main() -> None:
         expected = reader(images)
         accuracy = (expected.argmax(1) == labels).float().mean()
         print(f"{os.path.relpath(file)}, compared with PyTorch on {len(images):,} test images of {name}")
-        print(f"{'PyTorch':<24}  accuracy {accuracy:.2%}")
+        width = max(len(str(path)) for path in (onnx_file, program_file))
+        print(f"{'PyTorch':<{width}}  accuracy {accuracy:.2%}")
         for path, run in (onnx_file, by_onnx), (program_file, loaded):
             found = run(images)
             one = run(images[:1])
             difference = max((found - expected).abs().max().item(), (one - expected[:1]).abs().max().item())
             accuracy = (found.argmax(1) == labels).float().mean()
-            print(f"{path!s:<24}  accuracy {accuracy:.2%}  maximum difference {difference:.1e}")
+            print(f"{path!s:<{width}}  accuracy {accuracy:.2%}  maximum difference {difference:.1e}")
             assert difference < 1e-3, f"{path} does not compute what PyTorch does"
 
 
