@@ -85,7 +85,9 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=["mnist", "digits", "auto"], help="default: what the network was trained on")
     parser.add_argument("--root", type=Path, default=os.environ.get("MNIST_ROOT", "data"), help="has MNIST/raw/")
-    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and pictures")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and pictures"
+    )
     arguments = parser.parse_args()
 
     from src.pictures import confusion, mistakes, save

@@ -68,7 +68,11 @@ def read_all(net: "nn.Module", files: list[Path]) -> Iterator[tuple[dict[str, An
 def main() -> int:
     parser = Parser(prog="python -m src.predict", description="Reads the digit in each image.")
     parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", type=Path, help="PNG, JPEG, BMP, GIF files, folders of them, or - for stdin"
+        "images",
+        metavar="IMAGE",
+        nargs="+",
+        type=Path,
+        help="PNG, JPEG, BMP, GIF files, folders of them, or - for stdin",
     )
     parser.add_argument("--weights", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
