@@ -22,7 +22,7 @@ def test_images(dataset: str, root: Path) -> "tuple[str, Images]":
     data.prepare_data()
     data.setup("test")
     assert data.sets is not None
-    return data.name, data.sets.test
+    return data.sets.name, data.sets.test
 
 
 def predict_all(net: "nn.Module", images: "Tensor", batch_size: int = 1000) -> "Tensor":

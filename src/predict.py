@@ -56,7 +56,7 @@ def read_all(net: "nn.Module", files: list[Path]) -> Iterator[tuple[dict[str, An
             except UserError as error:
                 seen.append(error)
         images = [image for image in seen if not isinstance(image, UserError)]
-        answers = iter(predict(net, torch.stack(images)) if images else [])
+        answers: Iterator[Tensor] = iter(predict(net, torch.stack(images)) if images else [])
         for file, image in zip(batch, seen, strict=True):
             if isinstance(image, UserError):
                 yield {"file": str(file), "error": str(image)}, None

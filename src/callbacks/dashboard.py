@@ -72,9 +72,7 @@ class Dashboard(Callback):
             self.images = batch[0][: self.watched]
             writer.add_image("batch as augmented", make_grid(pixels(batch[0][:64])), trainer.global_step)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps or not (writer := self._writer(trainer)):  # type: ignore[attr-defined]
             return
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
@@ -139,7 +137,7 @@ class Dashboard(Callback):
         for digit in range(probabilities.shape[1]):
             writer.add_pr_curve(f"test/digit {digit}", labels == digit, probabilities[:, digit], step)
         few = slice(self.embedded)
-        metadata = [list(map(str, pair)) for pair in zip(labels[few].tolist(), probabilities.argmax(1)[few].tolist(), strict=True)]
+        pairs = torch.stack([labels, probabilities.argmax(1)], 1)[few].tolist()
         writer.add_embedding(
-            features[few].float(), metadata, images[few] / 255, step, tag="test", metadata_header=["digit", "read as"]
+            features[few].float(), pairs, images[few] / 255, step, tag="test", metadata_header=["digit", "read as"]
         )

@@ -59,7 +59,7 @@ def _content(source: Path | bytes) -> bytes:
 def _decode(content: bytes) -> Image.Image:
     """RGBA, upright, at most WORKING_SIZE on a side; of several frames the first."""
     try:
-        image = Image.open(BytesIO(content), formats=FORMATS)  # reads the header alone
+        image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)  # reads the header alone
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{image.width:,} × {image.height:,} pixels; at most {MAX_PIXELS:,} are read")
         image.draft("RGB", (WORKING_SIZE, WORKING_SIZE))  # a JPEG decodes small right away
@@ -84,7 +84,7 @@ def ink(image: Image.Image) -> NDArray[np.float32]:
 
     The paper's colour is the border's median, so dark on light, light on dark and any colours are all one.
     """
-    pixels = np.asarray(image, dtype=np.float32)
+    pixels: NDArray[np.floating] = np.asarray(image, dtype=np.float32)
     alpha = pixels[..., 3:] / 255
     if alpha.min() < 1:
         # Behind transparent parts lies what the drawing stands out from: white behind dark, black behind light.
@@ -92,12 +92,13 @@ def ink(image: Image.Image) -> NDArray[np.float32]:
         pixels = pixels[..., :3] * alpha + (0 if light else 255) * (1 - alpha)
     pixels = pixels[..., :3]
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    distance = np.abs(pixels - np.median(border, axis=0)).max(2)
+    paper = np.median(border, axis=0).astype(np.float32)
+    distance = np.abs(pixels - paper).max(2)
     if distance.max() < MIN_CONTRAST:
         raise UserError("nothing on it: all of one colour")
     marks = distance > _otsu(distance)
-    paper, drawn = distance[~marks], distance[marks].mean()
-    grain = min(paper.mean() + 2 * paper.std(), drawn / 2)
+    blank, drawn = distance[~marks], distance[marks].mean()
+    grain = min(blank.mean() + 2 * blank.std(), drawn / 2)
     return ((distance - grain) / (drawn - grain)).clip(0, 1).astype(np.float32)
 
 
