@@ -5,6 +5,7 @@ with its proportions kept, which the anti-aliasing turned grey, and moved its ce
 28×28 field. Their images show two more rules: white on black, and whole-pixel moves to row 14, column 14.
 """
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -59,12 +60,15 @@ def _content(source: Path | bytes) -> bytes:
 def _decode(content: bytes) -> Image.Image:
     """RGBA, upright, at most WORKING_SIZE on a side; of several frames the first."""
     try:
-        image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)  # reads the header alone
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # see the next lines
+            image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)  # reads the header alone
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{image.width:,} × {image.height:,} pixels; at most {MAX_PIXELS:,} are read")
         image.draft("RGB", (WORKING_SIZE, WORKING_SIZE))  # a JPEG decodes small right away
         if image.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow would clip
-            deep = np.asarray(image, dtype=np.float32)
+            image = image.convert("F")
+            image.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
+            deep = np.asarray(image)
             image = Image.fromarray((255 * (deep / max(deep.max(), 1))).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("RGBA")
         image.thumbnail((WORKING_SIZE, WORKING_SIZE), Image.Resampling.BOX)
