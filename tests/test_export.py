@@ -39,7 +39,9 @@ def test_the_shipped_weights_export_on_1000_test_images(program, real_mnist, tmp
     images, labels = (tensor[:1000] for tensor in read_mnist(real_mnist).test)
     expected = load(SHIPPED).net(normalize(images))
     for reader in readers.values():
-        torch.testing.assert_close(reader(images), expected, atol=1e-5, rtol=0)
+        # Log-probabilities go down to -53, where float32's own steps are 4e-6 and PyTorch's two layouts differ by 1e-5.
+        torch.testing.assert_close(reader(images), expected, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(reader(images).exp(), expected.exp(), atol=1e-5, rtol=0)
         assert torch.equal(reader(images).argmax(1), expected.argmax(1))
     accuracy = (expected.argmax(1) == labels).float().mean()
     assert accuracy > 0.99 and result.out.count(f"accuracy {accuracy:.2%}") == 3

@@ -19,7 +19,7 @@ from src.errors import UserError
 
 FORMATS = "PNG", "JPEG", "BMP", "GIF"
 SUFFIXES = ".png", ".jpg", ".jpeg", ".bmp", ".gif"
-MAX_PIXELS = 50_000_000  # what the better phones take; decoding it needs some 400 MB
+MAX_PIXELS = 50_000_000  # what the better phones take; decoding it takes some 500 MB
 MAX_BYTES = 100_000_000
 BOX, FIELD = 20, 28
 WORKING_SIZE = 400  # larger pictures are brought down to this first: still 20 times what is needed
