@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import NoReturn
 
 from src.errors import UserError, say
@@ -20,6 +21,8 @@ def entry(task: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(task)
     def program() -> None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
         try:
             code = task()
             sys.stdout.flush()

@@ -1,6 +1,7 @@
 """A page to draw a digit on and see it read: python -m src.draw. For this machine's own browser alone."""
 
 import json
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -75,7 +76,7 @@ def main() -> None:
 
     from src.weights import load
 
-    with serve(load(arguments.weights).net, arguments.port) as server:
+    with serve(load(arguments.weights).net, arguments.port) as server, suppress(KeyboardInterrupt):
         print(f"Draw at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 

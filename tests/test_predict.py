@@ -227,6 +227,13 @@ def test_exit_codes_tell(read, tmp_path):
     assert read(tmp_path / "none.png").code == 2
 
 
+def test_any_name_will_do(read, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff \xc3.png")
+    seven().save(odd)
+    assert read(odd).code == read("--json", odd).code == 0
+    assert read("x" * 5000 + ".png").err.endswith("file name too long\n")
+
+
 def test_a_pipe_does_not_hang(read, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     assert "not a file" in read(tmp_path / "pipe.png").err

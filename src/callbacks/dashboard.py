@@ -57,9 +57,9 @@ class Dashboard(Callback):
             return
         writer.add_custom_scalars(CURVES)
         # A copy, because the trace of a network in training would move its running averages.
-        net = deepcopy(cast(nn.Module, pl_module.net)).cpu().eval()
+        net = deepcopy(cast(nn.Module, pl_module.net)).cpu().float().eval()
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # add_graph's own way is deprecated
-            writer.add_graph(net, pl_module.example_input_array)
+            writer.add_graph(net, cast(Tensor, pl_module.example_input_array).cpu())
         folder = Path(trainer.default_root_dir)
         for tag, file in {"config": folder / ".hydra/config.yaml", "layers": folder / "layers.txt"}.items():
             if file.is_file():

@@ -5,6 +5,7 @@ with its proportions kept, which the anti-aliasing turned grey, and moved its ce
 28×28 field. Their images show two more rules: white on black, and whole-pixel moves to row 14, column 14.
 """
 
+import os
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -28,7 +29,7 @@ MIN_CONTRAST = 16  # of 255; less is an empty page
 
 def find_images(path: Path) -> list[Path]:
     """A file as it is; of a folder the images at any depth, known by their suffixes."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return [path]
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not found:
