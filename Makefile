@@ -43,8 +43,11 @@ format: $(VENV)/.installed  ## rewrite the code in the project's style
 dashboard: $(VENV)/.installed  ## open TensorBoard on outputs/
 	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
 
+draw: $(VENV)/.installed  ## draw a digit in the browser and see it read
+	$(RUN) -m src.draw $(ARGS)
+
 clean:  ## remove caches (outputs/, data/ and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help train sweep tune backprop test lint format dashboard clean
+.PHONY: help train sweep tune backprop test lint format dashboard draw clean

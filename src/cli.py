@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from src.config import CONF, check, nearest, nodes
-from src.errors import UserError
+from src.errors import UserError, say
 from src.process import isolated, stoppable
 
 # What Lightning says, and what to do about it.
@@ -83,7 +83,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                     raise error if isinstance(error, UserError) else UserError(line) from error
                 if not resumed:
                     _remove_if_empty(folder)
-                sys.exit(_say(line))
+                sys.exit(say(line))
 
         @functools.wraps(task)
         def program() -> None:
@@ -97,7 +97,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                 line = explain(error, config_name)
                 if line is None or before == "1":
                     raise
-                sys.exit(_say(line))
+                sys.exit(say(line))
             finally:
                 os.environ["HYDRA_FULL_ERROR"], sys.argv = before, arguments
 
@@ -183,11 +183,6 @@ def _say_how_to_continue(folder: Path, code: int) -> None:
 
 def _out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-
-
-def _say(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
-    return 2
 
 
 def explain(error: BaseException, config_name: str = "train") -> str | None:

@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Sequence
 
 
@@ -15,3 +16,9 @@ def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> l
     if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
         raise UserError(f"{key} needs {len(names)} finite numbers ({', '.join(names)}), not {values}")
     return numbers
+
+
+def say(line: str) -> int:
+    """Tells of a user's mistake; gives the exit code."""
+    print(f"error: {line}", file=sys.stderr)
+    return 2

@@ -13,6 +13,7 @@ import torch
 
 from src import train
 from src.data import sources
+from src.models.cnn import CNN
 
 
 class Result(NamedTuple):
@@ -65,3 +66,14 @@ def real_mnist() -> Path:
     if not root or not sources.has_mnist(Path(root)):
         pytest.skip("MNIST_ROOT names no folder with the real MNIST")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory) -> Path:
+    """A file of weights, untrained, of a network of 1,788 parameters."""
+    torch.manual_seed(0)
+    model = {"_target_": "src.models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
+    net = CNN(model["channels"], model["dropout"])
+    file = tmp_path_factory.mktemp("weights") / "small.pt"
+    torch.save({"state_dict": net.state_dict(), "model": model}, file)
+    return file

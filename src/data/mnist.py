@@ -11,18 +11,13 @@ from torch.utils.data import DataLoader
 
 from src.data.augment import RandomAffine
 from src.data.batches import IndexBatches, generator_for, in_memory_loader
+from src.data.normalize import normalize
 from src.data.sources import Images, Sets, download_mnist, has_mnist, read_digits, read_mnist
 from src.errors import UserError
 
-MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, as fractions of white
 # What None stands for when the data set is not known beforehand.
 BATCH_SIZE = {"mnist": 128, "digits": 32}
 VAL_SIZE = {"mnist": 5000, "digits": 150}
-
-
-def normalize(images: Tensor) -> Tensor:
-    """Pixels in 0 … 255 to floats with MNIST's mean taken off, in units of its standard deviation."""
-    return (images.float() - 255 * MEAN) / (255 * STD)
 
 
 class DigitImages(L.LightningDataModule):

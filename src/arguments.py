@@ -1,0 +1,38 @@
+"""Plain command lines, for the mains that take paths; users' mistakes told in one line, exit code 2."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from io import TextIOWrapper
+from typing import NoReturn
+
+from src.errors import UserError, say
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help shows the arguments")
+
+
+def entry(task: Callable[[], int | None]) -> Callable[[], None]:
+    """Makes a function the program of its file; what it returns is the exit code."""
+
+    @functools.wraps(task)
+    def program() -> None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
+        try:
+            code = task()
+            sys.stdout.flush()
+        except UserError as error:
+            code = say(" ".join(str(error).split()))
+        except BrokenPipeError:  # the reader has seen enough, as `head` has; spare Python's complaint at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        sys.exit(code)
+
+    return program
