@@ -33,13 +33,18 @@ def metric(results: dict[str, Any], name: str | None) -> float | None:
     return results["metrics"][name] if name is not None else None
 
 
+def shaping(key: str) -> bool:
+    groups = "model.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_epochs"
+    return key == "seed" or key.startswith(groups)
+
+
 def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
-    """The project's own keys, what the command line set, and the chosen config groups, as plain values."""
+    """What shapes the training, what the command line set, and the chosen config groups, as plain values."""
     hydra = HydraConfig.get()
     overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
     absent = object()
     plain: dict[str, bool | int | float | str] = {}
-    for key in [*RULES, *(override.key_or_group for override in overrides)]:
+    for key in [*filter(shaping, RULES), *(override.key_or_group for override in overrides)]:
         value = OmegaConf.select(cfg, key, default=absent)
         if value is not absent and not isinstance(value, DictConfig):
             plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
