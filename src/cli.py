@@ -31,6 +31,7 @@ from yaml import YAMLError
 from src.config import CONF, check, nearest, nodes
 from src.errors import UserError, say
 from src.process import isolated, stoppable
+from src.sweeps.jobs import continue_command
 
 # What Lightning says, and what to do about it.
 FIXES = {
@@ -60,8 +61,12 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
                     config = _own_config(config)
                 check(config)
                 _check_added()
-                if finished := _finished_before():
-                    return finished
+                if hydra_config.mode == RunMode.MULTIRUN:
+                    if (folder / "metrics.json").exists():
+                        print(f"finished before: {folder.name}", flush=True)
+                        return None
+                    # From its last checkpoint, if an earlier start of this sweep left one.
+                    config.resume = str(folder)
                 with isolated():
                     return task(config)
             except SystemExit as stop:
@@ -176,6 +181,8 @@ def _say_how_to_continue(folder: Path, code: int) -> None:
     name = signal.Signals(code - 128).name
     if (folder / OWN_CONFIG).is_file():
         command = f"python -m src.train resume={shlex.quote(os.path.relpath(folder))}"
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            command = continue_command(Path(HydraConfig.get().sweep.dir, "multirun.yaml"))
         print(f"\nstopped by {name}; continue with: {command}", file=sys.stderr)
     else:
         print(f"\nstopped by {name}", file=sys.stderr)
@@ -246,15 +253,6 @@ def _check_added() -> None:
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
         if not parent or nearest(key, siblings, cutoff=0.8):
             raise UserError(_unknown_key(key, known))
-
-
-def _finished_before() -> str | None:
-    """Says so where an earlier start of this multirun has finished the job, which is then not done again."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode != RunMode.MULTIRUN or not (folder / "metrics.json").exists():
-        return None
-    print(f"finished before: {folder.name}", flush=True)
-    return "finished before"
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake the user can fix. Its message is one line that names the fix; the command line exits with 2."""
 
 
+class Diverged(UserError):
+    """A loss or a weight that is not finite: of this run's settings, not of the command."""
+
+
 def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> list[float]:
     """`values` as floats. Raises UserError, naming the config key, unless there is one finite number a name."""
     try:

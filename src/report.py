@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from src.errors import UserError
+from src.errors import UserError, say
 
 
 def report(folders: list[Path], output: Path) -> None:
@@ -38,8 +38,7 @@ def main() -> None:
     try:
         report(arguments.folders, arguments.output or alone)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(say(str(error)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from src.checkpoints import BEFORE, NEWEST
-from src.errors import UserError
+from src.errors import Diverged, UserError
 
 
 class Recovery(Checkpoint):
@@ -25,7 +25,7 @@ class Recovery(Checkpoint):
     The checkpoint before it stays as previous.ckpt. Beside Lightning's own state it holds what that lacks: random
     number generators and running scores of every process, and the latest metrics. SIGINT and SIGTERM raise
     SystemExit with 128 + the signal's number once the checkpoint is written; a second one raises it at once.
-    A loss or a weight that is not finite raises UserError, at the latest after `log_every_n_steps` steps.
+    A loss or a weight that is not finite raises Diverged, at the latest after `log_every_n_steps` steps.
     """
 
     def __init__(self, dirpath: str, every_minutes: float | None = 1.0, every_steps: int | None = None) -> None:
@@ -175,7 +175,7 @@ class Recovery(Checkpoint):
         good = (
             f"the last good checkpoint is {self.saved} (step {self.saved_step})" if self.saved else "no checkpoint yet"
         )
-        raise UserError(f"{what}; {good}; try a lower optimizer.lr, or trainer.gradient_clip_val=1")
+        raise Diverged(f"{what}; {good}; try a lower optimizer.lr, or trainer.gradient_clip_val=1")
 
 
 def _metrics(module: L.LightningModule) -> list[tuple[str, Metric]]:

@@ -1,6 +1,5 @@
 """What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
 
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +12,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.errors import UserError
+from src.errors import UserError, say
 from src.sweeps.settings import flat, refuse_other
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
@@ -23,7 +22,7 @@ class Sweep(Callback):
     """Works with every launcher: the jobs may run in other processes, or on other machines.
 
     A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: cli.entry skips the jobs that
-    have a metrics.json there.
+    have a metrics.json there, and resumes the others.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -44,7 +43,7 @@ class Sweep(Callback):
                 fix = "continue it by its own command, or begin another folder"
                 refuse_other(flat(before), flat(config), f"the sweep in {folder}", fix)
         except UserError as error:  # Hydra would make a warning of it
-            sys.exit(_say(f"error: {error}", 2))
+            sys.exit(say(str(error)))
         print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -55,7 +54,7 @@ class Sweep(Callback):
         self.lock = FileLock(folder / ".lock")
         self.lock.acquire()
         if not (folder / METRICS_FILE).exists():
-            clear(folder)
+            (folder / ERROR_FILE).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -81,13 +80,6 @@ class Sweep(Callback):
             sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
 
 
-def clear(folder: Path) -> None:
-    """Takes away what an interrupted or failed job left, lest TensorBoard draw both attempts as one curve."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for file in [*folder.glob("events.out.tfevents.*"), folder / ERROR_FILE]:
-        file.unlink(missing_ok=True)
-
-
 def record_failure(folder: Path, error: BaseException) -> None:
     """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
     from src.cli import explain
@@ -95,9 +87,5 @@ def record_failure(folder: Path, error: BaseException) -> None:
     line = explain(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
     (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
-    _say(f"failed: {folder.name}: {text.splitlines()[0] if line is None else line}")
-
-
-def _say(line: str, code: int = 0) -> int:
-    print(line, file=sys.stderr, flush=True)
-    return code
+    reason = text.partition("\n")[0] if line is None else line
+    print(f"failed: {folder.name}: {reason}", file=sys.stderr, flush=True)

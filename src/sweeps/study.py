@@ -21,7 +21,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 from src import train
 from src.callbacks.sweep import ERROR_FILE, record_failure
 from src.config import check
-from src.errors import UserError
+from src.errors import Diverged, UserError
 from src.sweeps.jobs import PRUNED, is_loss, text, unfit_to_choose_by
 from src.sweeps.settings import flat, refuse_other
 
@@ -87,7 +87,7 @@ def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str
 def run_trial(trial: optuna.Trial, search: DictConfig, study_folder: Path) -> float:
     """Trains as src.train would with the suggested values, in a folder of its own.
 
-    Raises optuna.TrialPruned where the study stops the trial early.
+    Raises optuna.TrialPruned where the study stops the trial early, or the training diverges.
     """
     values = suggest(trial, search)
     shared = [
@@ -111,10 +111,14 @@ def run_trial(trial: optuna.Trial, search: DictConfig, study_folder: Path) -> fl
 
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     result = run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+    error_file = Path(config.hydra.run.dir) / ERROR_FILE
+    if isinstance(result, Diverged):  # not a mistake to stop for: the study learns to stay away
+        error_file.write_text(f"{PRUNED}: {result}\n")
+        raise optuna.TrialPruned from result
     if isinstance(result, optuna.TrialPruned):
-        (Path(config.hydra.run.dir) / ERROR_FILE).write_text(f"{PRUNED}: worse than earlier trials at this epoch\n")
+        error_file.write_text(f"{PRUNED}: worse than earlier trials at this epoch\n")
         raise result
     if isinstance(result, Exception):
-        record_failure(Path(config.hydra.run.dir), result)
+        record_failure(error_file.parent, result)
         raise result
     return result
