@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 from src import predict
 from src.data.files import find_images, read_image
-from src.data.sources import read_digits
+from src.data.sources import read_digits, read_mnist
 from src.errors import UserError
-from src.weights import SHIPPED
+from src.weights import SHIPPED, load
 
 DRAWN = sorted((Path(__file__).parent / "images").glob("[0-9].*"))
 
@@ -77,6 +77,19 @@ def test_place_margin_size_and_polarity_do_not_matter():
     ]
     for page in pages:
         assert (read_image(encoded(page)).float() - expected).abs().mean() < 4
+
+
+@pytest.mark.mnist
+def test_mnist_as_pencil_on_paper_is_read_as_well(real_mnist):
+    random = np.random.default_rng(0)
+    images, labels = (tensor[:200] for tensor in read_mnist(real_mnist).test)
+    again = []
+    for image in images[:, 0]:
+        drawn = Image.fromarray(image.numpy()).resize((280, 280), Image.Resampling.BICUBIC)
+        page = 215 - 0.7 * np.asarray(ImageOps.expand(drawn, (10, 90, 140, 0)), dtype=float)
+        again.append(read_image(encoded(Image.fromarray((page + random.normal(0, 8, page.shape)).astype(np.uint8)))))
+    digits = predict.predict(load().net, torch.stack(again)).argmax(1)
+    assert (digits == labels).float().mean() >= 0.98
 
 
 def flat(colour, mode="RGB"):
