@@ -109,6 +109,7 @@ def check(config: DictConfig) -> None:
 LIBRARIES = re.compile(
     r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
     r"|lightning\.Trainer"
+    r"|optuna\.(samplers|pruners)\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
 )
 FUNCTIONS = {"src.callbacks.console.progress"}

@@ -62,7 +62,7 @@ FOREIGN = [
     "{_target_: src.cli.os.system, command: touch ran}",
     "{_target_: src.cli.shutil.rmtree}",
     "{_target_: src.cli.sys}",
-    "{_target_: src.callbacks.sweep.clear}",
+    "{_target_: src.callbacks.sweep.record_failure}",
     "{_target_: src.errors.say}",
     "{_target_: torch.load}",
     "{_target_: torch.hub.load}",
