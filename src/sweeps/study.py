@@ -59,7 +59,7 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
 
 def tell(study: optuna.Study, trial: FrozenTrial) -> None:
     """A line a trial, for study.optimize to call."""
-    outcome = f"{trial.value:.4f}" if trial.value is not None else trial.state.name.lower()
+    outcome = f"{trial.value:.4f}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
     print(f"trial {trial.number}: {outcome}{best}", flush=True)
