@@ -98,12 +98,12 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
         config = compose("train", overrides=[*overrides, "output_dir=nowhere"])
     with isolated():  # Lightning notes the first node's name in the environment
         trainer = instantiate(config.trainer, logger=False)
-    environment = trainer.strategy.cluster_environment
-    assert isinstance(environment, SLURMEnvironment)
-    assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
-    assert environment.main_address == "node1" and environment.creates_processes_externally
-    Recovery("nowhere").setup(trainer, None, "fit")
-    assert not environment.auto_requeue
+        environment = trainer.strategy.cluster_environment
+        assert isinstance(environment, SLURMEnvironment) and environment.creates_processes_externally
+        assert environment.main_address == "node1"
+        assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
+        Recovery("nowhere").setup(trainer, None, "fit")
+        assert not environment.auto_requeue
 
 
 @pytest.mark.slow
