@@ -39,9 +39,9 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)
-    except OSError:
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def resume(run: Path, trainer: L.Trainer) -> Path | None:

@@ -17,12 +17,26 @@ from src.data.sources import download_mnist, has_mnist, read_digits, read_mnist
 from src.errors import UserError
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_an_epoch_sees_every_sample_once(world_size):
-    ranks = [list(IndexBatches(100, 8, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
-    assert len({len(batches) for batches in ranks}) == 1
-    assert len(ranks[0]) == len(IndexBatches(100, 8, world_size=world_size))
-    assert sorted(torch.cat([torch.cat(batches) for batches in ranks]).tolist()) == list(range(100))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [4, 31, 32, 33, 97, 98, 99, 100])
+def test_an_epoch_sees_every_sample_once(size, world_size):
+    ranks = [list(IndexBatches(size, 8, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {len(IndexBatches(size, 8, world_size=world_size))}
+    assert all(len(batch) for batches in ranks for batch in batches)
+    assert sorted(torch.cat([torch.cat(batches) for batches in ranks]).tolist()) == list(range(size))
+
+
+def test_too_few_samples_for_the_processes_are_refused():
+    with pytest.raises(UserError, match="3 samples are too few for 4 processes"):
+        IndexBatches(3, 8, world_size=4)
+
+
+def test_skipped_batches_are_left_out_once():
+    batches = IndexBatches(100, 8, seed=1)
+    whole = [batch.tolist() for batch in batches]
+    batches.skip(5)
+    assert [batch.tolist() for batch in batches] == whole[5:]
+    assert [batch.tolist() for batch in batches] == whole
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():

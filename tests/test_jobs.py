@@ -3,11 +3,16 @@
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from src.config import CONF
 from src.process import isolated
 
 TINY = (
@@ -85,17 +90,38 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from src.callbacks.recovery import Recovery
-    from src.config import CONF
 
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
         config = compose("train", overrides=[*overrides, "output_dir=nowhere"])
-    trainer = instantiate(config.trainer, logger=False)
-    environment = trainer.strategy.cluster_environment
-    assert isinstance(environment, SLURMEnvironment)
-    assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
-    assert environment.main_address == "node1" and environment.creates_processes_externally
-    Recovery("nowhere").setup(trainer, None, "fit")
-    assert not environment.auto_requeue
+    with isolated():  # Lightning notes the first node's name in the environment
+        trainer = instantiate(config.trainer, logger=False)
+        environment = trainer.strategy.cluster_environment
+        assert isinstance(environment, SLURMEnvironment) and environment.creates_processes_externally
+        assert environment.main_address == "node1"
+        assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
+        Recovery("nowhere").setup(trainer, None, "fit")
+        assert not environment.auto_requeue
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_and_continue(tmp_path):
+    many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=16", "trainer.max_epochs=4"
+    command = [sys.executable, "-m", "src.train"]
+    arguments = [*TINY[:-2], *many, "callbacks.last.every_steps=20"]
+    settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
+    limit = {"check": True, "timeout": 300}
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    subprocess.run([*command, *arguments, f"hydra.run.dir={whole}"], **limit, **settings)
+    first = subprocess.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
+    while first.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
+        time.sleep(0.05)
+    (second,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    assert first.communicate(timeout=60)[1].decode().count("another process of this run has ended") == 1
+    assert first.returncode not in (0, 2)
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
+    subprocess.run([*command, f"resume={folder}"], **limit, **settings)
+    assert final(folder) == final(whole)
