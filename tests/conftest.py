@@ -10,10 +10,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 
 from src import train
 from src.data import sources
 from src.models.cnn import CNN
+
+# Event files of one second and one process are told apart, and read in order, by a running number at the end of
+# their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 class Result(NamedTuple):

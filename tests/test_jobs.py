@@ -88,9 +88,11 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
     from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.pytorch.utilities import rank_zero_only
 
     from src.callbacks.recovery import Recovery
 
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it to 3, and would not log in the tests after
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -156,7 +156,7 @@ def test_missing_mnist_is_one_line(train, tmp_path, monkeypatch):
 def test_a_bug_gets_its_traceback(train, monkeypatch):
     import lightning as L
 
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(L.Trainer, "fit", broken)
