@@ -1,5 +1,8 @@
 import gzip
 import hashlib
+import json
+import subprocess
+import sys
 import threading
 import warnings
 from functools import partial
@@ -168,6 +171,37 @@ def test_download_once_also_when_several_start_together(mirror, mnist_root, tmp_
     assert len(mirror) == 2 * alone
     assert torch.equal(read_mnist(root).train.images, read_mnist(mnist_root).train.images)
     assert [file.name for file in root.iterdir() if file.name != ".mnist.lock"] == ["MNIST"]
+
+
+@pytest.mark.slow
+def test_two_processes_on_an_empty_folder_download_once_and_train(mirror, tmp_path):
+    download_mnist(tmp_path / "alone")
+    alone = len(mirror)
+    code = f"""
+import sys
+from torchvision.datasets import MNIST
+from src import train
+from src.data import sources
+MNIST.mirrors, MNIST.resources = {MNIST.mirrors!r}, {MNIST.resources!r}
+sources.MNIST_FILES = {sources.MNIST_FILES!r}
+train.main()
+"""
+    tiny = "model.channels=[4,4,4,4,4,4]", "data.val_size=10", "trainer.max_epochs=1", "callbacks.dashboard=null"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *tiny, f"data.root={tmp_path / 'new'}", f"hydra.run.dir={tmp_path / name}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    for run in runs:
+        printed, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, printed
+    assert len(mirror) == 2 * alone
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two"))
+    assert one == two
 
 
 def test_a_damaged_download_never_counts_as_data(mirror, mnist_root, tmp_path, monkeypatch):
