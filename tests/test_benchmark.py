@@ -1,0 +1,33 @@
+import re
+
+import pytest
+
+from src import benchmark
+
+TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "--batches", 2, "--rounds", 1
+
+
+def test_the_ratios_are_those_of_the_speeds(program):
+    result = program(*TINY, main=benchmark.main)
+    assert result.code == 0, result.err
+    speeds = {
+        name: float(value.replace(",", "")) for name, value in re.findall(r"^([abc]) +([\d,]+) i", result.out, re.M)
+    }
+    ratios = {name: float(value) for name, value in re.findall(r"^(b/[ac]) +([\d.]+)", result.out, re.M)}
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(speeds["b"] / speeds[name[-1]], rel=0.01)
+    assert set(ratios) == {"b/a", "b/c"}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("data=digits", "--batches", 500), "use a smaller number"),
+        (("modle=cnn",), "did you mean"),
+        (("--rounds", 0), "--rounds"),
+        (("seed=abc",), "a whole number"),
+    ],
+)
+def test_a_mistake_is_one_line(program, arguments, words):
+    result = program(*arguments, main=benchmark.main)
+    assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
