@@ -227,6 +227,8 @@ def test_auto_falls_back_to_digits_and_says_so(no_network, tmp_path):
     with pytest.warns(UserWarning, match="small digits"):
         data = module(dataset="auto", root=tmp_path, batch_size=None, val_size=None)
     assert data.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 150
+    with warnings.catch_warnings(action="error"):
+        data.prepare_data()  # as Lightning does again before the test
 
 
 def test_auto_takes_mnist_where_it_is(mnist_root):

@@ -54,7 +54,7 @@ class DigitImages(L.LightningDataModule):
         self.sets: Sets | None = None
 
     def prepare_data(self) -> None:
-        if self.dataset == "digits" or has_mnist(self.root):
+        if self.sets is not None or self.dataset == "digits" or has_mnist(self.root):  # fit has read them, for test
             return
         try:
             download_mnist(self.root)
@@ -64,7 +64,7 @@ class DigitImages(L.LightningDataModule):
             warnings.warn(f"training on scikit-learn's small digits: {error}", stacklevel=2)
 
     def setup(self, stage: str) -> None:
-        if self.sets is not None:  # fit has read them before test asks
+        if self.sets is not None:
             return
         digits = self.dataset == "digits" or (self.dataset == "auto" and not has_mnist(self.root))
         self.name, train, test = read_digits() if digits else read_mnist(self.root)

@@ -42,7 +42,8 @@ def write_report(folder: Path) -> None:
         csv.writer(file, lineterminator="\n").writerows([losses, *zip_longest(*losses.values())])
     table = milestone_table(losses)
     (folder / "losses.md").write_text(table)
-    plots.save(plots.all_losses(losses), folder / "losses_by_lr.png")  # the report of every sweep has a losses.png of its own
+    # Not losses.png: the report of every sweep has one.
+    plots.save(plots.all_losses(losses), folder / "losses_by_lr.png")
     for name, values in losses.items():
         plots.save(plots.one_loss(name, values), folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png")
     lr, _, gradients, rows = runs[0]
