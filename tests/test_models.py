@@ -1,7 +1,10 @@
 import pytest
 import torch
+from torch.nn.functional import cross_entropy, nll_loss
 
+from src.models.classifier import Classifier
 from src.models.cnn import CNN
+from src.models.muon import Muon, orthogonalize
 
 
 def test_the_network_has_exactly_the_parameters_of_the_table():
@@ -41,3 +44,53 @@ def test_dropout_acts_in_training_alone(dropout):
 
 def test_channels_are_arguments():
     assert CNN(channels=(4, 5, 6, 7, 8, 9))(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (3, 10, 32)])
+def test_orthogonalized_matrices_have_like_singular_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    found = orthogonalize(matrices)
+    assert torch.linalg.svdvals(found).min() > 0.6 and torch.linalg.svdvals(found).max() < 1.3
+    assert ((found * (u @ v)).sum() / found.norm() / (u @ v).norm()) > 0.97
+
+
+def test_muon_orthogonalizes_kernels_and_is_sgd_for_the_rest():
+    torch.manual_seed(0)
+    net, twin = CNN(), CNN()
+    twin.load_state_dict(net.state_dict())
+    muon = Muon(net.parameters(), lr=0.1, momentum=0.9, others=0.2)
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    start = {name: parameter.clone() for name, parameter in net.named_parameters()}
+    for _ in range(3):
+        for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+            ours.grad = torch.randn_like(ours)
+            theirs.grad = ours.grad.clone()
+        muon.step()
+        sgd.step()
+    kernels = {name for name, parameter in net.named_parameters() if parameter.ndim == 4 and parameter.shape[1] > 1}
+    assert len(kernels) == 6
+    for (name, ours), theirs in zip(net.named_parameters(), twin.parameters(), strict=True):
+        if name in kernels:
+            assert torch.linalg.matrix_norm((ours - start[name]).flatten(1), ord=2) < 3 * 0.1 * 1.3
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_decays_weights_apart_from_the_direction():
+    kernel = torch.nn.Parameter(torch.ones(4, 4, 3, 3))
+    bias = torch.nn.Parameter(torch.ones(4))
+    kernel.grad, bias.grad = torch.zeros_like(kernel), torch.zeros_like(bias)
+    Muon([kernel, bias], lr=0.1, weight_decay=0.5, others=0.2).step()
+    assert torch.allclose(kernel, torch.tensor(0.95)) and torch.allclose(bias, torch.tensor(0.99))
+
+
+def test_labels_are_smoothed_for_learning_and_not_for_the_scores():
+    module = Classifier(
+        CNN(channels=(1,) * 6), torch.optim.SGD, torch.optim.lr_scheduler.ConstantLR, label_smoothing=0.1
+    )
+    batch = torch.randn(8, 1, 28, 28), torch.arange(8)
+    log_probabilities = module.eval()(batch[0])
+    smoothed = module._step(batch, module.train_scores)
+    torch.testing.assert_close(smoothed, cross_entropy(log_probabilities, batch[1], label_smoothing=0.1))
+    torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(log_probabilities, batch[1]))

@@ -13,15 +13,24 @@ class RandomAffine:
     Each amount is uniform in ± its limit: `degrees` of rotation, `translate` in pixels along each axis,
     `scale` around 1 along each axis, `shear` as the tangent of the angle. torchvision's transform of
     this name draws one set of amounts for the whole batch, hence this one.
+    Over the last `decay` of a run, a fraction of its steps, the limits shrink linearly to 0.
     """
 
-    def __init__(self, degrees: float = 0.0, translate: float = 0.0, scale: float = 0.0, shear: float = 0.0) -> None:
-        self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
+    def __init__(
+        self,
+        degrees: float = 0.0,
+        translate: float = 0.0,
+        scale: float = 0.0,
+        shear: float = 0.0,
+        decay: float = 0.0,
+    ) -> None:
+        self.degrees, self.translate, self.scale, self.shear, self.decay = degrees, translate, scale, shear, decay
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """[N, C, H, W] floats to the same; `generator` lives on their device."""
+    def __call__(self, images: Tensor, generator: torch.Generator, progress: float = 0.0) -> Tensor:
+        """[N, C, H, W] floats to the same; `generator` lives on their device; `progress` is the fraction of the run."""
         n, _, height, width = images.shape
-        amounts = torch.rand(6, n, generator=generator, device=images.device) * 2 - 1
+        strength = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+        amounts = (torch.rand(6, n, generator=generator, device=images.device) * 2 - 1) * strength
         angle = amounts[0] * math.radians(self.degrees)
         scale_x, scale_y = 1 + amounts[1] * self.scale, 1 + amounts[2] * self.scale
         shear = amounts[3] * self.shear

@@ -108,5 +108,6 @@ class DigitImages(L.LightningDataModule):
             # Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn.
             batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
             keys = self.seed, batch_number, self.trainer.global_rank
-            images = self.augment(images.float(), generator_for(*keys, device=images.device))
+            progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+            images = self.augment(images.float(), generator_for(*keys, device=images.device), progress)
         return normalize(images), labels

@@ -18,6 +18,7 @@ from src.models.optimization import with_scheduler
 class Classifier(L.LightningModule):
     """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
 
+    It learns from labels of which `label_smoothing` is spread over all classes; what is logged is not smoothed.
     `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
     """
 
@@ -27,8 +28,10 @@ class Classifier(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler],
         classes: int = 10,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -50,6 +53,8 @@ class Classifier(L.LightningModule):
         # Once for each image: without its check for NaN, which waits for the GPU, MeanMetric ignores weights.
         scores["loss"].update(loss.detach().expand(len(labels)))
         scores["acc"].update(log_probabilities.detach(), labels)
+        if self.label_smoothing:
+            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
