@@ -44,6 +44,11 @@ text = Rule(lambda value: type(value) is str and value != "", "a text")
 at_least_0 = real("a number of 0 or more", lambda x: x >= 0)
 batches = either(whole(0), real("a fraction from 0 to 1", lambda x: 0 <= x <= 1), null)
 
+
+def _counts(value: Any) -> bool:
+    return OmegaConf.is_list(value) and len(value) > 0 and all(type(n) is int and n > 0 for n in value)
+
+
 # A key that a composed config lacks is not checked: each model, data set or optimizer brings its own.
 RULES: dict[str, Rule] = {
     "name": text,
@@ -63,9 +68,10 @@ RULES: dict[str, Rule] = {
     "data.augment.scale": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "data.augment.shear": at_least_0,
     "data.augment.decay": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "model.channels": Rule(
-        lambda value: OmegaConf.is_list(value) and all(type(n) is int and n > 0 for n in value),
-        "a list of whole numbers of 1 or more",
+    "model.channels": Rule(_counts, "a list of whole numbers of 1 or more"),
+    "model.stages": Rule(
+        lambda value: OmegaConf.is_list(value) and all(map(_counts, value)),
+        "lists of whole numbers of 1 or more, in a list",
     ),
     "model.dropout": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "module.label_smoothing": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),

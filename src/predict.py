@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--weights", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what the network saw")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from src.data.files import find_images
     from src.weights import load

@@ -24,10 +24,11 @@ def main(cfg: DictConfig, further_callbacks: Sequence[Callback] = ()) -> float |
 
     from src.callbacks.console import print_results, quiet
     from src.checkpoints import resume
-    from src.process import refuse_processes_within_multirun
+    from src.process import keep_freed_memory, refuse_processes_within_multirun
     from src.results import collect, log_hyperparameters, metric, write_metrics
 
     quiet()
+    keep_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     net = instantiate(cfg.model)

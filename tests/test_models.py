@@ -5,6 +5,7 @@ from torch.nn.functional import cross_entropy, nll_loss
 from src.models.classifier import Classifier
 from src.models.cnn import CNN
 from src.models.muon import Muon, orthogonalize
+from src.models.separable import SeparableCNN
 
 
 def test_the_network_has_exactly_the_parameters_of_the_table():
@@ -44,6 +45,16 @@ def test_dropout_acts_in_training_alone(dropout):
 
 def test_channels_are_arguments():
     assert CNN(channels=(4, 5, 6, 7, 8, 9))(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
+def test_a_separable_network_is_described_by_its_stages():
+    net = SeparableCNN(stages=[[8, 8], [16], [12, 20]])
+    assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    stem, separable = 9 * 8 + 2 * 8, lambda i, o: 9 * i + 2 * i + i * o + 2 * o
+    blocks = separable(8, 8) + separable(8, 16) + separable(16, 12) + separable(12, 20)
+    assert sum(p.numel() for p in net.parameters()) == stem + blocks + 9 * 20 + 10 * 20 + 10
+    with pytest.raises(ValueError, match=r"model\.stages has 2 lists"):
+        SeparableCNN(stages=[[8], [8]])
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (3, 10, 32)])

@@ -1,0 +1,49 @@
+"""A network of depthwise-separable convolutions, for the fewest parameters: a 3×3 kernel a channel, then a 1×1 mix."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.ReLU(),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class SeparableCNN(nn.Module):
+    """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
+
+    `stages` are the outputs of the convolutions between two poolings: of a 3×3 one over the image, then of separable
+    ones. A depthwise 3×3 kernel weighs the places of the last map. Stages other than three are a ValueError.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[int]], classes: int = 10) -> None:
+        super().__init__()
+        if len(stages) != 3:
+            raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
+        first, last = stages[0][0], stages[-1][-1]
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(first))
+        outputs = [channels for stage in stages for channels in stage]
+        blocks = iter(_separable(inputs, outputs) for inputs, outputs in pairwise(outputs))
+        sizes = len(stages[0]) - 1, len(stages[1]), len(stages[2])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(next(blocks) for _ in range(size)), nn.MaxPool2d(2)) for size in sizes
+        )
+        self.places = nn.Conv2d(last, last, 3, groups=last, bias=False)
+        self.fc = nn.Linear(last, classes)
+        # Convolutions on the CPU are 1.2 to 1.6 times as fast with the channels innermost.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        for stage in self.stages:
+            features = stage(features)
+        return self.fc(self.places(features).flatten(1)).log_softmax(dim=1)
