@@ -144,6 +144,11 @@ def test_a_mistake_is_one_line_and_leaves_nothing(train, mistake, words):
     assert not folder.exists() or mistake.endswith("val/accuracy")
 
 
+def test_too_few_steps_for_the_schedule_are_one_line(train):
+    result, _ = train("trainer.max_epochs=1", "trainer.limit_train_batches=5")
+    assert result.code == 2 and "5 steps are too few for the scheduler" in result.err.splitlines()[-1]
+
+
 def test_missing_mnist_is_one_line(train, tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 

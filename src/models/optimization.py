@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.errors import UserError
+
 
 def with_scheduler(
     module: L.LightningModule,
@@ -19,5 +21,8 @@ def with_scheduler(
     built = optimizer(module.parameters())
     total = {"total_steps": int(module.trainer.estimated_stepping_batches)}
     takes_total = "total_steps" in signature(scheduler).parameters
-    schedule = scheduler(built, **(total if takes_total else {}))
+    try:
+        schedule = scheduler(built, **(total if takes_total else {}))
+    except ZeroDivisionError as error:  # OneCycleLR, where its first phase has no step
+        raise UserError(f"{total['total_steps']} steps are too few for the scheduler; use scheduler=constant") from error
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
