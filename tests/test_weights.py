@@ -7,7 +7,7 @@ import torch
 from src import evaluate
 from src.errors import UserError
 from src.models.cnn import CNN
-from src.weights import load
+from src.weights import SHIPPED, load
 
 CHANNELS = [4, 4, 4, 4, 4, 4]
 
@@ -49,6 +49,17 @@ def test_evaluation_repeats_the_scores_of_the_run(run, program, tmp_path):
     assert scores["loss"] == pytest.approx(metrics["test/loss"], rel=1e-4)
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"scores.json", "confusion.png", "mistakes.png"}
     assert f"{scores['accuracy']:.2%}" in result.out and f"folder {tmp_path / 'out'}" in result.out
+
+
+@pytest.mark.mnist
+def test_the_shipped_weights_score_what_their_run_did(program, real_mnist, tmp_path):
+    result = program("--root", real_mnist, "--output", tmp_path, main=evaluate.main)
+    assert result.code == 0, result.err
+    recorded = json.loads(SHIPPED.with_suffix(".json").read_text())["metrics"]
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["images"] == 10_000
+    assert found["accuracy"] >= recorded["test/acc"] - 1e-4  # one image may fall to the other side on another machine
+    assert found["loss"] == pytest.approx(recorded["test/loss"], rel=1e-3)
 
 
 def test_scores_by_hand():
