@@ -62,7 +62,7 @@ RULES: dict[str, Rule] = {
     "data.eval_batch_size": whole(1),
     "data.val_size": either(whole(0), null),
     "data.val_on_test": flag,
-    "data.split_seed": whole(0, 2**32 - 1),
+    "data.split_seed": either(whole(0, 2**32 - 1), null),
     "data.augment.degrees": at_least_0,
     "data.augment.translate": at_least_0,
     "data.augment.scale": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),

@@ -128,6 +128,9 @@ def test_training_validation_and_test_images_are_apart(mnist_root):
     assert (len(train), len(val), len(test)) == (30, 10, 20)
     assert not (train & val or train & test or val & test)
     assert all_images(module(root=mnist_root, split_seed=1).val_dataloader()) != val
+    last = module(root=mnist_root, split_seed=None)
+    assert torch.equal(last.val.labels, read_mnist(mnist_root).train.labels[-10:].flip(0))
+    assert len(all_images(last.train_dataloader()) - all_images(last.val_dataloader())) == 30
 
 
 def test_without_a_split_all_images_are_for_training(mnist_root):

@@ -24,8 +24,9 @@ class DigitImages(L.LightningDataModule):
     """Batches of ([N, 1, 28, 28] normalised images, [N] labels).
 
     `dataset` is "mnist", "digits", or "auto": MNIST where it can be had, else digits with a warning.
-    `val_size` images are held out of the training images by `split_seed`; `batch_size` is that of one process;
-    None for either takes what suits the data set. `seed` keys the order and the augmentation.
+    `val_size` images are held out of the training images, drawn by `split_seed`, or for None the last ones: a writer's
+    images stand together in MNIST, so that those are of other writers, as the test images are. `batch_size` is that
+    of one process. None for either size takes what suits the data set. `seed` keys the order and the augmentation.
     With `val_on_test` the test images are scored after every epoch: that draws a curve, and must never choose.
     """
 
@@ -38,7 +39,7 @@ class DigitImages(L.LightningDataModule):
         augment: RandomAffine | None = None,
         val_size: int | None = None,
         val_on_test: bool = False,
-        split_seed: int = 0,
+        split_seed: int | None = 0,
         eval_batch_size: int = 1000,
     ) -> None:
         super().__init__()
@@ -74,7 +75,10 @@ class DigitImages(L.LightningDataModule):
             raise UserError(
                 f"data.val_size={val_size}: {self.name} has {len(train.labels):,} training images; use fewer"
             )
-        order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
+        if self.split_seed is None:
+            order = torch.arange(len(train.labels)).flip(0)
+        else:
+            order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(self.split_seed))
         held_out, kept = order[:val_size], order[val_size:].sort().values
 
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
