@@ -22,6 +22,7 @@ def quiet() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero")  # data.val_size=0
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
     # With several processes: torchmetrics has added the scores up before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* in distributed setting")
