@@ -34,7 +34,7 @@ def metric(results: dict[str, Any], name: str | None) -> float | None:
 
 
 def shaping(key: str) -> bool:
-    groups = "model.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_epochs"
+    groups = "model.", "module.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_"
     return key == "seed" or key.startswith(groups)
 
 
