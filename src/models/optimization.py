@@ -24,5 +24,6 @@ def with_scheduler(
     try:
         schedule = scheduler(built, **(total if takes_total else {}))
     except ZeroDivisionError as error:  # OneCycleLR, where its first phase has no step
-        raise UserError(f"{total['total_steps']} steps are too few for the scheduler; use scheduler=constant") from error
+        steps = total["total_steps"]
+        raise UserError(f"{steps} steps are too few for the scheduler; use scheduler=constant") from error
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
