@@ -19,6 +19,15 @@ def test_the_ratios_are_those_of_the_speeds(program):
     assert set(ratios) == {"b/a", "b/c"}
 
 
+def test_the_time_to_a_score_is_that_of_whole_runs(program):
+    result = program("--time-to", 30, "data.dataset=digits", "trainer.max_steps=30", "--rounds", 1, main=benchmark.main)
+    assert result.code == 0, result.err
+    own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
+    accuracy = float(re.search(r"^c  seed 0  ([\d.]+) %", result.out, re.M)[1])
+    assert accuracy >= 30
+    assert float(re.search(r"^c/b +([\d.]+)", result.out, re.M)[1]) == pytest.approx(other / own, abs=0.1 + 0.1 / own)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
