@@ -229,16 +229,18 @@ def source_to(target: float, data: DigitImages, device: torch.device) -> tuple[f
 
 
 def time_to(target: float, cfg: DictConfig, data: DigitImages, rounds: int, device: torch.device) -> None:
-    ratios = []
+    accuracies, ratios = [], []
     for seed in range(cfg.seed, cfg.seed + rounds):
         cfg.seed = data.seed = seed
         L.seed_everything(seed, verbose=False)
         own, accuracy = fast(cfg, data)
         print(f"b  seed {seed}  {accuracy:.2f} % at the end, {own:.1f} s", flush=True)
         L.seed_everything(seed, verbose=False)
+        accuracies.append(accuracy)
         other, accuracy, epochs = source_to(target, data, device)
         print(f"c  seed {seed}  {accuracy:.2f} % after {epochs} epochs, {other:.1f} s", flush=True)
         ratios.append(other / own)
+    print(f"b    {statistics.mean(accuracies):.2f} % on average  ({min(accuracies):.2f} to {max(accuracies):.2f})")
     print(f"c/b  {statistics.median(ratios):.1f}  ({min(ratios):.1f} to {max(ratios):.1f})")
 
 

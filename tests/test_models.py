@@ -1,7 +1,8 @@
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, nll_loss
+from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 
+from src.models.blur import blur
 from src.models.classifier import Classifier
 from src.models.cnn import CNN
 from src.models.muon import Muon, orthogonalize
@@ -105,3 +106,49 @@ def test_labels_are_smoothed_for_learning_and_not_for_the_scores():
     smoothed = module._step(batch, module.train_scores)
     torch.testing.assert_close(smoothed, cross_entropy(log_probabilities, batch[1], label_smoothing=0.1))
     torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(log_probabilities, batch[1]))
+
+
+def test_a_teacher_is_learned_from_and_no_part_of_the_module(tmp_path):
+    torch.manual_seed(0)
+    taught, images, labels = CNN(channels=(2,) * 6, dropout=0.0), torch.randn(8, 1, 28, 28), torch.arange(8)
+    model = {"_target_": "src.models.cnn.CNN", "channels": [2] * 6, "dropout": 0.5}
+    torch.save({"state_dict": taught.state_dict(), "model": model}, tmp_path / "teacher.pt")
+    net = CNN(channels=(1,) * 6, dropout=0.0)
+    module = Classifier(
+        net,
+        torch.optim.SGD,
+        torch.optim.lr_scheduler.ConstantLR,
+        teacher=str(tmp_path / "teacher.pt"),
+        temperature=4.0,
+        teaching=0.7,
+    )
+    loss = module._step((images, labels), module.train_scores)
+    found = torch.autograd.grad(loss, net.fc.weight)[0]
+    with torch.no_grad():
+        soft = taught.eval()(images) / 4
+    learned = net(images)
+    divergence = kl_div((learned / 4).log_softmax(1), soft.log_softmax(1), log_target=True, reduction="batchmean")
+    expected = torch.autograd.grad(0.3 * nll_loss(learned, labels) + 0.7 * 16 * divergence, net.fc.weight)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(learned, labels))
+    assert list(module.parameters()) == list(net.parameters())
+    unmoved = module.eval()._step((images, labels), module.val_scores)
+    torch.testing.assert_close(unmoved, nll_loss(module(images), labels))
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 12, 0.25])
+def test_blur_is_a_separable_filter_that_keeps_flat_images(share):
+    images = torch.rand(2, 1, 6, 7)
+    kernel = torch.tensor([share, 1 - 2 * share, share])
+    expected = conv2d(images, torch.outer(kernel, kernel)[None, None])
+    torch.testing.assert_close(blur(images, share)[..., 1:-1, 1:-1], expected)
+    torch.testing.assert_close(blur(torch.full((1, 1, 4, 4), -0.4), share), torch.full((1, 1, 4, 4), -0.4))
+
+
+@pytest.mark.parametrize("network", [CNN, lambda **kwargs: SeparableCNN(stages=[[4], [4], [4]], **kwargs)])
+def test_a_network_blurs_what_it_sees(network):
+    sharp, blurring = network().eval(), network(blur=0.1).eval()
+    blurring.load_state_dict(sharp.state_dict())
+    images = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(blurring(images), sharp(blur(images, 0.1)))
+    assert not torch.allclose(blurring(images), sharp(images))

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src.callbacks.recovery import Recovery
 from src.config import CONF
+from src.weights import SHIPPED
 
 # 24 batches of training.
 TINY = (
@@ -100,7 +101,7 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
         ("trainer.max_steps=20",),
         ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
         ("optimizer=adamw", "scheduler=constant", "data.augment=null"),
-        ("optimizer=muon", "data.augment.decay=1", "module.label_smoothing=0.1"),
+        ("optimizer=muon", "data.augment.decay=1", "module.label_smoothing=0.1", f"module.teacher={SHIPPED}"),
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -1,6 +1,7 @@
 """Training and scoring of any network that maps images to log-probabilities."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,12 +14,15 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.models.optimization import with_scheduler
+from src.weights import load
 
 
 class Classifier(L.LightningModule):
     """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
 
-    It learns from labels of which `label_smoothing` is spread over all classes; what is logged is not smoothed.
+    It learns from labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from
+    what another network says of the same images: the one in `teacher`, a file or folder that src.weights loads, both
+    made softer by `temperature` (https://arxiv.org/abs/1503.02531). What is logged is that of the labels alone.
     `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
     """
 
@@ -29,9 +33,14 @@ class Classifier(L.LightningModule):
         scheduler: Callable[..., LRScheduler],
         classes: int = 10,
         label_smoothing: float = 0.0,
+        teacher: str | None = None,
+        temperature: float = 2.0,
+        teaching: float = 0.9,
     ) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.temperature, self.teaching = label_smoothing, temperature, teaching
+        # In a tuple, because a teacher is no part of the module: not to be trained, counted or saved.
+        self.teachers = (load(Path(teacher)).net,) if teacher else ()
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -55,7 +64,18 @@ class Classifier(L.LightningModule):
         scores["acc"].update(log_probabilities.detach(), labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
+        for teacher in self.teachers if self.training else ():
+            loss = (1 - self.teaching) * loss + self.teaching * self._distillation(teacher(images), log_probabilities)
         return loss
+
+    def _distillation(self, taught: Tensor, learned: Tensor) -> Tensor:
+        """Cross-entropy at `temperature`, times its square, so that the gradients do not fade with it."""
+        soft = (taught.float() / self.temperature).softmax(dim=1)
+        return -self.temperature**2 * (soft * (learned / self.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+
+    def on_fit_start(self) -> None:
+        for teacher in self.teachers:
+            teacher.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_scores)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from src.models.blur import blur
+
 
 def _block(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(
@@ -23,13 +25,18 @@ class CNN(nn.Module):
     """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
 
     `channels` are the outputs of the six convolutions, in order; another number of them is a ValueError.
-    The defaults have 15,544 parameters.
+    The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else.
     """
 
     def __init__(
-        self, channels: Sequence[int] = (16, 16, 16, 16, 16, 32), dropout: float = 0.25, classes: int = 10
+        self,
+        channels: Sequence[int] = (16, 16, 16, 16, 16, 32),
+        dropout: float = 0.25,
+        classes: int = 10,
+        blur: float = 0.0,
     ) -> None:
         super().__init__()
+        self.blur = blur
         if len(channels) != 6:
             raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
         c1, c2, c3, c4, c5, c6 = channels
@@ -42,5 +49,5 @@ class CNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.gap(self.conv3(self.conv2(self.conv1(images))))
+        features = self.gap(self.conv3(self.conv2(self.conv1(blur(images, self.blur)))))
         return self.fc(features.flatten(1)).log_softmax(dim=1)
