@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "data.augment.translate": at_least_0,
     "data.augment.scale": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "data.augment.shear": at_least_0,
+    "data.augment.elastic": at_least_0,
     "data.augment.interpolation": choice("bilinear", "bicubic"),
     "data.augment.decay": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "model.channels": Rule(_counts, "a list of whole numbers of 1 or more"),

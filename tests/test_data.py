@@ -57,9 +57,20 @@ def test_generators_differ_by_the_order_of_their_keys():
     assert generator_for(1, 2).initial_seed() != generator_for(2, 1).initial_seed()
 
 
-def test_affine_without_amounts_changes_nothing():
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_affine_without_amounts_changes_nothing(interpolation):
     images = torch.rand(3, 1, 28, 28)
-    torch.testing.assert_close(RandomAffine()(images, generator_for(0)), images, atol=1e-5, rtol=0)
+    affine = RandomAffine(interpolation=interpolation)
+    torch.testing.assert_close(affine(images, generator_for(0)), images, atol=1e-4, rtol=0)
+
+
+def test_bicubic_interpolation_blurs_less():
+    images = torch.rand(8, 1, 28, 28)
+
+    def contrast(interpolation):
+        return RandomAffine(translate=3, interpolation=interpolation)(images, generator_for(0))[..., 4:-4, 4:-4].std()
+
+    assert contrast("bilinear") < 0.9 * contrast("bicubic") < contrast("bicubic") < images.std()
 
 
 def test_affine_gives_each_image_its_own_amounts():
@@ -76,6 +87,14 @@ def test_translation_is_in_pixels():
     ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     distances = torch.stack([(moved[:, 0] * axis).sum((1, 2)) - 14 for axis in (ys, xs)]).abs()
     assert 2.5 < distances.max() <= 3.001
+
+
+def test_elastic_displacement_is_smooth_and_in_pixels():
+    ramp = torch.arange(28.0).expand(64, 1, 28, 28)  # what a pixel reads is where it was taken from
+    found = RandomAffine(elastic=2)(ramp, generator_for(0))[..., 4:-4, 4:-4] - ramp[..., 4:-4, 4:-4]
+    assert 1.5 < found.abs().max() < 2.9  # a smooth curve may leave the range of its knots
+    assert found.diff(dim=-1).abs().max() < 1 and found.diff(dim=-2).abs().max() < 1
+    assert found.std((1, 2, 3)).min() > 0.1
 
 
 def test_rotation_keeps_the_middle_and_its_angle():

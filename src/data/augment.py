@@ -5,7 +5,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
+
+
+KNOTS = 5  # along each axis: an elastic displacement runs smoothly through random ones at so many places
 
 
 class RandomAffine:
@@ -13,7 +16,8 @@ class RandomAffine:
 
     Each amount is uniform in ± its limit: `degrees` of rotation, `translate` in pixels along each axis,
     `scale` around 1 along each axis, `shear` as the tangent of the angle. torchvision's transform of
-    this name draws one set of amounts for the whole batch, hence this one.
+    this name draws one set of amounts for the whole batch, hence this one. What is not affine: parts of
+    the image are displaced by up to `elastic` pixels along each axis.
     Bilinear interpolation blurs, so that a network knows no image as sharp as those it is scored on; bicubic hardly does.
     Over the last `decay` of a run, a fraction of its steps, the limits shrink linearly to 0.
     """
@@ -24,11 +28,12 @@ class RandomAffine:
         translate: float = 0.0,
         scale: float = 0.0,
         shear: float = 0.0,
+        elastic: float = 0.0,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         decay: float = 0.0,
     ) -> None:
         self.degrees, self.translate, self.scale, self.shear, self.decay = degrees, translate, scale, shear, decay
-        self.interpolation = interpolation
+        self.elastic, self.interpolation = elastic, interpolation
 
     def __call__(self, images: Tensor, generator: torch.Generator, progress: float = 0.0) -> Tensor:
         """[N, C, H, W] floats to the same; `generator` lives on their device; `progress` is the fraction of the run."""
@@ -48,4 +53,9 @@ class RandomAffine:
             1,
         )
         grid = affine_grid(theta, list(images.shape), align_corners=False)
+        if self.elastic:
+            pixel = 2 * strength / torch.tensor([width, height], device=images.device)
+            knots = torch.rand(n, 2, KNOTS, KNOTS, generator=generator, device=images.device) * 2 - 1
+            knots = interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
+            grid = grid + self.elastic * pixel * knots.permute(0, 2, 3, 1)
         return grid_sample(images, grid, mode=self.interpolation, align_corners=False)
