@@ -15,7 +15,7 @@ from yaml import YAMLError
 from src.errors import UserError
 
 SHIPPED = Path(__file__).parents[1] / "weights/mnist.pt"
-HELP = "a run folder, a .ckpt of one, or a .pt file; by default the weights that come with the project"
+KINDS = "a run folder, a .ckpt of one, or a .pt file"
 
 
 class Trained(NamedTuple):
@@ -31,7 +31,7 @@ def load(path: Path | None = None) -> Trained:
     if not file.is_file():
         if path.is_dir() and list(path.glob("*/checkpoints")):
             raise UserError(f"{path} is a sweep; name one of the run folders in it")
-        raise UserError(f"{file}: no such file; name {HELP}")
+        raise UserError(f"{file}: no such file; name {KINDS}")
     content = _read(file)
     if "model" in content:
         model, dataset = content["model"], content.get("dataset", "mnist")
@@ -58,7 +58,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise UserError(f"{file}: not a file of weights, or a damaged one") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{file}: holds no state_dict; name {HELP}")
+        raise UserError(f"{file}: holds no state_dict; name {KINDS}")
     return content
 
 

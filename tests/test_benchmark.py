@@ -25,7 +25,10 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
     own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
     accuracy = float(re.search(r"^c  seed 0  ([\d.]+) %", result.out, re.M)[1])
     assert accuracy >= 30
-    assert re.search(r"^b  seed 0  ([\d.]+) %", result.out, re.M)[1] == re.search(r"^b    ([\d.]+) % on", result.out, re.M)[1]
+    assert (
+        re.search(r"^b  seed 0  ([\d.]+) %", result.out, re.M)[1]
+        == re.search(r"^b    ([\d.]+) % on", result.out, re.M)[1]
+    )
     assert float(re.search(r"^c/b +([\d.]+)", result.out, re.M)[1]) == pytest.approx(other / own, abs=0.1 + 0.1 / own)
 
 

@@ -71,7 +71,7 @@ class Classifier(L.LightningModule):
     def _distillation(self, taught: Tensor, learned: Tensor) -> Tensor:
         """Cross-entropy at `temperature`, times its square, so that the gradients do not fade with it."""
         soft = (taught.float() / self.temperature).softmax(dim=1)
-        return -self.temperature**2 * (soft * (learned / self.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+        return -(self.temperature**2) * (soft * (learned / self.temperature).log_softmax(dim=1)).sum(dim=1).mean()
 
     def on_fit_start(self) -> None:
         for teacher in self.teachers:
