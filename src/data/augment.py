@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-
 KNOTS = 5  # along each axis: an elastic displacement runs smoothly through random ones at so many places
 
 
@@ -18,7 +17,7 @@ class RandomAffine:
     `scale` around 1 along each axis, `shear` as the tangent of the angle. torchvision's transform of
     this name draws one set of amounts for the whole batch, hence this one. What is not affine: parts of
     the image are displaced by up to `elastic` pixels along each axis.
-    Bilinear interpolation blurs, so that a network knows no image as sharp as those it is scored on; bicubic hardly does.
+    Bilinear interpolation blurs: a network then knows no image as sharp as those it is scored on. Bicubic hardly does.
     Over the last `decay` of a run, a fraction of its steps, the limits shrink linearly to 0.
     """
 

@@ -1,4 +1,4 @@
-"""A fixed low-pass filter in front of a network: it has no parameters, and spares the first layer the noise of pixels."""
+"""A low-pass filter without parameters, for the front of a network."""
 
 from torch import Tensor
 from torch.nn.functional import pad
