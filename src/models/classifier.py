@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import nll_loss
+from torch.nn.functional import kl_div, nll_loss
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
@@ -69,9 +69,9 @@ class Classifier(L.LightningModule):
         return loss
 
     def _distillation(self, taught: Tensor, learned: Tensor) -> Tensor:
-        """Cross-entropy at `temperature`, times its square, so that the gradients do not fade with it."""
-        soft = (taught.float() / self.temperature).softmax(dim=1)
-        return -(self.temperature**2) * (soft * (learned / self.temperature).log_softmax(dim=1)).sum(dim=1).mean()
+        """The divergence at `temperature`, times its square, so that the gradients do not fade with it."""
+        taught, learned = ((each.float() / self.temperature).log_softmax(dim=1) for each in (taught, learned))
+        return self.temperature**2 * kl_div(learned, taught, log_target=True, reduction="batchmean")
 
     def on_fit_start(self) -> None:
         for teacher in self.teachers:
