@@ -9,14 +9,25 @@ from torch import Tensor, nn
 from src.models.blur import blur
 
 
+class ShiftedBatchNorm(nn.BatchNorm2d):
+    """Batch norm with a shift and no scale: through a ReLU, a scale is as well one of the next convolution's weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) + self.shift
+
+
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
-        nn.BatchNorm2d(inputs),
+        ShiftedBatchNorm(inputs),
         nn.ReLU(),
         nn.Conv2d(inputs, outputs, 1, bias=False),
         nn.ReLU(),
-        nn.BatchNorm2d(outputs),
+        nn.BatchNorm2d(outputs, affine=False),
     )
 
 
@@ -34,7 +45,7 @@ class SeparableCNN(nn.Module):
         if len(stages) != 3:
             raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
         first, last = stages[0][0], stages[-1][-1]
-        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(first))
+        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), ShiftedBatchNorm(first), nn.ReLU())
         outputs = [channels for stage in stages for channels in stage]
         blocks = iter(_separable(inputs, outputs) for inputs, outputs in pairwise(outputs))
         sizes = len(stages[0]) - 1, len(stages[1]), len(stages[2])
