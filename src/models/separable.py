@@ -10,7 +10,7 @@ from src.models.blur import blur
 
 
 class ShiftedBatchNorm(nn.BatchNorm2d):
-    """Batch norm with a shift and no scale: through a ReLU, a scale is as well one of the next convolution's weights."""
+    """Batch norm with a shift and no scale: through a ReLU, the next convolution's weights do for a scale."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=False)
