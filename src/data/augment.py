@@ -53,8 +53,8 @@ class RandomAffine:
         )
         grid = affine_grid(theta, list(images.shape), align_corners=False)
         if self.elastic:
-            pixel = 2 * strength / torch.tensor([width, height], device=images.device)
             knots = torch.rand(n, 2, KNOTS, KNOTS, generator=generator, device=images.device) * 2 - 1
-            knots = interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
-            grid = grid + self.elastic * pixel * knots.permute(0, 2, 3, 1)
+            shifts = interpolate(knots, size=(height, width), mode="bicubic", align_corners=True)
+            shifts = shifts * (2 * self.elastic * strength)
+            grid = grid + torch.stack([shifts[:, 0] / width, shifts[:, 1] / height], dim=3)
         return grid_sample(images, grid, mode=self.interpolation, align_corners=False)
