@@ -111,7 +111,7 @@ def test_rotation_keeps_the_middle_and_its_angle():
 @pytest.mark.parametrize("progress, strength", [(0, 1), (0.6, 1), (0.8, 0.5), (1, 0)])
 def test_augmentation_decays_over_the_end_of_a_run(progress, strength):
     images = torch.rand(8, 1, 28, 28)
-    limits = {"degrees": 10, "translate": 2, "scale": 0.1, "shear": 0.1}
+    limits = {"degrees": 10, "translate": 2, "scale": 0.1, "shear": 0.1, "elastic": 1}
     weaker = RandomAffine(**{name: limit * strength for name, limit in limits.items()})(images, generator_for(0))
     decayed = RandomAffine(**limits, decay=0.4)(images, generator_for(0), progress)
     torch.testing.assert_close(decayed, weaker, atol=1e-4, rtol=0)
