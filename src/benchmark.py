@@ -235,8 +235,8 @@ def time_to(target: float, cfg: DictConfig, data: DigitImages, rounds: int, devi
         L.seed_everything(seed, verbose=False)
         own, accuracy = fast(cfg, data)
         print(f"b  seed {seed}  {accuracy:.2f} % at the end, {own:.1f} s", flush=True)
-        L.seed_everything(seed, verbose=False)
         accuracies.append(accuracy)
+        L.seed_everything(seed, verbose=False)
         other, accuracy, epochs = source_to(target, data, device)
         print(f"c  seed {seed}  {accuracy:.2f} % after {epochs} epochs, {other:.1f} s", flush=True)
         ratios.append(other / own)
@@ -270,6 +270,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(cli.explain(error)) from error
     check(cfg)
+    if cfg.module.get("teacher"):
+        raise UserError("the bare loop has no teacher to compare with; add module.teacher=null")
     data = instantiate(cfg.data)
     data.trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     device = data.trainer.strategy.root_device

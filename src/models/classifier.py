@@ -22,7 +22,7 @@ class Classifier(L.LightningModule):
 
     It learns from labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from
     what another network says of the same images: the one in `teacher`, a file or folder that src.weights loads, both
-    made softer by `temperature` (https://arxiv.org/abs/1503.02531). What is logged is that of the labels alone.
+    made softer by `temperature` (https://arxiv.org/abs/1503.02531). The scores are those of the labels alone.
     `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
     """
 
@@ -34,7 +34,7 @@ class Classifier(L.LightningModule):
         classes: int = 10,
         label_smoothing: float = 0.0,
         teacher: str | None = None,
-        temperature: float = 2.0,
+        temperature: float = 4.0,
         teaching: float = 0.9,
     ) -> None:
         super().__init__()
