@@ -6,8 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from src.models.blur import blur
-
 
 class ShiftedBatchNorm(nn.BatchNorm2d):
     """Batch norm with a shift and no scale: through a ReLU, the next convolution's weights do for a scale."""
@@ -36,12 +34,10 @@ class SeparableCNN(nn.Module):
 
     `stages` are the outputs of the convolutions between two poolings: of a 3×3 one over the image, then of separable
     ones. A depthwise 3×3 kernel weighs the places of the last map. Stages other than three are a ValueError.
-    `blur` is the share of a pixel that each neighbour gets before all else.
     """
 
-    def __init__(self, stages: Sequence[Sequence[int]], classes: int = 10, blur: float = 0.0) -> None:
+    def __init__(self, stages: Sequence[Sequence[int]], classes: int = 10) -> None:
         super().__init__()
-        self.blur = blur
         if len(stages) != 3:
             raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
         first, last = stages[0][0], stages[-1][-1]
@@ -58,7 +54,7 @@ class SeparableCNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.stem(blur(images, self.blur))
+        features = self.stem(images)
         for stage in self.stages:
             features = stage(features)
         return self.fc(self.places(features).flatten(1)).log_softmax(dim=1)
