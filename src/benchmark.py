@@ -270,8 +270,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(cli.explain(error)) from error
     check(cfg)
-    if cfg.module.get("teacher"):
-        raise UserError("the bare loop has no teacher to compare with; add module.teacher=null")
+    if cfg.data.get("reinforce"):
+        raise UserError("the bare loop learns from no teacher; add data=mnist")
     data = instantiate(cfg.data)
     data.trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     device = data.trainer.strategy.root_device

@@ -70,6 +70,11 @@ RULES: dict[str, Rule] = {
     "data.augment.elastic": at_least_0,
     "data.augment.interpolation": choice("bilinear", "bicubic"),
     "data.augment.decay": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "data.reinforce.teacher.files": Rule(
+        lambda value: OmegaConf.is_list(value) and len(value) > 0 and all(map(text.allows, value)), "a list of files"
+    ),
+    "data.reinforce.folder": text,
+    "data.reinforce.seed": whole(0, 2**32 - 1),
     "model.channels": Rule(_counts, "a list of whole numbers of 1 or more"),
     "model.stages": Rule(
         lambda value: OmegaConf.is_list(value) and all(map(_counts, value)),
@@ -78,7 +83,6 @@ RULES: dict[str, Rule] = {
     "model.dropout": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
     "model.blur": real("a number from 0 to 0.25", lambda x: 0 <= x <= 0.25),
     "module.label_smoothing": real("a number from 0 up to, but not including, 1", lambda x: 0 <= x < 1),
-    "module.teacher": either(text, null),
     "module.temperature": real("a number above 0", lambda x: x > 0),
     "module.teaching": real("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "optimizer.lr": real("a number above 0", lambda x: x > 0),

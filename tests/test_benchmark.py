@@ -39,7 +39,7 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
         (("modle=cnn",), "did you mean"),
         (("--rounds", 0), "--rounds"),
         (("seed=abc",), "a whole number"),
-        (("experiment=record",), "module.teacher=null"),
+        (("experiment=record",), "data=mnist"),
     ],
 )
 def test_a_mistake_is_one_line(program, arguments, words):

@@ -4,6 +4,7 @@ from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 
 from src.models.classifier import Classifier
 from src.models.cnn import CNN, blur
+from src.models.ensemble import Ensemble
 from src.models.muon import Muon, orthogonalize
 from src.models.separable import SeparableCNN
 
@@ -107,32 +108,35 @@ def test_labels_are_smoothed_for_learning_and_not_for_the_scores():
     torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(log_probabilities, batch[1]))
 
 
-def test_a_teacher_is_learned_from_and_no_part_of_the_module(tmp_path):
+def test_a_teachers_answers_are_learned_from_and_not_scored():
     torch.manual_seed(0)
-    taught, images, labels = CNN(channels=(2,) * 6, dropout=0.0), torch.randn(8, 1, 28, 28), torch.arange(8)
-    model = {"_target_": "src.models.cnn.CNN", "channels": [2] * 6, "dropout": 0.5}
-    torch.save({"state_dict": taught.state_dict(), "model": model}, tmp_path / "teacher.pt")
+    images, labels, answers = torch.randn(8, 1, 28, 28), torch.arange(8), torch.randn(8, 10)
     net = CNN(channels=(1,) * 6, dropout=0.0)
-    module = Classifier(
-        net,
-        torch.optim.SGD,
-        torch.optim.lr_scheduler.ConstantLR,
-        teacher=str(tmp_path / "teacher.pt"),
-        temperature=4.0,
-        teaching=0.7,
-    )
-    loss = module._step((images, labels), module.train_scores)
+    constant = torch.optim.lr_scheduler.ConstantLR
+    module = Classifier(net, torch.optim.SGD, constant, temperature=4.0, teaching=0.7)
+    loss = module._step((images, labels, answers), module.train_scores)
     found = torch.autograd.grad(loss, net.fc.weight)[0]
-    with torch.no_grad():
-        soft = taught.eval()(images) / 4
     learned = net(images)
-    divergence = kl_div((learned / 4).log_softmax(1), soft.log_softmax(1), log_target=True, reduction="batchmean")
+    soft = (answers / 4).log_softmax(1)
+    divergence = kl_div((learned / 4).log_softmax(1), soft, log_target=True, reduction="batchmean")
     expected = torch.autograd.grad(0.3 * nll_loss(learned, labels) + 0.7 * 16 * divergence, net.fc.weight)[0]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(learned, labels))
-    assert list(module.parameters()) == list(net.parameters())
-    unmoved = module.eval()._step((images, labels), module.val_scores)
-    torch.testing.assert_close(unmoved, nll_loss(module(images), labels))
+
+
+def test_an_ensemble_is_the_mean_of_its_networks_and_known_by_their_files(tmp_path):
+    files, images = [], torch.randn(4, 1, 28, 28)
+    model = {"_target_": "src.models.cnn.CNN", "channels": [2] * 6, "dropout": 0.5}
+    for name in "ab":
+        torch.save({"state_dict": CNN(channels=(2,) * 6).state_dict(), "model": model}, tmp_path / f"{name}.pt")
+        files.append(str(tmp_path / f"{name}.pt"))
+    both = Ensemble(files)
+    torch.testing.assert_close(both(images), (Ensemble(files[:1])(images) + Ensemble(files[1:])(images)) / 2)
+    assert not any(net.training for net in both.nets) and not any(
+        parameter.requires_grad for parameter in both.parameters()
+    )
+    assert both.digest == Ensemble(files).digest
+    assert len({both.digest, Ensemble(files[:1]).digest, Ensemble(files[1:]).digest}) == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 1 / 12, 0.25])

@@ -1,6 +1,6 @@
 """Batches as index tensors: one fancy-indexing call per batch, with no worker processes and no collation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import ceil
 
 import torch
@@ -66,5 +66,5 @@ def generator_for(*keys: int, device: torch.device | str = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(seed)
 
 
-def in_memory_loader(images: Tensor, labels: Tensor, batches: IndexBatches) -> DataLoader:
-    return DataLoader(TensorDataset(images, labels), sampler=batches, batch_size=None)
+def in_memory_loader(tensors: Iterable[Tensor], batches: IndexBatches) -> DataLoader:
+    return DataLoader(TensorDataset(*tensors), sampler=batches, batch_size=None)

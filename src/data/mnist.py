@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from src.data.augment import RandomAffine
 from src.data.batches import IndexBatches, generator_for, in_memory_loader
 from src.data.normalize import normalize
+from src.data.reinforce import Reinforcement, View
 from src.data.sources import Images, Sets, download_mnist, has_mnist, read_digits, read_mnist
 from src.errors import UserError
 
@@ -28,6 +29,8 @@ class DigitImages(L.LightningDataModule):
     images stand together in MNIST, so that those are of other writers, as the test images are. `batch_size` is that
     of one process. None for either size takes what suits the data set. `seed` keys the order and the augmentation.
     With `val_on_test` the test images are scored after every epoch: that draws a curve, and must never choose.
+    With `reinforce` the batches for training have a third part, a teacher's answers: [N, classes] log-probabilities;
+    `seed` keys the order alone then.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class DigitImages(L.LightningDataModule):
         seed: int,
         batch_size: int | None = None,
         augment: RandomAffine | None = None,
+        reinforce: Reinforcement | None = None,
         val_size: int | None = None,
         val_on_test: bool = False,
         split_seed: int | None = 0,
@@ -48,6 +52,8 @@ class DigitImages(L.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
+        self.reinforce = reinforce
+        self.view: tuple[int, View] | None = None  # of which epoch
         self.val_size = val_size
         self.val_on_test = val_on_test
         self.split_seed = split_seed
@@ -89,15 +95,17 @@ class DigitImages(L.LightningDataModule):
         self.sets = Sets(self.name, put(Images(train.images[kept], train.labels[kept])), put(test))
         self.val = self.sets.test if self.val_on_test else put(Images(train.images[held_out], train.labels[held_out]))
 
-    def _loader(self, images: Images, batch_size: int, seed: int | None = None) -> DataLoader:
+    def _loader(self, images: Images, batch_size: int, seed: int | None = None, *further: Tensor) -> DataLoader:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         device = images.images.device
         batches = IndexBatches(len(images.labels), batch_size, seed, rank, world_size, device)
-        return in_memory_loader(*images, batches)
+        return in_memory_loader((*images, *further), batches)
 
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
-        return self._loader(self.sets.train, self.batch_size or BATCH_SIZE[self.sets.name], self.seed)
+        train = self.sets.train
+        index = [torch.arange(len(train.labels), device=train.labels.device)] if self.reinforce else []
+        return self._loader(train, self.batch_size or BATCH_SIZE[self.sets.name], self.seed, *index)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if len(self.val.labels) else []
@@ -106,8 +114,12 @@ class DigitImages(L.LightningDataModule):
         assert self.sets is not None
         return self._loader(self.sets.test, self.eval_batch_size)
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        images, labels = batch
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> tuple[Tensor, ...]:
+        images, labels, *index = batch
+        if index:
+            assert self.trainer and self.reinforce
+            images, answers = self._view_of(self.trainer.current_epoch).batch(images, *index)
+            return normalize(images), labels, answers
         if self.augment and self.trainer and self.trainer.training:
             # Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn.
             batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
@@ -115,3 +127,12 @@ class DigitImages(L.LightningDataModule):
             progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
             images = self.augment(images.float(), generator_for(*keys, device=images.device), progress)
         return normalize(images), labels
+
+    def _view_of(self, epoch: int) -> View:
+        if self.view is None or self.view[0] != epoch:
+            assert self.trainer and self.reinforce and self.sets
+            batches = epoch * self.trainer.num_training_batches
+            progress = batches / (self.trainer.accumulate_grad_batches * self.trainer.estimated_stepping_batches)
+            augment = self.augment or RandomAffine()
+            self.view = epoch, self.reinforce.view(self.sets.train.images, augment, epoch, progress)
+        return self.view[1]

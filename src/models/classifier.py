@@ -1,7 +1,6 @@
 """Training and scoring of any network that maps images to log-probabilities."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,15 +13,14 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.models.optimization import with_scheduler
-from src.weights import load
 
 
 class Classifier(L.LightningModule):
     """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
 
     It learns from labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from
-    what another network says of the same images: the one in `teacher`, a file or folder that src.weights loads, both
-    made softer by `temperature` (https://arxiv.org/abs/1503.02531). The scores are those of the labels alone.
+    a teacher's log-probabilities where the batches have them as their third part, both made softer by `temperature`
+    (https://arxiv.org/abs/1503.02531). The scores are those of the labels alone.
     `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
     """
 
@@ -33,14 +31,11 @@ class Classifier(L.LightningModule):
         scheduler: Callable[..., LRScheduler],
         classes: int = 10,
         label_smoothing: float = 0.0,
-        teacher: str | None = None,
         temperature: float = 4.0,
         teaching: float = 0.9,
     ) -> None:
         super().__init__()
         self.label_smoothing, self.temperature, self.teaching = label_smoothing, temperature, teaching
-        # In a tuple, because a teacher is no part of the module: not to be trained, counted or saved.
-        self.teachers = (load(Path(teacher)).net,) if teacher else ()
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -55,8 +50,8 @@ class Classifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
-    def _step(self, batch: tuple[Tensor, Tensor], scores: MetricCollection) -> Tensor:
-        images, labels = batch
+    def _step(self, batch: tuple[Tensor, ...], scores: MetricCollection) -> Tensor:
+        images, labels, *answers = batch
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
         # Once for each image: without its check for NaN, which waits for the GPU, MeanMetric ignores weights.
@@ -64,8 +59,8 @@ class Classifier(L.LightningModule):
         scores["acc"].update(log_probabilities.detach(), labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
-        for teacher in self.teachers if self.training else ():
-            loss = (1 - self.teaching) * loss + self.teaching * self._distillation(teacher(images), log_probabilities)
+        if answers:
+            loss = (1 - self.teaching) * loss + self.teaching * self._distillation(answers[0], log_probabilities)
         return loss
 
     def _distillation(self, taught: Tensor, learned: Tensor) -> Tensor:
@@ -73,21 +68,17 @@ class Classifier(L.LightningModule):
         taught, learned = ((each.float() / self.temperature).log_softmax(dim=1) for each in (taught, learned))
         return self.temperature**2 * kl_div(learned, taught, log_target=True, reduction="batchmean")
 
-    def on_fit_start(self) -> None:
-        for teacher in self.teachers:
-            teacher.to(self.device)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         loss = self._step(batch, self.train_scores)
         # Lightning's log() costs the same whether or not the step is written, so it is called only then.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss_step", loss.detach())
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._step(batch, self.val_scores)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         self._step(batch, self.test_scores)
 
     def _share_buffers(self) -> None:
