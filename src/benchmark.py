@@ -4,7 +4,9 @@ a  a bare PyTorch loop over the same data in memory, with the same network, augm
 b  python -m src.train: the same through Lightning, with its logging
 c  the source's pipeline: torchvision's transforms image by image in a DataLoader, and the default memory layout
 
-Each is timed over the same number of batches, in turn, so that a noisy machine is noisy for all of them.
+They take turns every few batches, so that a noisy machine is noisy for all of them: while b trains, its run is held
+up for as many batches of a, then of c. The ratios are those of the whole times, which have b's work at the ends of its
+epochs in them; the standard error is that of the rounds.
 
 --time-to 99.4 is the longer mode: `experiment=fast` is trained to its end, and c with the source's recipe until it
 first has so many percent of the test images right, scored after each epoch; scoring is not timed.
@@ -14,7 +16,7 @@ import argparse
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -67,66 +69,84 @@ class PerImage(Dataset):
         return self.transform(image), int(self.images.labels[index])
 
 
-def time_loop(
+def steps(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Callable[[], Any],
-    count: int,
-    device: torch.device,
-    clip: float | None,
-    warm_up: int = WARM_UP,
-) -> float:
-    """Seconds for `count` batches after the warm-up; `batches` starts an epoch."""
+    batches: Callable[[], Iterable[Any]],
+    clip: float | None = None,
+) -> Iterator[None]:
+    """Training without end, a batch for each `next`; `batches` starts an epoch."""
     net.train()
-    seen, started = 0, perf_counter()
     while True:
         for images, labels in batches():
-            if seen == warm_up:
-                synchronize(device)
-                started = perf_counter()
             loss = nll_loss(net(images), labels)
             optimizer.zero_grad()
             loss.backward()
             if clip:
                 nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
-            seen += 1
-            if seen == warm_up + count:
-                synchronize(device)
-                return perf_counter() - started
+            yield
 
 
-def bare(cfg: DictConfig, data: DigitImages, count: int, device: torch.device) -> float:
+def timed(run: Iterator[None], count: int, device: torch.device) -> float:
+    """Seconds for `count` steps."""
+    synchronize(device)
+    started = perf_counter()
+    for _ in range(count):
+        next(run)
+    synchronize(device)
+    return perf_counter() - started
+
+
+def inputs(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch of what the network is trained on, from the same tensors as ours."""
+    for step, (images, labels) in enumerate(data.train_dataloader()):
+        if data.augment:
+            images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
+        yield normalize(images), labels
+
+
+def bare(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[None]:
     net = instantiate(cfg.model).to(device)
     optimizer = instantiate(cfg.optimizer)(net.parameters())
-    step = 0
+    return steps(net, optimizer, lambda: inputs(cfg, data, device), cfg.trainer.gradient_clip_val)
 
-    def batches() -> Any:
-        nonlocal step
-        for images, labels in data.train_dataloader():
-            if data.augment:
-                images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
-            step += 1
-            yield normalize(images), labels
 
-    return time_loop(net, optimizer, batches, count, device, cfg.trainer.gradient_clip_val)
+def pipeline(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[None]:
+    """Loading, augmenting and normalising by themselves."""
+    while True:
+        for _ in inputs(cfg, data, device):
+            yield
 
 
 def batch_size_of(data: DigitImages) -> int:
     return data.train_dataloader().sampler.global_batch_size  # type: ignore[attr-defined]
 
 
-class Stopwatch(Callback):
+class Turns(Callback):
+    """Holds a fit up after every `count` batches, for as many steps of each of the others."""
+
+    def __init__(self, others: dict[str, Iterator[None]], count: int, rounds: int) -> None:
+        self.others, self.count, self.rounds = others, count, rounds
+        self.started = 0.0
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("b", *others)}  # of each round
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == WARM_UP:
-            synchronize(pl_module.device)
-            self.started = perf_counter()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        synchronize(pl_module.device)
-        self.seconds = perf_counter() - self.started
+        done, device = trainer.global_step - WARM_UP, pl_module.device
+        if done < 0 or done % self.count:
+            return
+        synchronize(device)
+        if done:
+            self.seconds["b"].append(perf_counter() - self.started)
+        else:
+            for other in self.others.values():
+                timed(other, WARM_UP, device)
+        if len(self.seconds["b"]) < self.rounds:
+            for name, other in self.others.items():
+                self.seconds[name].append(timed(other, self.count, device))
+        self.started = perf_counter()
 
 
 @contextmanager
@@ -148,53 +168,29 @@ def fitted(cfg: DictConfig, data: DigitImages, *further: Callback, **settings: A
         yield trainer
 
 
-def ours(cfg: DictConfig, data: DigitImages, count: int, device: torch.device) -> float:
-    stopwatch = Stopwatch()
-    with fitted(cfg, data, stopwatch, limit_train_batches=WARM_UP + count, max_epochs=1):
-        return stopwatch.seconds
-
-
-def source_parts(
-    data: DigitImages, batch_size: int, device: torch.device
-) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
+def source(data: DigitImages, batch_size: int, device: torch.device) -> tuple[nn.Module, DataLoader, Iterator[None]]:
     assert data.sets is not None
     net = CNN(dropout=0.25).to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    return net, optimizer, DataLoader(PerImage(data.sets.train), batch_size=batch_size, shuffle=True)
+    loader = DataLoader(PerImage(data.sets.train), batch_size=batch_size, shuffle=True)
+    return net, loader, steps(net, optimizer, lambda: ((x.to(device), y.to(device)) for x, y in loader))
 
 
-def source(cfg: DictConfig, data: DigitImages, count: int, device: torch.device) -> float:
-    net, optimizer, loader = source_parts(data, batch_size_of(data), device)
-    return time_loop(
-        net, optimizer, lambda: ((x.to(device), y.to(device)) for x, y in loader), count, device, clip=None
+def speed(cfg: DictConfig, data: DigitImages, count: int, rounds: int, device: torch.device) -> None:
+    *_, other = source(data, batch_size_of(data), device)
+    turns = Turns(
+        {"a": bare(cfg, data, device), "c": other, "data": pipeline(cfg, data, device)}, count=count, rounds=rounds
     )
-
-
-def pipeline_share(cfg: DictConfig, data: DigitImages, count: int, device: torch.device) -> float:
-    """Seconds that loading, augmenting and normalising `count` batches take by themselves."""
-    started = perf_counter()
-    for step, (images, _) in zip(range(count), data.train_dataloader(), strict=False):
-        if data.augment:
-            images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
-        normalize(images)
-    synchronize(device)
-    return perf_counter() - started
-
-
-def speed(cfg: DictConfig, data: DigitImages, batches: int, rounds: int, device: torch.device) -> None:
-    runs = {"a": bare, "b": ours, "c": source}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    shares = []
-    for _ in range(rounds):
-        for name, run in runs.items():
-            seconds[name].append(run(cfg, data, batches, device))
-        shares.append(pipeline_share(cfg, data, batches, device) / seconds["b"][-1])
-    for name in runs:
-        print(f"{name}    {batches * batch_size_of(data) / statistics.median(seconds[name]):8,.0f} images/s")
-    for name, over in ("b/a", "a"), ("b/c", "c"):
-        ratios = [other / own for own, other in zip(seconds["b"], seconds[over], strict=True)]
-        print(f"{name}  {statistics.median(ratios):8.3f}  ({min(ratios):.3f} to {max(ratios):.3f})")
-    print(f"the data pipeline takes {100 * statistics.median(shares):.1f} % of a step of b")
+    whole = {"max_steps": WARM_UP + count * rounds + 1, "max_epochs": -1, "accumulate_grad_batches": 1}
+    with fitted(cfg, data, turns, **whole):
+        seconds = {name: sum(each) for name, each in turns.seconds.items()}
+    for name in "abc":
+        print(f"{name}    {count * rounds * batch_size_of(data) / seconds[name]:8,.0f} images/s")
+    for name in "ac":
+        ratios = [other / own for own, other in zip(turns.seconds["b"], turns.seconds[name], strict=True)]
+        error = f" ± {statistics.stdev(ratios) / rounds**0.5:.3f}" if rounds > 1 else ""
+        print(f"b/{name}  {seconds[name] / seconds['b']:8.3f}{error}  ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(f"the data pipeline takes {100 * seconds['data'] / seconds['b']:.1f} % of a step of b")
 
 
 def fast(cfg: DictConfig, data: DigitImages) -> tuple[float, float]:
@@ -208,18 +204,11 @@ def fast(cfg: DictConfig, data: DigitImages) -> tuple[float, float]:
 def source_to(target: float, data: DigitImages, device: torch.device) -> tuple[float, float, int]:
     """Seconds of training, percent and epochs when c reaches `target` percent, or those of its 19 epochs."""
     assert data.sets is not None
-    net, optimizer, loader = source_parts(data, 128, device)
+    net, loader, run = source(data, 128, device)
     seconds, accuracy, epoch = 0.0, 0.0, 0
     while accuracy < target and epoch < 19:
-        seconds += time_loop(
-            net,
-            optimizer,
-            lambda: ((x.to(device), y.to(device)) for x, y in loader),
-            len(loader),
-            device,
-            clip=None,
-            warm_up=0,
-        )
+        net.train()
+        seconds += timed(run, len(loader), device)
         epoch += 1
         net.eval()
         with torch.no_grad():
@@ -255,8 +244,10 @@ def main() -> None:
     parser = arguments.Parser(
         prog="python -m src.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", type=count, default=400, help="timed batches a run (default: 400)")
-    parser.add_argument("--rounds", type=count, default=3, help="how often each is timed (default: 3)")
+    parser.add_argument("--batches", type=count, default=20, help="batches of a turn (default: 20)")
+    parser.add_argument(
+        "--rounds", type=count, help="turns of each (default: 43, two epochs of MNIST), or seeds of --time-to (3)"
+    )
     parser.add_argument("--time-to", type=float, metavar="PERCENT", help="the longer mode")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     chosen = parser.parse_intermixed_args()
@@ -279,11 +270,9 @@ def main() -> None:
     data.setup("fit")
     print(f"{data.name}, {device}, {torch.get_num_threads()} threads, batch {batch_size_of(data)}", flush=True)
     if chosen.time_to:
-        time_to(chosen.time_to, cfg, data, chosen.rounds, device)
-    elif (WARM_UP + chosen.batches) * batch_size_of(data) > len(data.sets.train.labels):
-        raise UserError(f"--batches {chosen.batches}: an epoch of {data.name} has fewer; use a smaller number")
+        time_to(chosen.time_to, cfg, data, chosen.rounds or 3, device)
     else:
-        speed(cfg, data, chosen.batches, chosen.rounds, device)
+        speed(cfg, data, chosen.batches, chosen.rounds or 43, device)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,31 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 from src.models.optimization import with_scheduler
+
+
+class Scores(Metric):
+    """Mean loss and accuracy over images. torchmetrics' own two take four times as long, 1 % of a step on a CPU."""
+
+    loss: Tensor
+    right: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "loss", "right", "images":
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, log_probabilities: Tensor, labels: Tensor) -> None:
+        """Of a batch of N images: its mean loss, [N, classes], [N]."""
+        self.loss.add_(loss.detach(), alpha=len(labels))
+        self.right.add_((log_probabilities.detach().argmax(1) == labels).sum())
+        self.images.add_(len(labels))
+
+    def compute(self) -> dict[str, Tensor]:
+        return {"loss": self.loss / self.images, "acc": self.right / self.images}
 
 
 class Classifier(L.LightningModule):
@@ -29,7 +50,6 @@ class Classifier(L.LightningModule):
         net: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler],
-        classes: int = 10,
         label_smoothing: float = 0.0,
         temperature: float = 4.0,
         teaching: float = 0.9,
@@ -40,23 +60,16 @@ class Classifier(L.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.example_input_array = torch.zeros(1, 1, 28, 28)
-
-        def scores() -> MetricCollection:
-            accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
-            return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), "acc": accuracy}, compute_groups=False)
-
-        self.train_scores, self.val_scores, self.test_scores = scores(), scores(), scores()
+        self.train_scores, self.val_scores, self.test_scores = Scores(), Scores(), Scores()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
-    def _step(self, batch: tuple[Tensor, ...], scores: MetricCollection) -> Tensor:
+    def _step(self, batch: tuple[Tensor, ...], scores: Scores) -> Tensor:
         images, labels, *answers = batch
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
-        # Once for each image: without its check for NaN, which waits for the GPU, MeanMetric ignores weights.
-        scores["loss"].update(loss.detach().expand(len(labels)))
-        scores["acc"].update(log_probabilities.detach(), labels)
+        scores.update(loss, log_probabilities, labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
         if answers:
@@ -93,7 +106,7 @@ class Classifier(L.LightningModule):
     def on_test_start(self) -> None:
         self._share_buffers()
 
-    def _log_epoch(self, stage: str, scores: MetricCollection) -> None:
+    def _log_epoch(self, stage: str, scores: Scores) -> None:
         values = {f"{stage}/{name}": value for name, value in scores.compute().items()}
         self.log_dict(values, prog_bar=stage != "test")
         scores.reset()
