@@ -1,9 +1,12 @@
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from src import benchmark
 
+CPU = torch.device("cpu")
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "--batches", 2, "--rounds", 1
 
 
@@ -17,6 +20,20 @@ def test_the_ratios_are_those_of_the_speeds(program):
     for name, ratio in ratios.items():
         assert ratio == pytest.approx(speeds["b"] / speeds[name[-1]], rel=0.01)
     assert set(ratios) == {"b/a", "b/c"}
+
+
+def test_the_runs_take_turns(monkeypatch):
+    turns, seen = [], []
+    others = {name: iter(lambda name=name: seen.append(name), 0) for name in "ca"}
+    monkeypatch.setattr(benchmark, "RUN_IN", 1)
+    callback = benchmark.Turns(others, count=2, rounds=2)
+    for step in range(2 * 3 + 1):
+        callback.on_train_batch_start(SimpleNamespace(global_step=step), SimpleNamespace(device=CPU), None, step)
+        turns.append("".join(seen))
+        seen.clear()
+    assert turns == ["cccaaa", "", "", "cccaaa", "", "", ""]
+    assert {name: len(each) for name, each in callback.seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    assert all(seconds > 0 for each in callback.seconds.values() for seconds in each)
 
 
 def test_the_time_to_a_score_is_that_of_whole_runs(program):
@@ -35,7 +52,6 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("data=digits", "--batches", 500), "use a smaller number"),
         (("modle=cnn",), "did you mean"),
         (("--rounds", 0), "--rounds"),
         (("seed=abc",), "a whole number"),

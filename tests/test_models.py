@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
+from torchmetrics.functional.classification import multiclass_accuracy
 
-from src.models.classifier import Classifier
+from src.models.classifier import Classifier, Scores
 from src.models.cnn import CNN, blur
 from src.models.ensemble import Ensemble
 from src.models.muon import Muon, orthogonalize
@@ -95,6 +96,19 @@ def test_muon_decays_weights_apart_from_the_direction():
     kernel.grad, bias.grad = torch.zeros_like(kernel), torch.zeros_like(bias)
     Muon([kernel, bias], lr=0.1, weight_decay=0.5, others=0.2).step()
     assert torch.allclose(kernel, torch.tensor(0.95)) and torch.allclose(bias, torch.tensor(0.99))
+
+
+def test_scores_are_means_over_images_and_not_over_batches():
+    log_probabilities, labels = torch.randn(12, 10).log_softmax(1), torch.arange(12) % 10
+    scores = Scores()
+    for part in slice(0, 9), slice(9, 12):
+        scores.update(nll_loss(log_probabilities[part], labels[part]), log_probabilities[part], labels[part])
+    found = scores.compute()
+    torch.testing.assert_close(found["loss"], nll_loss(log_probabilities, labels))
+    torch.testing.assert_close(found["acc"], multiclass_accuracy(log_probabilities, labels, 10, average="micro"))
+    scores.reset()
+    scores.update(torch.tensor(3.0), log_probabilities[:1], labels[:1])
+    assert scores.compute()["loss"] == 3
 
 
 def test_labels_are_smoothed_for_learning_and_not_for_the_scores():
