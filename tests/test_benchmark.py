@@ -37,16 +37,18 @@ def test_the_runs_take_turns(monkeypatch):
 
 
 def test_the_time_to_a_score_is_that_of_whole_runs(program):
-    result = program("--time-to", 30, "data.dataset=digits", "trainer.max_steps=30", "--rounds", 1, main=benchmark.main)
-    assert result.code == 0, result.err
-    own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
-    accuracy = float(re.search(r"^c  seed 0  ([\d.]+) %", result.out, re.M)[1])
-    assert accuracy >= 30
-    assert (
-        re.search(r"^b  seed 0  ([\d.]+) %", result.out, re.M)[1]
-        == re.search(r"^b    ([\d.]+) % on", result.out, re.M)[1]
+    result = program(
+        "--time-to", 30, "data.dataset=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=benchmark.main
     )
-    assert float(re.search(r"^c/b +([\d.]+)", result.out, re.M)[1]) == pytest.approx(other / own, abs=0.1 + 0.1 / own)
+    assert result.code == 0, result.err
+    *own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
+    assert float(re.search(r"^c  seed 3  ([\d.]+) %", result.out, re.M)[1]) >= 30
+    accuracies = [float(percent) for percent in re.findall(r"^b  seed [34]  ([\d.]+) %", result.out, re.M)]
+    assert len(own) == len(accuracies) == 2
+    mean = float(re.search(r"^b    ([\d.]+) ± [\d.]+ %", result.out, re.M)[1])
+    assert mean == pytest.approx(sum(accuracies) / 2, abs=0.011)
+    ratio = float(re.search(r"^c/b +([\d.]+)", result.out, re.M)[1])
+    assert ratio == pytest.approx(other / sum(own) * 2, abs=0.1 + 0.2 / sum(own))
 
 
 @pytest.mark.parametrize(
