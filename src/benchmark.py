@@ -77,7 +77,6 @@ def steps(
     clip: float | None = None,
 ) -> Iterator[None]:
     """Training without end, a batch for each `next`; `batches` starts an epoch."""
-    net.train()
     while True:
         for images, labels in batches():
             loss = nll_loss(net(images), labels)
