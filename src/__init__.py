@@ -1,0 +1,14 @@
+"""digitlab: src.load gives a trained network; each main is a module of its own, run with python -m."""
+
+from typing import Any
+
+
+def load(path: Any = None) -> Any:
+    """The Reader, see src.runs.weights, of a run folder, a checkpoint in one, or a .pt file; by default, as shipped.
+
+    `reader.read(picture)` answers for a file or its bytes; `reader(batch)` maps [N, C, H, W] pixels from 0 to 255 to
+    log-probabilities.
+    """
+    from src.runs.weights import load  # here, because most mains should not wait for PyTorch
+
+    return load(path)

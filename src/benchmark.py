@@ -26,7 +26,6 @@ import hydra
 import lightning as L
 import torch
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -36,16 +35,18 @@ from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from src import arguments, cli
-from src.callbacks.console import quiet
-from src.config import CONF, check
+from src.command import arguments
+from src.command.explain import explain
+from src.command.process import keep_freed_memory
+from src.command.rules import CONF, check, resolved
 from src.data.batches import generator_for
-from src.data.mnist import DigitImages
-from src.data.normalize import MEAN, STD, normalize
-from src.data.sources import Images
+from src.data.images import ImageData
+from src.data.sources import Images, in_memory
+from src.data.spec import MNIST_MEAN, MNIST_STD
 from src.errors import UserError
 from src.models.cnn import CNN
-from src.process import keep_freed_memory
+from src.runs.build import build, build_parts, build_several, facts
+from src.runs.console import quiet
 
 RUN_IN = 10  # batches at the start of each turn that are not timed: they are slowed down by the turn before
 
@@ -60,7 +61,7 @@ class PerImage(Dataset):
 
     def __init__(self, images: Images) -> None:
         self.images = Images(images.images.cpu(), images.labels.cpu())
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
 
     def __len__(self) -> int:
         return len(self.images.labels)
@@ -98,28 +99,28 @@ def timed(run: Iterator[None], count: int, device: torch.device) -> float:
     return perf_counter() - started
 
 
-def inputs(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def inputs(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch of what the network is trained on, from the same tensors as ours."""
     for step, (images, labels) in enumerate(data.train_dataloader()):
         if data.augment:
             images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
-        yield normalize(images), labels
+        yield data.spec.normalize(images), labels
 
 
-def bare(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[None]:
-    net = instantiate(cfg.model).to(device)
-    optimizer = instantiate(cfg.optimizer)(net.parameters())
+def bare(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
+    net = build("model", cfg.model, **facts(cfg.model, data.spec)).to(device)
+    optimizer = build("optimizer", cfg.optimizer)(net.parameters())
     return steps(net, optimizer, lambda: inputs(cfg, data, device), cfg.trainer.gradient_clip_val)
 
 
-def pipeline(cfg: DictConfig, data: DigitImages, device: torch.device) -> Iterator[None]:
+def pipeline(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
     """Loading, augmenting and normalising by themselves."""
     while True:
         for _ in inputs(cfg, data, device):
             yield
 
 
-def batch_size_of(data: DigitImages) -> int:
+def batch_size_of(data: ImageData) -> int:
     return data.train_dataloader().sampler.global_batch_size  # type: ignore[attr-defined]
 
 
@@ -149,33 +150,30 @@ class Turns(Callback):
 
 
 @contextmanager
-def fitted(cfg: DictConfig, data: DigitImages, *further: Callback, **settings: Any) -> Iterator[L.Trainer]:
+def fitted(cfg: DictConfig, data: ImageData, *further: Callback, **settings: Any) -> Iterator[L.Trainer]:
     """Trains as src.train does, without printing or validating; the run folder is gone afterwards."""
-    module = instantiate(
-        cfg.module,
-        net=instantiate(cfg.model),
-        optimizer=instantiate(cfg.optimizer),
-        scheduler=instantiate(cfg.scheduler),
-    )
     silent = "layers", "progress", "best"  # they print, or need a validation
     settings = {"limit_val_batches": 0, "enable_progress_bar": False, **settings}
     with tempfile.TemporaryDirectory() as folder:
         cfg.output_dir = folder
-        callbacks = [instantiate(c) for name, c in cfg.callbacks.items() if c and name not in silent]
-        trainer = instantiate(cfg.trainer, callbacks=[*callbacks, *further], logger=instantiate(cfg.logger), **settings)
+        own = resolved(cfg)
+        module, _ = build_parts(own, data)
+        callbacks = build_several("callbacks", {k: c for k, c in own.callbacks.items() if k not in silent})
+        loggers = build_several("logger", own.logger)
+        trainer = build("trainer", own.trainer, callbacks=[*callbacks, *further], logger=loggers, **settings)
         trainer.fit(module, data)
         yield trainer
 
 
-def source(data: DigitImages, batch_size: int, device: torch.device) -> tuple[nn.Module, DataLoader, Iterator[None]]:
+def source(data: ImageData, batch_size: int, device: torch.device) -> tuple[nn.Module, DataLoader, Iterator[None]]:
     assert data.sets is not None
     net = CNN(dropout=0.25).to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    loader = DataLoader(PerImage(data.sets.train), batch_size=batch_size, shuffle=True)
+    loader = DataLoader(PerImage(in_memory(data.sets.train)), batch_size=batch_size, shuffle=True)
     return net, loader, steps(net, optimizer, lambda: ((x.to(device), y.to(device)) for x, y in loader))
 
 
-def speed(cfg: DictConfig, data: DigitImages, count: int, rounds: int, device: torch.device) -> None:
+def speed(cfg: DictConfig, data: ImageData, count: int, rounds: int, device: torch.device) -> None:
     *_, other = source(data, batch_size_of(data), device)
     # a comes last, next to b in time.
     others = {"c": other, "data": pipeline(cfg, data, device), "a": bare(cfg, data, device)}
@@ -192,7 +190,7 @@ def speed(cfg: DictConfig, data: DigitImages, count: int, rounds: int, device: t
     print(f"the data pipeline takes {100 * seconds['data'] / seconds['b']:.1f} % of a step of b")
 
 
-def fast(cfg: DictConfig, data: DigitImages) -> tuple[float, float]:
+def fast(cfg: DictConfig, data: ImageData) -> tuple[float, float]:
     """Seconds that `experiment=fast` trains, and the percent of the test images that it then reads."""
     started = perf_counter()
     with fitted(cfg, data) as trainer:
@@ -200,7 +198,7 @@ def fast(cfg: DictConfig, data: DigitImages) -> tuple[float, float]:
         return seconds, 100 * trainer.test(trainer.lightning_module, data, verbose=False)[0]["test/acc"]
 
 
-def source_to(target: float, data: DigitImages, device: torch.device) -> tuple[float, float, int]:
+def source_to(target: float, data: ImageData, device: torch.device) -> tuple[float, float, int]:
     """Seconds of training, percent and epochs when c reaches `target` percent, or those of its 19 epochs."""
     assert data.sets is not None
     net, loader, run = source(data, 128, device)
@@ -211,12 +209,12 @@ def source_to(target: float, data: DigitImages, device: torch.device) -> tuple[f
         epoch += 1
         net.eval()
         with torch.no_grad():
-            right = sum(int((net(normalize(x)).argmax(1) == y).sum()) for x, y in data.test_dataloader())
-        accuracy = 100 * right / len(data.sets.test.labels)
+            right = sum(int((net(data.spec.normalize(x)).argmax(1) == y).sum()) for x, y in data.test_dataloader())
+        accuracy = 100 * right / len(in_memory(data.sets.test).labels)
     return seconds, accuracy, epoch
 
 
-def time_to(target: float, cfg: DictConfig, data: DigitImages, rounds: int, seeds: int, device: torch.device) -> None:
+def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds: int, device: torch.device) -> None:
     first, accuracies, ratios = cfg.seed, [], []
     for turn in range(rounds):
         own = []
@@ -263,16 +261,16 @@ def main() -> None:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("train", overrides=[*experiment, *chosen.overrides, "output_dir=."])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(cli.explain(error)) from error
-    check(cfg)
+        raise UserError(explain(error)) from error
+    check(resolved(cfg))
     if cfg.data.get("reinforce"):
         raise UserError("the bare loop learns from no teacher; add data=mnist")
-    data = instantiate(cfg.data)
-    data.trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    data = build("data", cfg.data)
+    data.trainer = build("trainer", cfg.trainer, callbacks=[], logger=False)
     device = data.trainer.strategy.root_device
     data.prepare_data()
     data.setup("fit")
-    print(f"{data.name}, {device}, {torch.get_num_threads()} threads, batch {batch_size_of(data)}", flush=True)
+    print(f"{data.spec.name}, {device}, {torch.get_num_threads()} threads, batch {batch_size_of(data)}", flush=True)
     if chosen.time_to:
         time_to(chosen.time_to, cfg, data, chosen.rounds or 1, chosen.seeds, device)
     else:

@@ -7,19 +7,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.arguments import Parser, entry
+from src.command.arguments import Parser, entry
 from src.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from src.runs.weights import Reader
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BYTES = 1_000_000  # of a drawing; the page sends some 10,000
 
 
 class Page(BaseHTTPRequestHandler):
-    def __init__(self, net: "nn.Module", *request: Any) -> None:
-        self.net = net
+    def __init__(self, reader: "Reader", *request: Any) -> None:
+        self.reader = reader
         super().__init__(*request)
 
     def do_GET(self) -> None:
@@ -29,18 +29,19 @@ class Page(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
-        from src.data.files import read_image
-        from src.predict import predict, ranking
-
         length = self.headers.get("Content-Length", "")
         if self.path != "/read" or not length.isdigit() or int(length) > MAX_BYTES:
             return self.send_error(400)
         try:
-            image = read_image(self.rfile.read(int(length)))
+            drawing = self.rfile.read(int(length))
+            answer, image = self.reader.read(drawing), self.reader.picture(drawing)
         except UserError as error:
             return self._send_json(422, {"error": str(error)})
-        answer = ranking(predict(self.net, image[None])[0])
-        self._send_json(200, {**answer, "image": image.flatten().tolist()})
+        pixels = image.expand(3, -1, -1).permute(1, 2, 0)
+        classes = self.reader.spec.classes
+        self._send_json(
+            200, {"answer": answer[self.reader.spec.noun], "classes": classes, "image": pixels.tolist(), **answer}
+        )
 
     def _send_json(self, status: int, value: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(value).encode())
@@ -56,10 +57,10 @@ class Page(BaseHTTPRequestHandler):
         pass  # a drawing asks many times a second
 
 
-def serve(net: "nn.Module", port: int) -> ThreadingHTTPServer:
+def serve(reader: "Reader", port: int) -> ThreadingHTTPServer:
     """A server on this machine's loopback; port 0 takes a free one. Raises UserError for a port in use."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(Page, net))
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(Page, reader))
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"port {port}: {reason}; choose another with --port") from error
@@ -74,9 +75,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
 
-    from src.weights import load
+    from src.runs.weights import load
 
-    with serve(load(arguments.weights).net, arguments.port) as server, suppress(KeyboardInterrupt):
+    with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt):
         print(f"Draw at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 

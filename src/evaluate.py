@@ -2,37 +2,29 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.arguments import Parser, entry
+from src.command.arguments import Parser, entry
 from src.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from src.data.sources import Images
-
-
-def test_images(dataset: str, root: Path) -> "tuple[str, Images]":
-    """The name of the data set, which settles auto, and its test images. Raises UserError where they are missing."""
-    from src.data.mnist import DigitImages
-
-    data = DigitImages(dataset, str(root), seed=0)  # type: ignore[arg-type]
-    data.prepare_data()
-    data.setup("test")
-    assert data.sets is not None
-    return data.sets.name, data.sets.test
+    from src.runs.weights import Reader
 
 
-def predict_all(net: "nn.Module", images: "Tensor", batch_size: int = 1000) -> "Tensor":
-    """[N, 1, 28, 28] uint8 to [N, classes] log-probabilities."""
+def predict_all(reader: "Reader", data: Any) -> "tuple[Tensor, Tensor, Tensor]":
+    """Of all test images: [N, C, H, W] pixels, [N] labels, [N, classes] log-probabilities."""
     import torch
 
-    from src.data.normalize import normalize
-
+    parts = []
     with torch.inference_mode():
-        return torch.cat([net(normalize(batch)) for batch in images.split(batch_size)])
+        for images, labels in data.test_dataloader():  # as they are: the normalisation is the network's own
+            parts.append((images, labels, reader(images)))
+    images, labels, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+    return images, labels, log_probabilities
 
 
 def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
@@ -44,7 +36,7 @@ def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
         multiclass_confusion_matrix,
     )
 
-    from src.pictures import worst_mistakes
+    from src.runs.figures import worst_mistakes
 
     probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
     worst = worst_mistakes(labels, probabilities)
@@ -54,7 +46,7 @@ def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
         "accuracy": multiclass_accuracy(probabilities, labels, classes, average="micro").item(),
         "loss": nll_loss(log_probabilities, labels).item(),
         "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-        "accuracy_by_digit": multiclass_accuracy(probabilities, labels, classes, average="none").tolist(),
+        "accuracy_by_class": multiclass_accuracy(probabilities, labels, classes, average="none").tolist(),
         "confusion_matrix": multiclass_confusion_matrix(probabilities, labels, classes).tolist(),
         "worst_mistakes": [
             {"index": i, "label": int(labels[i]), "read_as": int(probabilities[i].argmax())} for i in worst.tolist()
@@ -62,17 +54,20 @@ def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
     }
 
 
-def table(scores: dict[str, Any]) -> str:
-    """A row for each digit, and the totals."""
-    lines = ["digit  images  mistakes  accuracy  most often read as"]
-    for digit, counts in enumerate(scores["confusion_matrix"]):
-        wrong = {other: count for other, count in enumerate(counts) if other != digit and count}
+def table(scores: dict[str, Any], noun: str = "digit", classes: Sequence[str] = tuple("0123456789")) -> str:
+    """A row for each class, and the totals."""
+    width = max(5, *map(len, classes))
+    lines = [f"{noun:>{width}}  images  mistakes  accuracy  most often read as"]
+    for label, counts in enumerate(scores["confusion_matrix"]):
+        wrong = {other: count for other, count in enumerate(counts) if other != label and count}
         most = max(wrong.values(), default=0)
-        taken = ", ".join(str(other) for other, count in wrong.items() if count == most)
+        taken = ", ".join(classes[other] for other, count in wrong.items() if count == most)
         taken += f" ({most} times)" if most > 1 else ""
-        accuracy = scores["accuracy_by_digit"][digit]
-        lines.append(f"{digit:>5}  {sum(counts):>6}  {sum(wrong.values()):>8}  {accuracy:8.2%}  {taken}".rstrip())
-    lines.append(f"  all  {scores['images']:>6}  {scores['mistakes']:>8}  {scores['accuracy']:8.2%}")
+        accuracy = scores["accuracy_by_class"][label]
+        lines.append(
+            f"{classes[label]:>{width}}  {sum(counts):>6}  {sum(wrong.values()):>8}  {accuracy:8.2%}  {taken}".rstrip()
+        )
+    lines.append(f"{'all':>{width}}  {scores['images']:>6}  {scores['mistakes']:>8}  {scores['accuracy']:8.2%}")
     lines.append(f"loss {scores['loss']:.5f}, expected calibration error {scores['calibration_error']:.3%}")
     return "\n".join(lines)
 
@@ -83,32 +78,40 @@ def main() -> None:
     parser.add_argument(
         "weights", nargs="?", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped"
     )
-    parser.add_argument("--data", choices=["mnist", "digits", "auto"], help="default: what the network was trained on")
-    parser.add_argument("--root", type=Path, default=os.environ.get("MNIST_ROOT", "data"), help="has MNIST/raw/")
+    parser.add_argument("--data", help="one of conf/data; default: what the network was trained on")
+    parser.add_argument("--root", type=Path, help="the folder of the data; default: as in training")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and pictures"
     )
     arguments = parser.parse_args()
 
-    from src.pictures import confusion, mistakes, save
-    from src.weights import load
+    from src.runs.figures import confusion, mistakes, save
+    from src.runs.weights import load, test_images
 
-    net, file, dataset = load(arguments.weights)
-    name, (images, labels) = test_images(arguments.data or dataset, arguments.root)
-    log_probabilities = predict_all(net, images)
+    reader = load(arguments.weights)
+    data = test_images(reader, arguments.data, arguments.root)
+    images, labels, log_probabilities = predict_all(reader, data)
+    classes = reader.spec.classes
     scores = score(log_probabilities, labels)
 
     folder = arguments.output
-    save(confusion(labels, log_probabilities.exp()), folder / "confusion.png")
-    worst = mistakes(images[:, 0], labels, log_probabilities.exp())
+    save(confusion(labels, log_probabilities.exp(), classes), folder / "confusion.png")
+    worst = mistakes(images, labels, log_probabilities.exp(), classes)
     if worst:
         save(worst, folder / "mistakes.png")
     file_of_scores = folder / "scores.json"
     try:
-        file_of_scores.write_text(json.dumps({"weights": str(file), "data": name, **scores}, indent=1) + "\n")
+        file_of_scores.write_text(
+            json.dumps({"weights": str(reader.file), "data": data.spec.name, **scores}, indent=1) + "\n"
+        )
     except OSError as error:
         raise UserError(f"{file_of_scores}: {error.strerror}") from error
-    print(f"{os.path.relpath(file)} on {name}", table(scores), f"folder {folder}", sep="\n")
+    print(
+        f"{os.path.relpath(reader.file)} on {data.spec.name}",
+        table(scores, reader.spec.noun, classes),
+        f"folder {folder}",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Exports a trained network for use without this project: python -m src.export [WEIGHTS]; needs the extra `export`.
 
-Writes digits.onnx and digits.pt2 (torch.export), both from [N, 1, 28, 28] uint8 images, white on black, to [N, 10]
-log-probabilities, for any N.
+Writes digits.onnx and digits.pt2 (torch.export), or another data set's name, both from [N, C, H, W] uint8 images, for
+MNIST [N, 1, 28, 28], white on black, to [N, classes] log-probabilities, for any N.
 """
 
 import os
 from pathlib import Path
 
-from src.arguments import Parser, entry
+from src.command.arguments import Parser, entry
 from src.errors import UserError
 
 CHECKED = 1000  # images on which each export is compared with PyTorch
@@ -19,14 +19,14 @@ def main() -> None:
     parser.add_argument(
         "weights", nargs="?", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped"
     )
-    parser.add_argument("--root", type=Path, default=os.environ.get("MNIST_ROOT", "data"), help="has MNIST/raw/")
+    parser.add_argument("--root", type=Path, help="the folder of the data; default: as in training")
     parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="folder for the exports")
     arguments = parser.parse_args()
 
     import logging
 
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     try:
         import onnxruntime
@@ -34,30 +34,24 @@ def main() -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -e '.[export]' brings it") from error
 
-    from src.data.normalize import normalize
-    from src.data.sources import has_mnist, read_digits, read_mnist
-    from src.weights import load
-
-    class Reader(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.net(normalize(images))
+    from src.data.sources import has_mnist
+    from src.runs.weights import load, test_images
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    net, file, _ = load(arguments.weights)
+    reader = load(arguments.weights)
     # Contiguous, because torch.export.save warns of weights in channels_last.
-    reader = Reader(net.to(memory_format=torch.contiguous_format)).eval()  # type: ignore[call-overload]
-    # Images of a data set that is at hand: the graphs must agree on digits, not on noise.
-    name, _, (images, labels) = read_mnist(arguments.root) if has_mnist(arguments.root) else read_digits()
-    images, labels = images[:CHECKED], labels[:CHECKED]
+    reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    # Images that are at hand: the graphs must agree on digits, not on noise.
+    at_hand = reader.spec.name != "mnist" or has_mnist(arguments.root or Path(os.environ.get("MNIST_ROOT", "data")))
+    data = test_images(reader, None if at_hand else "digits", arguments.root)
+    images, labels = next(iter(data.test_dataloader()))
+    images, labels, name = images[:CHECKED], labels[:CHECKED], data.spec.name
 
     program = torch.export.export(
         reader, (images[:2],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
     )
-    onnx_file, program_file = arguments.output / "digits.onnx", arguments.output / "digits.pt2"
+    stem = "digits" if reader.spec.noun == "digit" else reader.spec.name
+    onnx_file, program_file = (arguments.output / f"{stem}.{kind}" for kind in ("onnx", "pt2"))
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         torch.export.save(program, program_file)
@@ -81,7 +75,7 @@ def main() -> None:
     with torch.inference_mode():
         expected = reader(images)
         accuracy = (expected.argmax(1) == labels).float().mean()
-        print(f"{os.path.relpath(file)}, compared with PyTorch on {len(images):,} test images of {name}")
+        print(f"{os.path.relpath(reader.file)}, compared with PyTorch on {len(images):,} test images of {name}")
         width = max(len(str(path)) for path in (onnx_file, program_file))
         print(f"{'PyTorch':<{width}}  accuracy {accuracy:.2%}")
         for path, run in (onnx_file, by_onnx), (program_file, loaded):

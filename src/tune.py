@@ -2,17 +2,17 @@
 
 from omegaconf import DictConfig
 
-from src import cli
+from src.command.entry import entry
+from src.train import train
 
 
-@cli.entry("tune")
-def main(cfg: DictConfig) -> None:
+def tune(cfg: DictConfig) -> None:
     # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
     from pathlib import Path
 
     from optuna.study import MaxTrialsCallback
 
-    from src.report import report
+    from src.sweeps.report import report
     from src.sweeps.study import COUNTED, open_study, run_trial, tell
 
     folder = Path(cfg.output_dir)
@@ -22,9 +22,11 @@ def main(cfg: DictConfig) -> None:
     if left > 0:
         # Other processes may work on the same study: the callback stops all of them at the target.
         stop = MaxTrialsCallback(cfg.trials, states=COUNTED)
-        study.optimize(lambda trial: run_trial(trial, cfg.search, folder), n_trials=left, callbacks=[tell, stop])
+        study.optimize(lambda trial: run_trial(trial, train, cfg.search, folder), n_trials=left, callbacks=[tell, stop])
     report([folder], folder)
 
+
+main = entry("tune", tune)
 
 if __name__ == "__main__":
     main()

@@ -12,13 +12,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.data.backprop import OneSample
-from src.errors import UserError
-from src.lesson import formulas, workbook
-from src.lesson.__main__ import RATES, first_row
-from src.lesson.__main__ import main as draw_lesson
-from src.lesson.study import descend, past_two
-from src.models.backprop import (
+from src.backprop import formulas, workbook
+from src.backprop.__main__ import RATES, first_row
+from src.backprop.__main__ import main as draw_lesson
+from src.backprop.network import (
     COLUMNS,
     INPUTS,
     TARGETS,
@@ -31,6 +28,9 @@ from src.models.backprop import (
     forward,
     spreadsheet,
 )
+from src.backprop.sample import OneSample
+from src.backprop.study import descend, past_two
+from src.errors import UserError
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -399,7 +399,7 @@ def test_lesson_says_what_its_command_prints(tmp_path, capsys):
 
 
 def test_lesson_names_functions_that_exist():
-    import src.models.backprop as model
+    import src.backprop.network as model
 
     named = re.findall(r"`(\w+)\(\)`", (DOCS / "backprop.md").read_text())
     assert len(named) > 5

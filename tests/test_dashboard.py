@@ -5,7 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.data.normalize import normalize, pixels
+from src.data.spec import normalize, pixels
 from src.models.cnn import CNN
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "optimizer.lr=0.05", "trainer.log_every_n_steps=5"

@@ -15,10 +15,10 @@ from torchvision.datasets import MNIST
 from src.data import sources
 from src.data.augment import RandomAffine
 from src.data.batches import IndexBatches, generator_for
-from src.data.mnist import DigitImages, normalize
-from src.data.reinforce import Reinforcement
+from src.data.images import DigitImages, normalize
 from src.data.sources import download_mnist, has_mnist, read_digits, read_mnist
 from src.errors import UserError
+from src.teachers.reinforce import Reinforcement
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

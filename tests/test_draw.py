@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from src import draw
-from src.weights import SHIPPED, load
+from src.runs.weights import SHIPPED, load
 
 IMAGES = Path(__file__).parent / "images"
 

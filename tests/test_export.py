@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from src import export
-from src.data.normalize import normalize
 from src.data.sources import read_digits, read_mnist
-from src.weights import SHIPPED, load
+from src.data.spec import normalize
+from src.runs.weights import SHIPPED, load
 
 ort = pytest.importorskip("onnxruntime")
 

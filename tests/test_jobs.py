@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.config import CONF
-from src.process import isolated
+from src.command.process import isolated
+from src.command.rules import CONF
 
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
@@ -90,7 +90,7 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
     from lightning.pytorch.plugins.environments import SLURMEnvironment
     from lightning.pytorch.utilities import rank_zero_only
 
-    from src.callbacks.recovery import Recovery
+    from src.runs.recovery import Recovery
 
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it to 3, and would not log in the tests after
     for name, value in SLURM.items():

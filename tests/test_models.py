@@ -5,9 +5,9 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from src.models.classifier import Classifier, Scores
 from src.models.cnn import CNN, blur
-from src.models.ensemble import Ensemble
 from src.models.muon import Muon, orthogonalize
 from src.models.separable import SeparableCNN
+from src.teachers.ensemble import Ensemble
 
 
 def test_the_network_has_exactly_the_parameters_of_the_table():

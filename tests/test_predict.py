@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageOps
 
 from src import predict
-from src.data.files import find_images, read_image
+from src.data.pictures import find_images, read_image
 from src.data.sources import read_digits, read_mnist
 from src.errors import UserError
-from src.weights import SHIPPED, load
+from src.runs.weights import SHIPPED, load
 
 DRAWN = sorted((Path(__file__).parent / "images").glob("[0-9].*"))
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.callbacks.recovery import Recovery
-from src.config import CONF
-from src.weights import SHIPPED
+from src.command.rules import CONF
+from src.runs.recovery import Recovery
+from src.runs.weights import SHIPPED
 
 # 24 batches of training.
 TINY = (
@@ -103,9 +103,9 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
         ("optimizer=adamw", "scheduler=constant", "data.augment=null"),
         ("optimizer=muon", "data.augment.decay=1", "module.label_smoothing=0.1"),
         (
-            "+data.reinforce._target_=src.data.reinforce.Reinforcement",
+            "+data.reinforce._target_=src.teachers.reinforce.Reinforcement",
             "+data.reinforce.folder=${output_dir}/answers",
-            "+data.reinforce.teacher._target_=src.models.ensemble.Ensemble",
+            "+data.reinforce.teacher._target_=src.teachers.ensemble.Ensemble",
             f"+data.reinforce.teacher.files=[{SHIPPED}]",
         ),
     ],

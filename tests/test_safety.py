@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.checkpoints import newest_sound
-from src.config import check, targets
+from src.command.rules import check, targets
 from src.data import sources
 from src.data.sources import read_mnist
 from src.errors import UserError
+from src.runs.checkpoints import newest_sound
 
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.limit_train_batches=6", "trainer.max_epochs=1"
 
@@ -59,10 +59,10 @@ FOREIGN = [
     "{_target_: subprocess.run}",
     "{_target_: hydra.utils.call}",
     "{_target_: hydra.utils.get_method}",
-    "{_target_: src.cli.os.system, command: touch ran}",
-    "{_target_: src.cli.shutil.rmtree}",
-    "{_target_: src.cli.sys}",
-    "{_target_: src.callbacks.sweep.record_failure}",
+    "{_target_: src.command.entry.os.system, command: touch ran}",
+    "{_target_: src.command.entry.shutil.rmtree}",
+    "{_target_: src.command.entry.sys}",
+    "{_target_: src.sweeps.callback.record_failure}",
     "{_target_: src.errors.say}",
     "{_target_: torch.load}",
     "{_target_: torch.hub.load}",

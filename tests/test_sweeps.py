@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 
 from src import report, tune
-from src.config import CONF
+from src.command.rules import CONF
 from src.sweeps.jobs import command, compare, continue_command, read_jobs
 from src.sweeps.pictures import heat_map, line
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.config import CONF, RULES, check, nearest
+from src.command.rules import CONF, RULES, check, nearest
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
 
@@ -64,7 +64,7 @@ def test_logged_scores_are_those_of_the_final_weights(train):
     data = instantiate(config.data)
     data.setup("test")
     images, labels = data.sets.test
-    from src.data.mnist import normalize
+    from src.data.images import normalize
 
     with torch.no_grad():
         log_probabilities = net(normalize(images))
@@ -125,7 +125,7 @@ def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
         ("model.blur=0.5", "a number from 0 to 0.25"),
         ("+data.reinforce.teacher.files=[]", "a list of files"),
         (
-            "+data.reinforce={_target_:src.models.ensemble.Ensemble,files:[nowhere]}",
+            "+data.reinforce={_target_:src.teachers.ensemble.Ensemble,files:[nowhere]}",
             "nowhere: no such file; name a run",
         ),
         ("data.augment.interpolation=cubic", "one of bilinear, bicubic"),

@@ -7,7 +7,7 @@ import torch
 from src import evaluate
 from src.errors import UserError
 from src.models.cnn import CNN
-from src.weights import SHIPPED, load
+from src.runs.weights import SHIPPED, load
 
 CHANNELS = [4, 4, 4, 4, 4, 4]
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
+from src.values import Fraction, NotNegative, Share
+
 KNOTS = 5  # along each axis: an elastic displacement runs smoothly through random ones at so many places
 
 
@@ -33,13 +35,13 @@ class RandomAffine:
 
     def __init__(
         self,
-        degrees: float = 0.0,
-        translate: float = 0.0,
-        scale: float = 0.0,
-        shear: float = 0.0,
-        elastic: float = 0.0,
+        degrees: NotNegative = 0.0,
+        translate: NotNegative = 0.0,
+        scale: Share = 0.0,
+        shear: NotNegative = 0.0,
+        elastic: NotNegative = 0.0,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-        decay: float = 0.0,
+        decay: Fraction = 0.0,
     ) -> None:
         self.degrees, self.translate, self.scale, self.shear, self.decay = degrees, translate, scale, shear, decay
         self.elastic, self.interpolation = elastic, interpolation

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from src.errors import UserError
 
@@ -66,5 +67,23 @@ def generator_for(*keys: int, device: torch.device | str = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(seed)
 
 
+class _Lists(IndexBatches):
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        return (batch.tolist() for batch in super().__iter__())
+
+
 def in_memory_loader(tensors: Iterable[Tensor], batches: IndexBatches) -> DataLoader:
     return DataLoader(TensorDataset(*tensors), sampler=batches, batch_size=None)
+
+
+def worker_loader(dataset: Dataset, workers: int, *batches: Any) -> DataLoader:
+    """For what does not fit in memory: `workers` processes read; `batches` are the arguments of IndexBatches."""
+    pin = torch.cuda.is_available()
+    order = _Lists(*batches)
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, persistent_workers=True, pin_memory=pin)  # type: ignore[arg-type]
+
+
+def batches_of(loader: Any) -> IndexBatches | None:
+    """What orders a loader's batches, if it can be told to leave some out."""
+    both = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    return next((one for one in both if isinstance(one, IndexBatches)), None)

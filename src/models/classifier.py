@@ -11,7 +11,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from src.models.optimization import with_scheduler
+from src.errors import UserError
+from src.models.optimizers import with_scheduler
+from src.values import Fraction, Positive, Share
+
+
+def gives_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
+    """Whether these are log-probabilities, and no logits. Raises UserError for anything else than [N, classes]."""
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or (classes and outputs.shape[1] != classes):
+        raise UserError(f"model gives {shape} where [images, {classes or 'classes'}] logits are needed")
+    values = outputs.detach().float()
+    one = torch.ones(len(values), device=values.device)
+    if values.min() >= 0 and torch.allclose(values.sum(1), one, atol=1e-3):
+        raise UserError("model gives probabilities; let it give logits, or log-probabilities")
+    return torch.allclose(values.logsumexp(1), 0 * one, atol=1e-2)
 
 
 class Scores(Metric):
@@ -39,31 +53,45 @@ class Scores(Metric):
 class Classifier(L.LightningModule):
     """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
 
-    It learns from labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from
-    a teacher's log-probabilities where the batches have them as their third part, both made softer by `temperature`
+    `net` maps images to logits or to log-probabilities, [N, classes]: which, its first outputs tell. It learns from
+    labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from a teacher's
+    log-probabilities where the batches have them as their third part, both made softer by `temperature`
     (https://arxiv.org/abs/1503.02531). The scores are those of the labels alone.
-    `scheduler` is stepped after every batch; if it takes `total_steps`, it is told how many there will be.
+    `optimizer` and `scheduler` await their parameters, see src.models.optimizers. Raises UserError for outputs that are
+    neither.
     """
 
     def __init__(
         self,
         net: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[..., LRScheduler],
-        label_smoothing: float = 0.0,
-        temperature: float = 4.0,
-        teaching: float = 0.9,
+        scheduler: Callable[..., LRScheduler] | None = None,
+        label_smoothing: Share = 0.0,
+        temperature: Positive = 4.0,
+        teaching: Fraction = 0.9,
     ) -> None:
         super().__init__()
         self.label_smoothing, self.temperature, self.teaching = label_smoothing, temperature, teaching
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.example_input_array = torch.zeros(1, 1, 28, 28)
+        self.logits: bool | None = None  # whether that is what the network gives; None: not yet known
         self.train_scores, self.val_scores, self.test_scores = Scores(), Scores(), Scores()
 
+    def setup(self, stage: str) -> None:
+        spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
+        if spec and self.example_input_array is None:
+            self.example_input_array = torch.zeros(1, *spec.shape)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        """[N, C, H, W] normalised images to [N, classes] log-probabilities."""
+        outputs = self.net(images)
+        if self.logits is None:
+            self.logits = not gives_log_probabilities(outputs)
+        return outputs.log_softmax(dim=1) if self.logits else outputs
+
+    def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> Tensor:
+        return self(batch if isinstance(batch, Tensor) else batch[0])
 
     def _step(self, batch: tuple[Tensor, ...], scores: Scores) -> Tensor:
         images, labels, *answers = batch

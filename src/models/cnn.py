@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from src.values import Count, Quarter, Share
+
 
 def blur(images: Tensor, share: float) -> Tensor:
     """[N, C, H, W] to the same: along either axis, each pixel gives `share` of itself to both its neighbours."""
@@ -30,7 +32,7 @@ def _block(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequent
 
 
 class CNN(nn.Module):
-    """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
+    """[N, C, H, W] normalised images to [N, classes] log-probabilities; `inputs` is (C, H, W), 8×8 or larger.
 
     `channels` are the outputs of the six convolutions, in order; another number of them is a ValueError.
     The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else.
@@ -38,21 +40,23 @@ class CNN(nn.Module):
 
     def __init__(
         self,
-        channels: Sequence[int] = (16, 16, 16, 16, 16, 32),
-        dropout: float = 0.25,
+        channels: Sequence[Count] = (16, 16, 16, 16, 16, 32),
+        dropout: Share = 0.25,
         classes: int = 10,
-        blur: float = 0.0,
+        blur: Quarter = 0.0,
+        inputs: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
         self.blur = blur
         if len(channels) != 6:
             raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
         c1, c2, c3, c4, c5, c6 = channels
-        self.conv1 = _block(1, c1, c2, dropout)  # 28×28 to 14×14
+        colours, height, width = inputs
+        self.conv1 = _block(colours, c1, c2, dropout)  # of MNIST, 28×28 to 14×14
         self.conv2 = _block(c2, c3, c4, dropout)  # to 7×7
         self.conv3 = _block(c4, c5, c6, dropout)  # to 3×3
         self.gap = nn.Conv2d(c6, classes, 1)
-        self.fc = nn.Linear(classes * 3 * 3, classes)
+        self.fc = nn.Linear(classes * (height // 8) * (width // 8), classes)
         # Convolutions on the CPU are 1.2 to 1.6 times as fast with the channels innermost.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

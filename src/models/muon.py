@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from src.values import NotNegative, Positive, Share
+
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """[..., rows, columns] to about the nearest matrices whose singular values are all equal: 0.7 to 1.2.
@@ -34,10 +36,10 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor],
-        lr: float = 0.1,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        others: float = 0.2,
+        lr: Positive = 0.1,
+        momentum: Share = 0.95,
+        weight_decay: NotNegative = 0.0,
+        others: NotNegative = 0.2,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "others": others})
 

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from src.values import Count
+
 
 class ShiftedBatchNorm(nn.BatchNorm2d):
     """Batch norm with a shift and no scale: through a ReLU, the next convolution's weights do for a scale."""
@@ -30,25 +32,29 @@ def _separable(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SeparableCNN(nn.Module):
-    """[N, 1, 28, 28] normalised images to [N, classes] log-probabilities.
+    """[N, C, H, W] normalised images to [N, classes] log-probabilities; `inputs` is (C, H, W), 8×8 or larger.
 
     `stages` are the outputs of the convolutions between two poolings: of a 3×3 one over the image, then of separable
-    ones. A depthwise 3×3 kernel weighs the places of the last map. Stages other than three are a ValueError.
+    ones. A depthwise kernel weighs the places of the last map, 3×3 for 28×28. Stages other than three are a ValueError.
     """
 
-    def __init__(self, stages: Sequence[Sequence[int]], classes: int = 10) -> None:
+    def __init__(
+        self, stages: Sequence[Sequence[Count]], classes: int = 10, inputs: Sequence[int] = (1, 28, 28)
+    ) -> None:
         super().__init__()
         if len(stages) != 3:
             raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
         first, last = stages[0][0], stages[-1][-1]
-        self.stem = nn.Sequential(nn.Conv2d(1, first, 3, padding=1, bias=False), ShiftedBatchNorm(first), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(inputs[0], first, 3, padding=1, bias=False), ShiftedBatchNorm(first), nn.ReLU()
+        )
         outputs = [channels for stage in stages for channels in stage]
         blocks = iter(_separable(inputs, outputs) for inputs, outputs in pairwise(outputs))
         sizes = len(stages[0]) - 1, len(stages[1]), len(stages[2])
         self.stages = nn.ModuleList(
             nn.Sequential(*(next(blocks) for _ in range(size)), nn.MaxPool2d(2)) for size in sizes
         )
-        self.places = nn.Conv2d(last, last, 3, groups=last, bias=False)
+        self.places = nn.Conv2d(last, last, (inputs[1] // 8, inputs[2] // 8), groups=last, bias=False)
         self.fc = nn.Linear(last, classes)
         # Convolutions on the CPU are 1.2 to 1.6 times as fast with the channels innermost.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -10,10 +10,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.command.internals import planned_jobs
 from src.errors import UserError
 
 STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
@@ -68,11 +68,6 @@ def text(value: Any) -> str:
     return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
 
 
-def is_loss(metric: str) -> bool:
-    """Whether less is better."""
-    return "loss" in metric
-
-
 def read_jobs(folders: Sequence[Path]) -> list[Job]:
     """Every run below the folders, and those that their sweeps have yet to begin. Raises UserError if there is none."""
     jobs: dict[Path, Job] = {}
@@ -114,19 +109,9 @@ def _planned(multirun: Path) -> list[list[str]]:
     """The overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
     hydra = (_yaml(multirun) or {}).get("hydra", {})
     params = hydra.get("sweeper", {}).get("params") or {}
-    arguments = [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", [])
-    parsed = OverridesParser.create().parse_overrides(arguments)
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
-
-
-def continue_command(multirun: Path) -> str:
-    """The command that the sweep was started with, and the switch that makes it continue."""
-    overrides = _yaml(multirun)["hydra"]["overrides"]
-    own = ("hydra.mode=", "hydra.sweep.dir=", "hydra.job.config.override_dirname.exclude_keys=")
-    hydra = [one for one in overrides["hydra"] if not one.startswith(own)]
-    flag = ["-m"] if "hydra.mode=MULTIRUN" in overrides["hydra"] else []
-    folder = f"hydra.sweep.dir={multirun.parent}"
-    return shlex.join(["python", "-m", "src.train", *flag, *overrides["task"], *hydra, folder])
+    return planned_jobs(
+        [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", [])
+    )
 
 
 @dataclass
@@ -168,11 +153,8 @@ class Comparison:
     keys: list[str]  # what differs between the jobs
     groups: list[Group]  # best first; those without a score last
     metric: str | None  # what they are ranked by
+    lower_is_better: bool
     why_not: str = ""  # they are not ranked
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.metric is not None and is_loss(self.metric)
 
     @property
     def best(self) -> Group | None:
@@ -191,8 +173,8 @@ def compare(jobs: list[Job]) -> Comparison:
     for job in jobs:
         values = tuple(job.value(key) for key in keys)
         groups.setdefault(values, Group(dict(zip(keys, values, strict=True)), [])).jobs.append(job)
-    metric, why_not = _metric(jobs)
-    comparison = Comparison(jobs, keys, list(groups.values()), metric, why_not)
+    metric, lower, why_not = _metric(jobs)
+    comparison = Comparison(jobs, keys, list(groups.values()), metric, lower, why_not)
 
     def order(group: Group) -> tuple[bool, float]:
         mean = group.mean(metric) if metric else math.nan
@@ -202,15 +184,17 @@ def compare(jobs: list[Job]) -> Comparison:
     return comparison
 
 
-def _metric(jobs: list[Job]) -> tuple[str | None, str]:
-    """The metric to rank by, or None and why there is none."""
+def _metric(jobs: list[Job]) -> tuple[str | None, bool, str]:
+    """The metric to rank by and whether less of it is better, or None and why there is none."""
     finished = [job for job in jobs if job.status == FINISHED]
     if not finished:
-        return None, "no run has finished"
-    if len({job.config.get("optimized_metric") for job in finished}) > 1:
-        return None, "the runs differ in optimized_metric"
+        return None, False, "no run has finished"
+    for key in "optimized_metric", "optimized_mode":
+        if len({job.config.get(key) for job in finished}) > 1:
+            return None, False, f"the runs differ in {key}"
+    config = finished[0].config
     why_not = next((why for job in finished if (why := unfit_to_choose_by(job.config))), "")
-    return (None, why_not) if why_not else (finished[0].config.optimized_metric, "")
+    return (None, False, why_not) if why_not else (config.optimized_metric, config.get("optimized_mode") == "min", "")
 
 
 def unfit_to_choose_by(config: DictConfig) -> str:
@@ -223,3 +207,24 @@ def unfit_to_choose_by(config: DictConfig) -> str:
     if OmegaConf.select(config, "data.val_on_test"):
         return "with data.val_on_test the validation images are the test images, by which nothing may be chosen"
     return ""
+
+
+def flat(config: DictConfig | ListConfig) -> dict[str, Any]:
+    """Leaves by dotted key, interpolations as they are written; Hydra's own keys left out."""
+
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {key: leaf for name in node for key, leaf in walk(node[name], f"{prefix}.{name}").items()}
+
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)
+    container.pop("hydra", None)
+    return {key.removeprefix("."): leaf for key, leaf in walk(container, "").items()}
+
+
+def refuse_other(before: dict[str, Any], now: dict[str, Any], place: str, fix: str) -> None:
+    """Raises UserError for the first key in which the two flat configs differ."""
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(f"{place} was begun with {key}={before.get(key)}, here it is {now.get(key)}; {fix}")

@@ -1,16 +1,13 @@
 """An Optuna study over the configs of src.train: its storage, its search space, its trials."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 from hydra import compose
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import run_job
-from hydra.types import HydraContext
 from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 from optuna.exceptions import ExperimentalWarning
@@ -18,12 +15,11 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from src import train
-from src.callbacks.sweep import ERROR_FILE, record_failure
-from src.config import check
+from src.command.entry import checked
+from src.command.internals import run_as_job
 from src.errors import Diverged, UserError
-from src.sweeps.jobs import PRUNED, is_loss, text, unfit_to_choose_by
-from src.sweeps.settings import flat, refuse_other
+from src.sweeps.callback import ERROR_FILE, record_failure
+from src.sweeps.jobs import PRUNED, flat, refuse_other, text, unfit_to_choose_by
 
 # The keys of conf/tune.yaml that conf/train.yaml lacks.
 OWN = "trials", "study", "sampler", "pruner", "search"
@@ -44,7 +40,7 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     study = optuna.create_study(
         storage=storage,
         study_name=cfg.study,
-        direction="minimize" if is_loss(cfg.optimized_metric) else "maximize",
+        direction="minimize" if cfg.optimized_mode == "min" else "maximize",
         pruner=instantiate(cfg.pruner),
         load_if_exists=True,
     )
@@ -84,7 +80,7 @@ def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str
     return values
 
 
-def run_trial(trial: optuna.Trial, search: DictConfig, study_folder: Path) -> float:
+def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, study_folder: Path) -> float:
     """Trains as src.train would with the suggested values, in a folder of its own.
 
     Raises optuna.TrialPruned where the study stops the trial early, or the training diverges.
@@ -102,15 +98,12 @@ def run_trial(trial: optuna.Trial, search: DictConfig, study_folder: Path) -> fl
 
     def task(cfg: DictConfig) -> Any:
         try:
-            check(cfg)
-            return train.main.__wrapped__(  # type: ignore[attr-defined]
-                cfg, [PyTorchLightningPruningCallback(trial, cfg.optimized_metric)]
-            )
+            cfg = checked(cfg)
+            return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
         except Exception as error:
             return error
 
-    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-    result = run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+    result = run_as_job(task, config)
     error_file = Path(config.hydra.run.dir) / ERROR_FILE
     if isinstance(result, Diverged):  # not a mistake to stop for: the study learns to stay away
         error_file.write_text(f"{PRUNED}: {result}\n")

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from src.command.resume import continue_command
 from src.sweeps.jobs import (
     FAILED,
     FINISHED,
@@ -18,7 +19,6 @@ from src.sweeps.jobs import (
     Comparison,
     Group,
     command,
-    continue_command,
 )
 
 

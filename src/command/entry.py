@@ -1,0 +1,135 @@
+"""Hydra's command line, with users' mistakes told in one line and exit code 2."""
+
+import functools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.command.explain import explain, known_keys, lost_process, unknown_key
+from src.command.process import isolated, stoppable
+from src.command.resume import own_config, resuming, say_how_to_continue
+from src.command.rules import CONF, check, nearest, project_allows, resolved
+from src.errors import UserError, say
+
+STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+INTERACTIVE = None, "bash", "interactive"  # as Lightning sees it: Slurm has started one process here
+
+
+def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """The program that runs a function of a config: parse, check, run, explain."""
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> Any:
+        mode, folder = HydraConfig.get().mode, Path(HydraConfig.get().runtime.output_dir)
+        resumed = config.get("resume")
+        try:
+            config = checked(own_config(config) if resumed else config, None if not resumed else project_allows())
+            if mode == RunMode.MULTIRUN:
+                if (folder / "metrics.json").exists():
+                    print(f"finished before: {folder.name}", flush=True)
+                    return None
+                config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
+            with isolated():
+                return task(config)
+        except SystemExit as stop:
+            if stop.code in STOPPED and os.environ.get("LOCAL_RANK", "0") == "0":
+                say_how_to_continue(folder, signal.Signals(stop.code - 128).name)
+            raise
+        except Exception as error:
+            if lost := lost_process(error):
+                print(f"error: {lost}", file=sys.stderr)
+                sys.exit(1)
+            line = explain(error, OmegaConf.select(config, "data.batch_size"))
+            if line is None:
+                raise
+            if mode == RunMode.MULTIRUN:
+                raise error if isinstance(error, UserError) else UserError(line) from error
+            if not resumed:
+                _remove_unbegun(folder)
+            sys.exit(say(line))
+
+    @functools.wraps(task)
+    def program() -> None:
+        before, arguments = os.environ.get("HYDRA_FULL_ERROR", "0"), sys.argv
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
+        try:
+            with stoppable():
+                sys.argv = [arguments[0], *parsed(arguments[1:])]
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        except Exception as error:
+            line = explain(error, config_name=config_name)
+            if line is None or before == "1":
+                raise
+            sys.exit(say(line))
+        finally:
+            os.environ["HYDRA_FULL_ERROR"], sys.argv = before, arguments
+
+    return program
+
+
+def parsed(arguments: list[str]) -> list[str]:
+    """Arguments as a shell completes them, made such that Hydra understands them."""
+    arguments = [_quoted(argument) for argument in arguments]
+    resumed = [argument for argument in arguments if argument.startswith("resume=")]
+    if resumed:
+        return resuming(arguments, resumed[0])
+    # Whoever starts the processes himself has to name the folder: the default has the time in it.
+    tasks = int(os.environ.get("SLURM_NTASKS", 1)) if os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE else 1
+    several = max(tasks, int(os.environ.get("WORLD_SIZE", 1))) > 1
+    named = any(argument.startswith(("hydra.run.dir=", "-m", "--multirun", "--cfg")) for argument in arguments)
+    if several and not named:
+        raise UserError("several processes write into one run folder; set hydra.run.dir=… to the same for each")
+    return arguments
+
+
+def _quoted(argument: str) -> str:
+    """Quotes a value that is a path with characters which Hydra's grammar gives a meaning, as optimizer.lr=0.1."""
+    key, _, value = argument.partition("=")
+    special = re.search(r"[^\w./~+:%@-]", value)
+    if not re.fullmatch(r"[\w.+@/]+", key) or not special or not Path(value).expanduser().exists():
+        return argument
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def checked(config: DictConfig, allowed: list[str] | None = None) -> DictConfig:
+    """The config without interpolations, once it holds to the rules. Raises UserError."""
+    config = resolved(config)
+    check(config, allowed)
+    _check_added()
+    return config
+
+
+def _check_added() -> None:
+    """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    added = {override.key_or_group for override in overrides if override.is_add()}
+    if not added:
+        return
+    known = known_keys([str(override.input_line) for override in overrides if not override.is_add()])
+    for key in sorted(added - set(known)):
+        parent, _, _ = key.rpartition(".")
+        siblings = [name for name in known if name.rpartition(".")[0] == parent]
+        if not parent or nearest(key, siblings, cutoff=0.9):
+            raise UserError(unknown_key(key, known))
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Of a run that never began, what Hydra has written: its config and an empty log. All else stays."""
+    with suppress(OSError):
+        for file in [*folder.glob(".hydra/*.yaml"), *folder.glob("*.log")]:
+            if file.parent != folder or not file.stat().st_size:
+                file.unlink()
+        (folder / ".hydra").rmdir()
+        folder.rmdir()

@@ -1,0 +1,88 @@
+"""Users' mistakes in one line."""
+
+import errno
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    OverrideParseException,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.command.rules import CONF, nearest, walk
+from src.errors import UserError
+
+# What Lightning says, and what to do about it.
+FIXES = {
+    "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu, or auto for what there is",
+    "can not run on your system": "set trainer.accelerator=auto for what there is",
+}
+# The disk says these; what to do about them is the same everywhere.
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR
+PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
+
+
+def explain(error: BaseException, batch_size: Any = None, config_name: str = "train") -> str | None:
+    """One line for a mistake of the user's, None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return f"out of memory with data.batch_size={batch_size}; halve it"
+    if isinstance(error, InstantiationException):
+        cause = error.__cause__
+        if cause is None or isinstance(cause, TypeError | ValueError):
+            return " ".join(str(cause or error).split())
+        return explain(cause)
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
+        return unknown_key(text.split("'")[1], known_keys(_chosen_groups(), config_name))
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        cause = error.__cause__
+        return f"{text} {' '.join(str(cause).split())}" if isinstance(cause, OmegaConfBaseException) else text
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; make room, or set hydra.run.dir=… to a folder that can be written"
+    if "Error(s) in loading state_dict" in text:
+        return "the checkpoint does not fit the network of the config; use the two as they were written together"
+    if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be imported yet
+        fix = next((fix for found, fix in FIXES.items() if found in text), None)
+        return fix or text
+    return None
+
+
+def lost_process(error: BaseException) -> str | None:
+    """A line where it was another process of the run that failed."""
+    if not any(words in str(error) for words in PEER_LOST):
+        return None
+    return f"another process of this run has ended: {str(error).splitlines()[0]}"
+
+
+def _chosen_groups() -> list[str]:
+    """The command line's group=option arguments that name a config there is."""
+    pairs = (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
+
+
+def known_keys(overrides: list[str], config_name: str = "train") -> list[str]:
+    """The groups, and the keys of the config that these overrides give."""
+    composing = GlobalHydra.instance().is_initialized()  # within a job; not after a composition that failed
+    with nullcontext() if composing else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose(config_name, overrides=overrides)
+    keys = [key for key, _ in walk(OmegaConf.to_container(config))]
+    return keys + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    guess = nearest(key, known)
+    return f"{key}: there is no such key; " + (
+        f"did you mean {guess}?" if guess else "python -m src.train --cfg job shows all keys"
+    )

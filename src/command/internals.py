@@ -1,0 +1,59 @@
+"""What is taken from inside other packages, in one place. Checked on Hydra 1.3.8, Lightning 2.6.6, torch 2.11 to 2.15.
+
+A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, run_job
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+def planned_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a multirun."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    """Runs the task in a folder of its own, as Hydra runs the job of a command, without its log."""
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    return run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+
+
+def failure(job: JobReturn) -> Any:
+    """What a failed job raised; asked for its value, it would raise it again."""
+    return job._return_value
+
+
+def add_summary(writer: Any, summary: Any) -> None:
+    """A summary that torch's SummaryWriter has no method for."""
+    writer._get_file_writer().add_summary(summary)
+
+
+def loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
+    """Where the training DataLoaders are, of those that can tell (as torchdata's StatefulDataLoader)."""
+    loader = trainer.fit_loop._combined_loader
+    return loader._state_dicts() if loader else []
+
+
+def mark_between_batches(trainer: "L.Trainer", checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> None:
+    """Makes a checkpoint that is written where a batch starts one of the end of the batch before, as Lightning expects.
+
+    It would count a step more when it loads this one, and the loaders' `states` are those of that moment.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    steps = loops["epoch_loop.state_dict"]
+    steps["_batches_that_stepped"] -= not trainer.fit_loop.epoch_loop._should_accumulate()
+    if states:
+        loops["state_dict"]["combined_loader"] = states

@@ -1,0 +1,78 @@
+"""From a config to what it describes."""
+
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.command.explain import explain
+from src.errors import UserError
+from src.models.optimizers import Schedule
+
+
+def build(key: str, node: Any, **further: Any) -> Any:
+    """The object of a config's `key`; None for nothing. What a library complains of is the user's line."""
+    if not node:
+        return None
+    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    try:
+        return instantiate(plain, _convert_="all", **further)
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        if isinstance(cause, UserError):
+            raise cause from error
+        line = explain(cause) or " ".join((str(cause) or type(cause).__name__).split())
+        raise UserError(line if line.startswith(key) else f"{key}: {line}") from error
+
+
+def takes(node: Any) -> Callable[[str], bool]:
+    """Whether what a config builds has an argument of that name. torchvision's builders pass further ones on."""
+    target = get_object(node["_target_"])
+    arguments = signature(target).parameters
+    passes_on = any(one.kind == Parameter.VAR_KEYWORD for one in arguments.values())
+    known = {"num_classes"} if passes_on and target.__module__.startswith("torchvision.models") else set()
+    return lambda name: name in arguments or name in known
+
+
+def facts(node: Any, spec: Any) -> dict[str, Any]:
+    """What a network may want to know of its images, unless its config says so: their shape, how many classes."""
+    if not node or spec is None:
+        return {}
+    has = takes(node)
+    known = {"inputs": spec.shape, "classes": len(spec.classes), "num_classes": len(spec.classes)}
+    return {name: fact for name, fact in known.items() if has(name) and name not in node}
+
+
+def build_parts(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
+    """The LightningModule and the LightningDataModule, unless that is at hand.
+
+    The module gets the network, the optimizer and the scheduler where its constructor takes them; the network the shape
+    and the classes of the images.
+    """
+    data = data or build("data", cfg.data)
+    spec = None
+    if hasattr(data, "spec"):
+        data.prepare_data()
+        spec = data.spec
+    net = build("model", cfg.model, **facts(cfg.model, spec))
+    parts = {"net": net, "optimizer": build("optimizer", cfg.optimizer), "scheduler": _scheduler(cfg.scheduler)}
+    has = takes(cfg.module)
+    return build("module", cfg.module, **{name: part for name, part in parts.items() if has(name)}), data
+
+
+def _scheduler(node: Any) -> Schedule | None:
+    if not node or "_target_" not in node:
+        return None
+    how = {key: node.get(key) for key in ("interval", "monitor")}
+    return Schedule(build("scheduler", {key: value for key, value in node.items() if key not in how}), **how)
+
+
+def build_several(key: str, node: Any) -> list[Any]:
+    """Loggers or callbacks: one, several by name, or in a list."""
+    if not node:
+        return []
+    named = {"": node} if "_target_" in node else dict(node) if OmegaConf.is_dict(node) else dict(enumerate(node))
+    return [build(f"{key}.{name}".removesuffix("."), one) for name, one in named.items() if one]

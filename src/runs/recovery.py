@@ -1,0 +1,193 @@
+"""What lets a run be stopped at any moment and continue as if nothing had happened."""
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from torch import Tensor
+from torchmetrics import Metric
+
+from src.command.internals import loader_states, mark_between_batches
+from src.data.batches import batches_of
+from src.errors import Diverged, UserError
+from src.runs.checkpoints import BEFORE, NEWEST
+from src.values import Count, Positive
+
+
+class Recovery(Checkpoint):
+    """Writes last.ckpt between two batches every `every_minutes`, every `every_steps`, on a signal and at the end.
+
+    The checkpoint before it stays as previous.ckpt. Beside Lightning's own state it holds what that lacks: random
+    number generators and running scores of every process, and the latest metrics. SIGINT and SIGTERM raise
+    SystemExit with 128 + the signal's number once the checkpoint is written; a second one raises it at once.
+    A loss or a weight that is not finite raises Diverged, at the latest after `log_every_n_steps` steps.
+    """
+
+    def __init__(self, dirpath: str, every_minutes: Positive | None = 1.0, every_steps: Count | None = None) -> None:
+        self.folder = Path(dirpath)
+        self.every_minutes, self.every_steps = every_minutes, every_steps
+        self.signal = 0
+        self.restored: dict[str, Any] | None = None
+        self.losses: list[tuple[int, int, int, Tensor]] = []  # step, epoch, batch, loss; looked at now and then
+        self.loaders: list[dict[str, Any]] = []  # where they were at the end of a batch, if they can tell
+        self.between_batches = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # the batch script requeues, and nobody else
+
+    # Saving
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_at, self.saved_step = monotonic(), trainer.global_step
+        self.saved = self.folder / NEWEST if self.restored else None
+        if threading.current_thread() is threading.main_thread():
+            # After Lightning's own handlers, which end with exit code 0, and which it puts back at the end.
+            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        if self.restored:
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            order = batches_of(trainer.train_dataloader)
+            if batches and order:
+                order.skip(batches)
+            elif batches and not loader_states(trainer):
+                warnings.warn(
+                    "the training DataLoader cannot tell where it was: the rest of this epoch is drawn anew "
+                    f"after its {batches} batches; torchdata's StatefulDataLoader can",
+                    stacklevel=2,
+                )
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.restored:
+            self._restore(trainer, pl_module)
+        if batch_idx % trainer.accumulate_grad_batches:  # gradients are no part of a checkpoint
+            return
+        wish = self.signal or int(self._due(trainer))
+        if trainer.world_size > 1:  # the clocks differ, and a signal may reach one process alone
+            wish = int(trainer.strategy.reduce(torch.tensor(wish, device=pl_module.device), reduce_op="max"))
+        if wish:
+            self._save(trainer, between_batches=True)
+        if wish > 1:
+            raise SystemExit(128 + wish)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        minutes, steps = (monotonic() - self.saved_at) / 60, trainer.global_step - self.saved_step
+        return (self.every_minutes is not None and minutes >= self.every_minutes) or (
+            self.every_steps is not None and steps >= self.every_steps
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer, between_batches=False)
+        if self.signal:
+            raise SystemExit(128 + self.signal)
+
+    def _save(self, trainer: L.Trainer, between_batches: bool) -> None:
+        self._check_losses(trainer)
+        weights = [weight.isfinite().all() for weight in trainer.lightning_module.parameters()]
+        if weights and not torch.stack(weights).all():
+            self._fail(trainer, f"a weight is not finite after step {trainer.global_step}")
+        for logger in trainer.loggers:
+            logger.save()  # what was logged before the checkpoint is on the disk before it
+        self.between_batches = between_batches
+        beside = self.folder / "next.ckpt"
+        trainer.save_checkpoint(beside)
+        self.between_batches = False
+        self.saved = self.folder / NEWEST
+        if trainer.is_global_zero:
+            if self.saved.exists():
+                os.replace(self.saved, self.folder / BEFORE)
+            os.replace(beside, self.saved)
+        self.saved_at, self.saved_step = monotonic(), trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        own = {
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(pl_module.device) if pl_module.device.type == "cuda" else None,
+            "scores": {
+                name: {state: torch.as_tensor(value).cpu().clone() for state, value in metric.metric_state.items()}
+                for name, metric in _metrics(pl_module)
+            },
+        }
+        ranks: list[Any] = [own]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        metrics = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
+        checkpoint["recovery"] = {"ranks": ranks, "metrics": metrics}
+        if self.between_batches:
+            mark_between_batches(trainer, checkpoint, self.loaders)
+
+    # Loading
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.restored = checkpoint["recovery"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.restored:
+            metrics = self.restored["metrics"]
+            trainer.callback_metrics.update({name: value.to(pl_module.device) for name, value in metrics.items()})
+
+    def _restore(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.restored is not None
+        ranks, self.restored = self.restored["ranks"], None
+        if len(ranks) != trainer.world_size:
+            raise UserError(f"the run has {len(ranks)} processes; continue it with as many")
+        progress = trainer.fit_loop.epoch_loop.batch_progress.total
+        progress.ready = progress.completed + 1  # the batch that is about to start was counted before the stop as well
+        own = ranks[trainer.global_rank]
+        for name, metric in _metrics(pl_module):
+            for state, value in own["scores"][name].items():
+                setattr(metric, state, value.to(pl_module.device))
+        if own["random_cuda"] is not None and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random_cuda"], pl_module.device)
+        torch.set_rng_state(own["random"])
+
+    # Faults
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.loaders = loader_states(trainer)
+        if not isinstance(outputs, dict) or not isinstance(outputs.get("loss"), Tensor):
+            return  # a module that optimizes by itself
+        self.losses.append((trainer.global_step, trainer.current_epoch, batch_idx, outputs["loss"]))
+        # Not after every step: to look at a number is to wait for the GPU.
+        if len(self.losses) >= trainer.log_every_n_steps or trainer.is_last_batch:  # type: ignore[attr-defined]
+            self._check_losses(trainer)
+
+    def _check_losses(self, trainer: L.Trainer) -> None:
+        if not self.losses:
+            return
+        where, self.losses = self.losses, []
+        losses = trainer.strategy.reduce(torch.stack([loss for *_, loss in where]), reduce_op="sum")
+        for (step, epoch, batch, _), loss in zip(where, losses.tolist(), strict=True):  # type: ignore[union-attr]
+            if loss - loss != 0:  # NaN or infinite
+                self._fail(trainer, f"the loss is {loss} at step {step} (epoch {epoch + 1}, batch {batch + 1})")
+
+    def _fail(self, trainer: L.Trainer, what: str) -> None:
+        if not trainer.is_global_zero:
+            sys.exit(2)
+        good = (
+            f"the last good checkpoint is {self.saved} (step {self.saved_step})" if self.saved else "no checkpoint yet"
+        )
+        raise Diverged(f"{what}; {good}; try a lower optimizer.lr, or trainer.gradient_clip_val=1")
+
+
+def _metrics(module: L.LightningModule) -> list[tuple[str, Metric]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, Metric)]

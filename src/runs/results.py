@@ -1,0 +1,169 @@
+"""What a run leaves behind for people and programs: metrics.json."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sized
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from src.command.internals import add_summary
+from src.command.rules import walk
+from src.errors import UserError
+
+PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
+METRICS_FILE = "metrics.json"
+
+
+class Record(Callback):
+    """The seconds of training without validation. Raises UserError once it is clear that no `metric` is logged."""
+
+    def __init__(self, metric: str | None) -> None:
+        self.metric = metric
+        self.seconds, self.since = 0.0, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.since = perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.training:
+            self.seconds += perf_counter() - self.since
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.since = perf_counter()
+        if not trainer.sanity_checking and str(self.metric).startswith("val/"):
+            metric({"metrics": trainer.callback_metrics}, self.metric)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds += perf_counter() - self.since
+
+
+def metric(results: dict[str, Any], name: str | None) -> float | None:
+    """The score that a search looks at; None where there is none to look at."""
+    if name is not None and name not in results["metrics"]:
+        raise UserError(f"optimized_metric={name}: the run has " + ", ".join(results["metrics"]))
+    return float(results["metrics"][name]) if name is not None else None
+
+
+def shaping(key: str) -> bool:
+    groups = "model.", "module.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_"
+    last = key.rpartition(".")[2]
+    return key == "seed" or (key.startswith(groups) and not last.startswith("_") and not last.isdigit())
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
+    """What shapes the training, what the command line set, and the chosen config groups, as plain values."""
+    hydra = HydraConfig.get()
+    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    leaves = {key: x for key, x in walk(OmegaConf.to_container(cfg)) if not isinstance(x, dict)}
+    plain: dict[str, bool | int | float | str] = {}
+    for key in [*filter(shaping, leaves), *(override.key_or_group for override in overrides)]:
+        if key in leaves:
+            value = leaves[key]
+            plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
+    for group in "experiment", "data", "model", "optimizer", "scheduler":
+        plain[group] = str(hydra.runtime.choices.get(group) or "null")
+    return plain
+
+
+@rank_zero_only
+def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
+    """Tells every logger; TensorBoard's HParams tab, whose metrics are the scalars that the run logs, in its own way.
+
+    Lightning's and PyTorch's own ways also write a description of the whole experiment, made from one run;
+    TensorBoard believes the first that it finds, and shows no column that it lacks. Without any it looks at all runs.
+    """
+    folder = Path(cfg.output_dir)
+    plain = hyperparameters(cfg)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))
+        else:
+            logger.log_hyperparams(plain)
+
+
+def finish_loggers(trainer: L.Trainer) -> None:
+    """Ends what would go on into the next job of a multirun: a process has one run of W&B at a time."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Writes beside and renames, so that a metrics.json is always whole and its presence means done."""
+    beside = folder / f".{METRICS_FILE}.part"
+    beside.write_text(json.dumps(metrics, indent=2) + "\n")
+    os.replace(beside, folder / METRICS_FILE)
+
+
+def collect(
+    cfg: DictConfig, trainer: L.Trainer, record: Record, metrics: dict[str, Tensor], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """The contents of metrics.json: scores of the final epoch, and where they come from. Epochs count from 1."""
+    module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    loader = trainer.train_dataloader
+    images = 0.0  # a batch; a stream cannot tell
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
+        images = len(loader.dataset) / len(loader)
+    samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images
+    checkpoints = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
+    best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
+    return {
+        "name": cfg.name,
+        "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", type(data).__name__),
+        "seed": cfg.seed,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "epochs": trainer.current_epoch,
+        "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
+        "steps": trainer.global_step,
+        "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "samples_per_second": round(samples / record.seconds, 1) if record.seconds else 0.0,
+        **_surroundings(trainer.strategy.root_device),
+    }
+
+
+def _surroundings(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "git_commit": GIT_COMMIT,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that does not say
+        return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the project, with "-dirty" behind it if files were changed since; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
+
+
+GIT_COMMIT = _git_commit()  # when the run begins: the checkout may move on before it ends

@@ -1,0 +1,158 @@
+"""Trained networks from files. Nothing in a file is ever run: weights alone are read, into what a config may name."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from src.command.resume import OWN_CONFIG, read_config
+from src.command.rules import CONF, PACKAGE, check, project_allows, resolved
+from src.data.pictures import read_digit, resized
+from src.data.spec import ImageSpec
+from src.errors import UserError
+from src.models.classifier import gives_log_probabilities
+from src.runs.build import build, facts
+
+SHIPPED = Path(__file__).parents[2] / "weights/mnist.pt"
+KINDS = "a run folder, a .ckpt of one, or a .pt file"
+
+
+class Reader(nn.Module):
+    """A trained network with what it knows of its images: in evaluation mode, on the CPU.
+
+    `net` maps normalised images to logits or log-probabilities; `file` is where it is from; `data` is the config of
+    what it was trained on, None for a .pt file.
+    """
+
+    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: dict[str, Any] | None) -> None:
+        super().__init__()
+        self.net, self.spec, self.file, self.data = net, spec, file, data
+        self.eval().requires_grad_(False)
+        with torch.inference_mode():
+            found = net(torch.zeros(1, *spec.shape))
+        self.logits = not gives_log_probabilities(found, len(spec.classes))
+
+    def log_probabilities(self, normalized: Tensor) -> Tensor:
+        """[N, C, H, W] normalised images to [N, classes]."""
+        found = self.net(normalized)
+        return found.log_softmax(dim=1) if self.logits else found
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] pixels from 0 to 255 to [N, classes] log-probabilities."""
+        return self.log_probabilities(self.spec.normalize(images))
+
+    def picture(self, source: Path | bytes) -> Tensor:
+        """Any picture as the network sees it, [C, H, W] uint8. Raises UserError for what cannot be read."""
+        return read_digit(source) if self.spec.preprocess == "digit" else resized(source, self.spec.shape)
+
+    def read(self, picture: str | Path | bytes) -> dict[str, Any]:
+        """What the picture shows; see `answer`."""
+        source = Path(picture) if isinstance(picture, str) else picture
+        with torch.inference_mode():
+            return self.answer(self(self.picture(source)[None])[0].exp())
+
+    def answer(self, probabilities: Tensor) -> dict[str, Any]:
+        """Plain values, of one image's probabilities. Digits are numbers, other classes names."""
+        (first, second), best = (top.tolist() for top in probabilities.topk(2))
+        named: list[Any] = best if self.spec.noun == "digit" else [self.spec.classes[i] for i in best]
+        return {
+            self.spec.noun: named[0],
+            "probability": first,
+            "runner_up": named[1],
+            "runner_up_probability": second,
+            "probabilities": probabilities.tolist(),
+        }
+
+
+def load(path: Path | str | None = None) -> Reader:
+    """The network of a run folder (its last epoch), of a checkpoint in one, or of a .pt file; by default, as shipped.
+
+    Raises UserError for anything else.
+    """
+    path = Path(path or SHIPPED)
+    file = path / "checkpoints/last.ckpt" if path.is_dir() else path
+    if not file.is_file():
+        if path.is_dir() and list(path.glob("*/checkpoints")):
+            raise UserError(f"{path} is a sweep; name one of the run folders in it")
+        raise UserError(f"{file}: no such file; name {KINDS}")
+    content = _read(file)
+    config = {"model": content["model"]} if "model" in content else run_config(file)
+    plain, data = content.get("data"), config.get("data")
+    if "model" in content:
+        model = content["model"]
+        if isinstance(model, dict) and str(model.get("_target_")).startswith("."):  # of this project, by any name
+            config = {"model": {**model, "_target_": f"{PACKAGE}{model['_target_']}"}}
+    elif isinstance(data, dict):
+        plain = content.get(str(data.get("_target_")).rpartition(".")[2])  # as Lightning names a DataModule's state
+    if plain is None:
+        raise UserError(f"{file}: of a run that did not train on images of classes")
+    if not isinstance(config.get("model"), dict) or not isinstance(config["model"].get("_target_"), str):
+        raise UserError(f"{file}: it names no network")
+    check(OmegaConf.create({"model": config["model"]}), project_allows())
+    prefix = "" if "model" in content else "net."
+    state = {name.removeprefix(prefix): x for name, x in content["state_dict"].items() if name.startswith(prefix)}
+    try:
+        spec = ImageSpec.of(plain)
+        net = build("model", config["model"], **facts(config["model"], spec))
+        if not isinstance(net, nn.Module):
+            raise UserError(f"model {config['model']['_target_']}: not a network")
+        net.load_state_dict(state)
+        return Reader(net, spec, file, data)
+    except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: its weights do not fit the model it names ({reason})") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"{file}: not a file of weights, or a damaged one") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UserError(f"{file}: holds no state_dict; name {KINDS}")
+    return content
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The model and the data that a run was configured with, checked."""
+    file = checkpoint.absolute().parents[1] / OWN_CONFIG
+    try:
+        own = read_config(file)
+        own.output_dir = str(checkpoint.parents[1])  # it was Hydra's to say
+        config = resolved(OmegaConf.masked_copy(own, ["model", "data", "seed", "output_dir"]))
+        check(config, project_allows())
+        plain = OmegaConf.to_container(config)
+    except (UserError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{file}: not the config of a run; {checkpoint.name} is read beside one ({error})") from error
+    assert isinstance(plain, dict)
+    return plain
+
+
+def test_images(reader: Reader, choice: str | None = None, root: Path | None = None) -> Any:
+    """The data that a network was trained on, or another of conf/data, ready for the test. Raises UserError."""
+    data = reader.data
+    if choice or data is None:
+        data = _composed(choice or reader.spec.name)
+    own = {name: x for name, x in data.items() if name not in ("reinforce", "augment")}
+    module = build("data", own | ({"root": str(root)} if root else {}))
+    module.prepare_data()
+    module.setup("test")
+    if module.spec.shape != reader.spec.shape or len(module.spec.classes) != len(reader.spec.classes):
+        raise UserError(f"{module.spec.name} has images of {module.spec.shape}, the network reads {reader.spec.shape}")
+    return module
+
+
+def _composed(choice: str) -> dict[str, Any]:
+    """The config of a data set by its name in conf/data."""
+    if not (CONF / f"data/{choice}.yaml").is_file():
+        names = ", ".join(sorted(file.stem for file in (CONF / "data").glob("*.yaml")))
+        raise UserError(f"--data {choice}: there is no such config; there are {names}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = resolved(compose("train", overrides=[f"data={choice}", "output_dir=."]))
+    check(config)
+    return dict(config.data)

@@ -1,0 +1,91 @@
+"""What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.command.explain import explain
+from src.command.internals import failure
+from src.errors import UserError, say
+from src.sweeps.jobs import flat, refuse_other
+
+METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
+
+
+class Sweep(Callback):
+    """Works with every launcher: the jobs may run in other processes, or on other machines.
+
+    A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: src.command.entry skips the jobs that
+    have a metrics.json there, and resumes the others.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+        arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+        overrides = OverridesParser.create().parse_overrides(arguments)
+        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+        shared = {override.key_or_group for override in overrides} - swept
+        # A job's folder is named by the swept keys alone: overrides that all jobs share say nothing.
+        # Every job's own config is composed anew from this list of Hydra overrides.
+        config.hydra.overrides.hydra.append(
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
+        )
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            if (folder / "multirun.yaml").exists():
+                before = OmegaConf.load(folder / "multirun.yaml")
+                fix = "continue it by its own command, or begin another folder"
+                refuse_other(flat(before), flat(config), f"the sweep in {folder}", fix)
+        except UserError as error:  # Hydra would make a warning of it
+            sys.exit(say(str(error)))
+        print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        # A worker may outlive its sweep: whoever continues the sweep waits for the job instead of doing it twice.
+        self.lock = FileLock(folder / ".lock")
+        self.lock.acquire()
+        if not (folder / METRICS_FILE).exists():
+            (folder / ERROR_FILE).unlink(missing_ok=True)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        if job_return.status == JobStatus.FAILED:
+            record_failure(Path(config.hydra.runtime.output_dir), failure(job_return))
+            # Else the sweeper would raise the first failure, and nothing could be said about the others.
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        self.lock.release()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        # Here, because Hydra imports this file before it has read the command line to its end.
+        from src.sweeps.report import report
+
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            report([folder], folder)
+        except Exception:  # Hydra would make a warning of it
+            traceback.print_exc()
+            sys.exit(1)
+        errors = [file.read_text().splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
+        if errors:
+            sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
+
+
+def record_failure(folder: Path, error: BaseException) -> None:
+    """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
+    line = explain(error)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
+    (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
+    reason = text.partition("\n")[0] if line is None else line
+    print(f"failed: {folder.name}: {reason}", file=sys.stderr, flush=True)

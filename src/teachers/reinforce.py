@@ -1,0 +1,86 @@
+"""Training images with what larger networks say of them, asked once for all runs (https://arxiv.org/abs/2303.08983)."""
+
+import hashlib
+import io
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from src.data.augment import Draws, RandomAffine
+from src.data.batches import generator_for
+from src.data.spec import ImageSpec
+from src.errors import UserError
+from src.runs.checkpoints import write_whole
+from src.values import Seed, Text
+
+AT_ONCE = 250  # images; other batches would give other last bits
+
+
+class Teacher(Protocol):
+    digest: str  # another one where the answers are others
+
+    def to(self, device: torch.device) -> Callable[[Tensor], Tensor]: ...
+
+
+class View(NamedTuple):
+    """All N training images as one epoch sees them."""
+
+    augment: RandomAffine
+    draws: Draws
+    progress: float
+    answers: Tensor  # [N, classes] log-probabilities
+
+    def batch(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The augmented images, whose places among the N are `index`, and the answers to them."""
+        return self.augment.apply(images.float(), self.draws.of(index), self.progress), self.answers[index]
+
+
+class Reinforcement:
+    """Each epoch's draws of the augmentation, keyed by `seed` and no other, and the answers of `teacher` to them.
+
+    The answers are worked out where an epoch begins, and kept in `folder`, a file an epoch: a run that differs in
+    its own seed alone finds them there.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Text, seed: Seed = 0) -> None:
+        self.teacher, self.folder, self.seed = teacher, Path(folder), seed
+
+    def view(self, images: Tensor, augment: RandomAffine, spec: ImageSpec, epoch: int, progress: float) -> View:
+        """`images`: [N, C, H, W], uint8, all of them; `progress`: the fraction of the run when the epoch begins."""
+        drawn = augment.draw(len(images), generator_for(self.seed, epoch))  # on the CPU: alike for every device
+        draws = Draws(*(numbers.to(images.device) for numbers in drawn))
+        key = hashlib.sha256(images.cpu().numpy().tobytes())
+        asked = self.teacher.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
+        key.update(repr(asked).encode())
+        file = self.folder / f"{key.hexdigest()[:16]}.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):  # of runs side by side, one asks
+            if not file.exists():
+                answers = self._ask(images, augment, draws, spec, progress, epoch)
+                content = io.BytesIO()
+                torch.save(answers.cpu(), content)
+                write_whole(file, content.getbuffer())
+        try:
+            answers = torch.load(file, map_location=images.device, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            raise UserError(f"{file}: damaged; delete it, and the teacher is asked again") from error
+        return View(augment, draws, progress, answers)
+
+    def _ask(
+        self, images: Tensor, augment: RandomAffine, draws: Draws, spec: ImageSpec, progress: float, epoch: int
+    ) -> Tensor:
+        print(f"asking the teacher about epoch {epoch + 1}; kept in {self.folder} for further runs", file=sys.stderr)
+        teacher = self.teacher.to(images.device)
+        with torch.inference_mode():
+            return torch.cat(
+                [
+                    teacher(spec.normalize(augment.apply(images[some].float(), draws.of(some), progress)))
+                    for some in torch.arange(len(images), device=images.device).split(AT_ONCE)
+                ]
+            )

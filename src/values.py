@@ -1,0 +1,25 @@
+"""Which values the arguments of configs may have: annotations that src.command.rules holds a config against."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+
+class Rule(NamedTuple):
+    words: str
+    allows: Callable[[Any], bool]
+
+
+def _number(words: str, within: Callable[[float], bool]) -> Rule:
+    return Rule(f"a number {words}", lambda x: type(x) in (int, float) and math.isfinite(x) and within(x))
+
+
+Whole = Annotated[int, Rule("a whole number of 0 or more", lambda n: type(n) is int and n >= 0)]
+Count = Annotated[int, Rule("a whole number of 1 or more", lambda n: type(n) is int and n >= 1)]
+Seed = Annotated[int, Rule("a whole number from 0 to 4294967295", lambda n: type(n) is int and 0 <= n < 2**32)]
+Positive = Annotated[float, _number("above 0", lambda x: x > 0)]
+NotNegative = Annotated[float, _number("of 0 or more", lambda x: x >= 0)]
+Fraction = Annotated[float, _number("from 0 to 1", lambda x: 0 <= x <= 1)]
+Share = Annotated[float, _number("from 0 up to, but not including, 1", lambda x: 0 <= x < 1)]
+Quarter = Annotated[float, _number("from 0 to 0.25", lambda x: 0 <= x <= 0.25)]
+Text = Annotated[str, Rule("a text", lambda x: type(x) is str and x != "")]
