@@ -14,6 +14,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from src import train
 from src.data import sources
+from src.data.spec import MNIST_SPEC
 from src.models.cnn import CNN
 
 # Event files of one second and one process are told apart, and read in order, by a running number at the end of
@@ -77,8 +78,8 @@ def real_mnist() -> Path:
 def small_weights(tmp_path_factory) -> Path:
     """A file of weights, untrained, of a network of 1,788 parameters."""
     torch.manual_seed(0)
-    model = {"_target_": "src.models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
+    model = {"_target_": ".models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
     net = CNN(model["channels"], model["dropout"])
     file = tmp_path_factory.mktemp("weights") / "small.pt"
-    torch.save({"state_dict": net.state_dict(), "model": model}, file)
+    torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.plain()}, file)
     return file

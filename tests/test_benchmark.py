@@ -38,7 +38,7 @@ def test_the_runs_take_turns(monkeypatch):
 
 def test_the_time_to_a_score_is_that_of_whole_runs(program):
     result = program(
-        "--time-to", 30, "data.dataset=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=benchmark.main
+        "--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=benchmark.main
     )
     assert result.code == 0, result.err
     *own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.data.spec import normalize, pixels
+from src.data.spec import MNIST_SPEC
 from src.models.cnn import CNN
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "optimizer.lr=0.05", "trainer.log_every_n_steps=5"
@@ -51,7 +51,7 @@ def test_the_gradient_norm_is_the_step_over_the_learning_rate(program, tmp_path)
         "optimizer.momentum=0",
         "optimizer.nesterov=false",
         "optimizer.weight_decay=0",
-        "scheduler=constant",
+        "scheduler=none",
         "trainer.gradient_clip_val=null",
     )
     limits = "trainer.max_steps=1", "trainer.log_every_n_steps=1", "optimized_metric=null", "callbacks.best=null"
@@ -65,4 +65,4 @@ def test_the_gradient_norm_is_the_step_over_the_learning_rate(program, tmp_path)
 
 def test_pixels_undo_the_normalisation():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(pixels(normalize(levels)), levels)
+    assert torch.equal(MNIST_SPEC.pixels(MNIST_SPEC.normalize(levels)), levels)

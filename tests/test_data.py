@@ -7,6 +7,7 @@ import threading
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torchvision.datasets import MNIST
 from src.data import sources
 from src.data.augment import RandomAffine
 from src.data.batches import IndexBatches, generator_for
-from src.data.images import DigitImages, normalize
-from src.data.sources import download_mnist, has_mnist, read_digits, read_mnist
+from src.data.images import ImageData
+from src.data.sources import MNIST as MNISTSource
+from src.data.sources import Digits, MNISTOrDigits, download_mnist, has_mnist
+from src.data.spec import MNIST_SPEC
 from src.errors import UserError
 from src.teachers.reinforce import Reinforcement
 
@@ -131,20 +134,21 @@ class Loudest(torch.nn.Module):
 def test_a_teacher_is_asked_once_about_each_image_of_an_epoch(tmp_path):
     images = torch.randint(256, (7, 1, 28, 28), dtype=torch.uint8)
     augment, teacher = RandomAffine(degrees=10, translate=2, elastic=1, decay=0.5), Loudest()
-    view = Reinforcement(teacher, tmp_path / "answers").view(images, augment, epoch=3, progress=0.6)
+    view = Reinforcement(teacher, tmp_path / "answers").view(images, augment, MNIST_SPEC, epoch=3, progress=0.6)
     index = torch.tensor([4, 1, 6])
     seen, answers = view.batch(images[index], index)
-    torch.testing.assert_close(answers, teacher(normalize(seen)))
+    torch.testing.assert_close(answers, teacher(MNIST_SPEC.normalize(seen)))
     assert teacher.asked == 7 + 3 and not torch.equal(seen, images[index].float())
 
-    again = Reinforcement(teacher, tmp_path / "answers").view(images, augment, epoch=3, progress=0.6)
+    again = Reinforcement(teacher, tmp_path / "answers").view(images, augment, MNIST_SPEC, epoch=3, progress=0.6)
     assert teacher.asked == 10 and torch.equal(again.answers, view.answers)
     assert torch.equal(again.batch(images[index], index)[0], seen)
 
 
 def test_another_question_is_asked_anew(tmp_path):
     images, teacher = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8), Loudest()
-    asked = {"images": images, "augment": RandomAffine(degrees=10, decay=0.5), "epoch": 0, "progress": 0.7}
+    asked = {"images": images, "augment": RandomAffine(degrees=10, decay=0.5), "spec": MNIST_SPEC}
+    asked |= {"epoch": 0, "progress": 0.7}
     views = [Reinforcement(teacher, tmp_path).view(**asked)]
     for change in (
         {"images": images.flip(0)},
@@ -161,7 +165,7 @@ def test_another_question_is_asked_anew(tmp_path):
 
 
 def test_damaged_answers_are_one_line(tmp_path):
-    arguments = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), RandomAffine(), 0, 0.0
+    arguments = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), RandomAffine(), MNIST_SPEC, 0, 0.0
     Reinforcement(Loudest(), tmp_path).view(*arguments)
     file = next(tmp_path.glob("*.pt"))
     file.write_bytes(file.read_bytes()[:100])
@@ -170,20 +174,26 @@ def test_damaged_answers_are_one_line(tmp_path):
 
 
 def test_normalised_black_and_white():
-    assert normalize(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == pytest.approx([-0.4242, 2.8215], abs=1e-4)
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8)
+    assert MNIST_SPEC.normalize(black_and_white).tolist() == pytest.approx([-0.4242, 2.8215], abs=1e-4)
 
 
 def test_digits_have_the_form_of_mnist():
-    name, train, test = read_digits()
+    name, _, train, test = Digits().read(Path())
     assert name == "digits"
     assert train.images.shape == (1437, 1, 28, 28) and test.images.shape == (360, 1, 28, 28)
     assert train.images.dtype == torch.uint8 and train.images.max() == 255
     assert train.images[:, :, :4].max() == 0 and set(train.labels.tolist()) == set(range(10))
 
 
-def module(**settings) -> DigitImages:
-    settings = {"dataset": "mnist", "batch_size": 8, "val_size": 10, "seed": 0} | settings
-    data = DigitImages(**settings)
+def read_mnist(root):
+    return MNISTSource().read(root)
+
+
+def module(**settings) -> ImageData:
+    settings = {"source": MNISTSource(), "batch_size": 8, "val_size": 10} | settings
+    settings["root"] = str(settings["root"])
+    data = ImageData(**settings)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -308,15 +318,15 @@ def test_without_a_network_the_error_names_the_way_out(no_network, tmp_path):
 
 def test_auto_falls_back_to_digits_and_says_so(no_network, tmp_path):
     with pytest.warns(UserWarning, match="small digits"):
-        data = module(dataset="auto", root=tmp_path, batch_size=None, val_size=None)
-    assert data.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 150
+        data = module(source=MNISTOrDigits(), root=tmp_path, batch_size=None, val_size=None)
+    assert data.spec.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 143
     with warnings.catch_warnings(action="error"):
         data.prepare_data()  # as Lightning does again before the test
 
 
 def test_auto_takes_mnist_where_it_is(mnist_root):
     with warnings.catch_warnings(action="error"):
-        assert module(dataset="auto", root=mnist_root).name == "mnist"
+        assert module(source=MNISTOrDigits(), root=mnist_root).spec.name == "mnist"
 
 
 @pytest.mark.parametrize(
@@ -346,6 +356,6 @@ def test_swapped_files_are_refused(mnist_root):
 
 @pytest.mark.mnist
 def test_the_real_mnist_reads(real_mnist):
-    name, train, test = read_mnist(real_mnist)
+    name, _, train, test = read_mnist(real_mnist)
     assert name == "mnist" and train.images.shape == (60_000, 1, 28, 28) and test.labels.shape == (10_000,)
     assert train.images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)

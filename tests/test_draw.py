@@ -19,7 +19,7 @@ def served(small_weights):
     servers = []
 
     def start(weights=small_weights) -> int:
-        servers.append(draw.serve(load(weights).net, 0))
+        servers.append(draw.serve(load(weights), 0))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return servers[-1].server_port
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from src import export
-from src.data.sources import read_digits, read_mnist
-from src.data.spec import normalize
+from src.data.sources import MNIST, Digits
 from src.runs.weights import SHIPPED, load
 
 ort = pytest.importorskip("onnxruntime")
@@ -24,10 +23,10 @@ def exported(program, folder, *arguments):
 
 def test_exports_take_bytes_in_batches_of_any_size(program, small_weights, tmp_path):
     result, readers = exported(program, tmp_path / "new", small_weights, "--root", tmp_path)
-    net, images = load(small_weights).net, read_digits().test.images
+    net, images = load(small_weights), Digits().read(tmp_path).test.images
     for name, reader in readers.items():
         for count in 1, 2, 7, 360:
-            expected = net(normalize(images[:count]))
+            expected = net(images[:count])
             torch.testing.assert_close(reader(images[:count]), expected, atol=1e-5, rtol=0, msg=name)
     assert "360 test images of digits" in result.out and result.out.count("maximum difference") == 2
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"digits.onnx", "digits.pt2"}
@@ -36,8 +35,8 @@ def test_exports_take_bytes_in_batches_of_any_size(program, small_weights, tmp_p
 @pytest.mark.mnist
 def test_the_shipped_weights_export_on_1000_test_images(program, real_mnist, tmp_path):
     result, readers = exported(program, tmp_path, "--root", real_mnist)
-    images, labels = (tensor[:1000] for tensor in read_mnist(real_mnist).test)
-    expected = load(SHIPPED).net(normalize(images))
+    images, labels = (tensor[:1000] for tensor in MNIST().read(real_mnist).test)
+    expected = load(SHIPPED)(images)
     for reader in readers.values():
         # Log-probabilities go down to -53, where float32's own steps are 4e-6 and PyTorch's two layouts differ by 1e-5.
         torch.testing.assert_close(reader(images), expected, atol=1e-5, rtol=1e-6)

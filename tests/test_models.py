@@ -3,6 +3,7 @@ import torch
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from src.data.spec import MNIST_SPEC
 from src.models.classifier import Classifier, Scores
 from src.models.cnn import CNN, blur
 from src.models.muon import Muon, orthogonalize
@@ -142,11 +143,12 @@ def test_an_ensemble_is_the_mean_of_its_networks_and_known_by_their_files(tmp_pa
     files, images = [], torch.randn(4, 1, 28, 28)
     model = {"_target_": "src.models.cnn.CNN", "channels": [2] * 6, "dropout": 0.5}
     for name in "ab":
-        torch.save({"state_dict": CNN(channels=(2,) * 6).state_dict(), "model": model}, tmp_path / f"{name}.pt")
+        content = {"state_dict": CNN(channels=(2,) * 6).state_dict(), "model": model, "data": MNIST_SPEC.plain()}
+        torch.save(content, tmp_path / f"{name}.pt")
         files.append(str(tmp_path / f"{name}.pt"))
     both = Ensemble(files)
     torch.testing.assert_close(both(images), (Ensemble(files[:1])(images) + Ensemble(files[1:])(images)) / 2)
-    assert not any(net.training for net in both.nets) and not any(
+    assert not any(net.training for net in both.parts) and not any(
         parameter.requires_grad for parameter in both.parameters()
     )
     assert both.digest == Ensemble(files).digest

@@ -100,7 +100,7 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
         ("trainer.accumulate_grad_batches=3", "callbacks.last.every_steps=2"),
         ("trainer.max_steps=20",),
         ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
-        ("optimizer=adamw", "scheduler=constant", "data.augment=null"),
+        ("optimizer=adamw", "scheduler=none", "data.augment=null"),
         ("optimizer=muon", "data.augment.decay=1", "module.label_smoothing=0.1"),
         (
             "+data.reinforce._target_=src.teachers.reinforce.Reinforcement",

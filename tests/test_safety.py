@@ -9,9 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.command.rules import check, targets
+from src.command.rules import check, resolved
 from src.data import sources
-from src.data.sources import read_mnist
 from src.errors import UserError
 from src.runs.checkpoints import newest_sound
 
@@ -83,7 +82,7 @@ FOREIGN = [
 def test_a_config_cannot_name_what_is_not_offered(foreign, key):
     config = OmegaConf.create(f"{{name: text, {key}: {{x: {foreign}}}}}")
     with pytest.raises(UserError, match="_target_="):
-        check(config)
+        check(resolved(config))
 
 
 def test_a_config_from_a_stranger_is_refused_before_anything_runs(program, stopped, monkeypatch):
@@ -97,8 +96,8 @@ def test_a_config_from_a_stranger_is_refused_before_anything_runs(program, stopp
 
 
 def test_what_is_offered_is_found_without_importing_it():
-    config = OmegaConf.create("{a: [{_target_: torch.optim.Adam}], b: '${a}', c: {_target_: '${d}'}, d: x.y}")
-    assert sorted(targets(config)) == ["torch.optim.Adam", "torch.optim.Adam", "x.y"]
+    with pytest.raises(UserError, match=r"_target_=x\.y"):
+        check(resolved(OmegaConf.create("{a: [{_target_: torch.optim.Adam}], c: {_target_: '${d}'}, d: x.y}")))
     check(OmegaConf.create("{a: {_target_: src.models.cnn.CNN}, b: {_target_: lightning.pytorch.loggers.CSVLogger}}"))
 
 
@@ -131,10 +130,10 @@ def test_damaged_idx_files_are_refused(mnist_root):
                 continue
             file.write_bytes(wrong)
             with pytest.raises(UserError, match=file.name):
-                read_mnist(mnist_root)
+                sources.MNIST().read(mnist_root)
             count += 1
         file.write_bytes(right)
-    assert count > 50 and read_mnist(mnist_root).train.images.shape == (40, 1, 28, 28)
+    assert count > 50 and sources.MNIST().read(mnist_root).train.images.shape == (40, 1, 28, 28)
 
 
 def test_damaged_checkpoints_are_refused_or_harmless(stopped, capfd):

@@ -19,8 +19,9 @@ from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
 
 from src import report, tune
+from src.command.resume import continue_command
 from src.command.rules import CONF
-from src.sweeps.jobs import command, compare, continue_command, read_jobs
+from src.sweeps.jobs import command, compare, read_jobs
 from src.sweeps.pictures import heat_map, line
 
 TINY = (
@@ -160,7 +161,13 @@ def test_equal_settings_are_averaged_over_seeds_and_ranked_by_validation_alone(t
 
 def test_a_loss_is_better_the_lower(tmp_path):
     for lr, loss in ("0.1", 0.5), ("0.2", 0.25):
-        pretend(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/loss": loss}, optimized_metric="val/loss")
+        pretend(
+            tmp_path / lr,
+            f"optimizer.lr={lr}",
+            metrics={"val/loss": loss},
+            optimized_metric="val/loss",
+            optimized_mode="min",
+        )
     assert compare(read_jobs([tmp_path])).best.settings == {"optimizer.lr": "0.2"}
 
 

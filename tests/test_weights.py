@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from src import evaluate
+from src.data.spec import MNIST_SPEC
 from src.errors import UserError
 from src.models.cnn import CNN
 from src.runs.weights import SHIPPED, load
@@ -30,11 +31,13 @@ def run(tmp_path_factory):
 def test_run_folder_checkpoint_and_pt_file_give_the_same_network(run, tmp_path):
     from_folder, from_checkpoint = load(run), load(run / "checkpoints/last.ckpt")
     state = from_folder.net.state_dict()
-    model = {"_target_": "src.models.cnn.CNN", "channels": CHANNELS, "dropout": 0.0}
-    torch.save({"state_dict": state, "model": model}, tmp_path / "net.pt")
+    model = {"_target_": ".models.cnn.CNN", "channels": CHANNELS, "dropout": 0.0}
+    torch.save({"state_dict": state, "model": model, "data": MNIST_SPEC.plain()}, tmp_path / "net.pt")
     images = torch.randn(3, 1, 28, 28)
     expected = from_folder.net(images)
-    assert from_folder.dataset == from_checkpoint.dataset == "digits" and not from_folder.net.training
+    assert (
+        from_folder.spec == from_checkpoint.spec and from_folder.spec.name == "digits" and not from_folder.net.training
+    )
     assert torch.equal(from_checkpoint.net(images), expected)
     assert torch.equal(load(tmp_path / "net.pt").net(images), expected)
 
@@ -67,7 +70,7 @@ def test_scores_by_hand():
     probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
     labels = torch.tensor([0, 1, 1, 0])
     scores = evaluate.score(probabilities.log(), labels)
-    assert scores["accuracy"] == 0.5 and scores["accuracy_by_digit"] == [0.5, 0.5]
+    assert scores["accuracy"] == 0.5 and scores["accuracy_by_class"] == [0.5, 0.5]
     assert scores["confusion_matrix"] == [[1, 1], [1, 1]]
     assert scores["loss"] == pytest.approx(-(torch.tensor([0.9, 0.4, 0.8, 0.3]).log().mean().item()))
     # Each image lies in a bin of its own: the mean of |1-0.9|, |0-0.6|, |1-0.8|, |0-0.7|.
@@ -84,7 +87,7 @@ class Evil:
 
 
 def model(**settings):
-    return {"_target_": "src.models.cnn.CNN", "channels": CHANNELS, "dropout": 0.0} | settings
+    return {"_target_": ".models.cnn.CNN", "channels": CHANNELS, "dropout": 0.0} | settings
 
 
 @pytest.mark.parametrize(
@@ -96,16 +99,18 @@ def model(**settings):
         ({"state_dict": CNN(CHANNELS).state_dict(), "model": model(channels=[4, 4, 4, 4, 4, 5])}, "do not fit"),
         ({"state_dict": {}, "model": model(channels=[4])}, "six"),
         ({"state_dict": {}, "model": model(nonsense=1)}, "nonsense"),
-        ({"state_dict": {}, "model": model(_target_="os.system")}, "only those in src/models"),
-        ({"state_dict": {}, "model": model(_target_="src.models.cnn.torch.hub.load")}, "only those in src/models"),
-        ({"state_dict": {}, "model": model(_target_="src.models.cnn.torch")}, "no network of that name"),
-        ({"state_dict": {}, "model": model(_target_="src.models.none.CNN")}, "no network of that name"),
-        ({"state_dict": {}, "model": None}, "only those in src/models"),
+        ({"state_dict": {}, "model": model(_target_="os.system")}, "not a class that"),
+        ({"state_dict": {}, "model": model(_target_="src.models.cnn.torch.hub.load")}, "not a class that"),
+        ({"state_dict": {}, "model": model(_target_="src.models.cnn.torch")}, "not a class that"),
+        ({"state_dict": {}, "model": model(_target_="src.models.none.CNN")}, "not a class that"),
+        ({"state_dict": {}, "model": None}, "names no network"),
         ({"state_dict": {}}, "is read beside one"),
     ],
 )
 def test_a_file_that_is_no_trained_network_is_refused(content, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if isinstance(content, dict) and "model" in content:
+        content["data"] = MNIST_SPEC.plain()
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=words):
         load(tmp_path / "x.pt")

@@ -155,4 +155,4 @@ def _composed(choice: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = resolved(compose("train", overrides=[f"data={choice}", "output_dir=."]))
     check(config)
-    return dict(config.data)
+    return {str(key): value for key, value in config.data.items()}
