@@ -19,6 +19,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     from time import perf_counter
 
     import lightning as L
+    from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.command.process import keep_freed_memory, refuse_processes_within_multirun
     from src.runs.build import build, build_parts, build_several
@@ -29,12 +30,14 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     quiet()
     keep_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    module, data = build_parts(cfg)
     record = Record(cfg.optimized_metric)
     callbacks = [*build_several("callbacks", cfg.callbacks), *further_callbacks, record]
     loggers = build_several("logger", cfg.logger)
+    if not loggers:
+        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]  # Lightning would refuse it
     trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
     refuse_processes_within_multirun(trainer)
+    module, data = build_parts(cfg)
     try:
         checkpoint = resume(Path(cfg.resume), trainer) if cfg.resume else None
         log_hyperparameters(trainer, cfg)

@@ -49,7 +49,7 @@ def test_every_drawing_is_read_by_the_shipped_weights(program):
 
 
 def test_the_longer_side_fills_20_pixels_about_the_centre_of_mass():
-    image = read_digit(encoded(seven()))
+    image = read_digit(encoded(seven()))[0]
     assert image.shape == (28, 28) and image.dtype == torch.uint8 and image.max() == 255
     rows, columns = (image.amax(axis).nonzero()[:, 0] for axis in (1, 0))
     assert rows[-1] - rows[0] + 1 == 20

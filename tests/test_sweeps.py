@@ -23,6 +23,7 @@ from src.command.resume import continue_command
 from src.command.rules import CONF
 from src.sweeps.jobs import command, compare, read_jobs
 from src.sweeps.pictures import heat_map, line
+from src.sweeps.report import report as write_report
 
 TINY = (
     "model.channels=[4,4,4,4,4,4]",
@@ -178,7 +179,7 @@ def test_a_loss_is_better_the_lower(tmp_path):
 def test_nothing_is_chosen_by_the_test_images(tmp_path, capsys, config):
     for lr in "0.1", "0.2":
         pretend(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/acc": 0.5, "test/acc": 0.5}, **config)
-    report.report([tmp_path], tmp_path)
+    write_report([tmp_path], tmp_path)
     assert "not ranked" in capsys.readouterr().out and not (tmp_path / "line.png").exists()
 
 
@@ -190,7 +191,7 @@ def test_unfinished_failed_and_unborn_jobs_are_told(tmp_path, capsys):
     (tmp_path / "d/.hydra/overrides.yaml").write_text("- 'optimizer.lr=0.4")  # killed while Hydra wrote it
     overrides = {"task": ["optimizer.lr=0.1,0.2,0.3,0.4"], "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=joblib"]}
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": overrides}}))
-    report.report([tmp_path], tmp_path)
+    write_report([tmp_path], tmp_path)
     out = capsys.readouterr().out
     assert "1 finished, 1 failed, 2 unfinished, 1 not begun" in out
     assert "b: ZeroDivisionError: by nothing" in out
@@ -202,24 +203,21 @@ def test_unfinished_failed_and_unborn_jobs_are_told(tmp_path, capsys):
     ]
 
 
-def test_several_folders_are_one_comparison(tmp_path, monkeypatch, capsys):
+def test_several_folders_are_one_comparison(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, epochs in ("one", 1), ("two", 2):
         pretend(tmp_path / name / "job", f"trainer.max_epochs={epochs}", metrics={"val/acc": epochs / 10})
-    monkeypatch.setattr(sys, "argv", ["report", "one", "two"])
-    report.main()
+    result = program("one", "two", main=report.main)
+    assert result.code == 0
     assert [row["trainer.max_epochs"] for row in sheet(tmp_path / "outputs/report")] == ["2", "1"]
-    assert "trainer.max_epochs=2: val/acc 20.00 %" in capsys.readouterr().out
+    assert "trainer.max_epochs=2: val/acc 20.00 %" in result.out
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
-def test_without_runs_there_is_one_line(tmp_path, monkeypatch, capsys, make):
+def test_without_runs_there_is_one_line(program, tmp_path, make):
     make(tmp_path / "empty")
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "empty")])
-    with pytest.raises(SystemExit) as stop:
-        report.main()
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    result = program(tmp_path / "empty", main=report.main)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.startswith("error: ")
 
 
 def test_the_pictures_show_what_was_measured(tmp_path):

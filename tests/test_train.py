@@ -204,8 +204,6 @@ def test_every_config_composes_and_holds_to_the_rules(choice):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for root in roots:
             config = compose(root, overrides=[choice, "output_dir=."])
-            if OmegaConf.is_missing(config.data, "root"):
-                config.data.root = "somewhere"
             if OmegaConf.is_missing(config.data, "source"):  # what others begin with
                 config.data.source = {"_target_": "src.data.sources.Digits"}
             check(resolved(config))

@@ -45,6 +45,8 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         return unknown_key(text.split("'")[1], known_keys(_chosen_groups(), config_name))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
+    if isinstance(error, ValueError) and text.startswith("Config group override must be"):
+        return "a group takes the name of one of its options, not null; there is scheduler=none and logger=none"
     if isinstance(error, HydraException | OmegaConfBaseException):
         cause = error.__cause__
         return f"{text} {' '.join(str(cause).split())}" if isinstance(cause, OmegaConfBaseException) else text

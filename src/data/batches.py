@@ -68,6 +68,10 @@ def generator_for(*keys: int, device: torch.device | str = "cpu") -> torch.Gener
 
 
 class _Lists(IndexBatches):
+    @property
+    def sampler(self) -> Any:
+        return self  # where Lightning looks for what has an epoch
+
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         return (batch.tolist() for batch in super().__iter__())
 

@@ -17,7 +17,7 @@ def build(key: str, node: Any, **further: Any) -> Any:
     """The object of a config's `key`; None for nothing. What a library complains of is the user's line."""
     if not node:
         return None
-    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     try:
         return instantiate(plain, _convert_="all", **further)
     except Exception as error:
@@ -54,7 +54,7 @@ def build_parts(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
     """
     data = data or build("data", cfg.data)
     spec = None
-    if hasattr(data, "spec"):
+    if hasattr(type(data), "spec"):  # asked of the object, it would be read before it is prepared
         data.prepare_data()
         spec = data.spec
     net = build("model", cfg.model, **facts(cfg.model, spec))
@@ -74,5 +74,5 @@ def build_several(key: str, node: Any) -> list[Any]:
     """Loggers or callbacks: one, several by name, or in a list."""
     if not node:
         return []
-    named = {"": node} if "_target_" in node else dict(node) if OmegaConf.is_dict(node) else dict(enumerate(node))
+    named = {"": node} if "_target_" in node else dict(node) if isinstance(node, dict | DictConfig) else dict(enumerate(node))
     return [build(f"{key}.{name}".removesuffix("."), one) for name, one in named.items() if one]

@@ -69,7 +69,7 @@ class EpochLines(ProgressBar):
     # comes next: the following epoch or the end.
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        if trainer.callback_metrics:
+        if trainer.callback_metrics and trainer.current_epoch:
             self._print(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

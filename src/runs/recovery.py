@@ -56,10 +56,7 @@ class Recovery(Checkpoint):
             self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.restored:
             batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-            order = batches_of(trainer.train_dataloader)
-            if batches and order:
-                order.skip(batches)
-            elif batches and not loader_states(trainer):
+            if batches and not batches_of(trainer.train_dataloader) and not loader_states(trainer):
                 warnings.warn(
                     "the training DataLoader cannot tell where it was: the rest of this epoch is drawn anew "
                     f"after its {batches} batches; torchdata's StatefulDataLoader can",

@@ -28,6 +28,7 @@ from src.errors import UserError
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 METRICS_FILE = "metrics.json"
+DERIVED = "scheduler.max_lr", "scheduler.T_max"  # from keys that are shown themselves
 
 
 class Record(Callback):
@@ -63,7 +64,8 @@ def metric(results: dict[str, Any], name: str | None) -> float | None:
 def shaping(key: str) -> bool:
     groups = "model.", "module.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_"
     last = key.rpartition(".")[2]
-    return key == "seed" or (key.startswith(groups) and not last.startswith("_") and not last.isdigit())
+    shown = not last.startswith("_") and not last.isdigit() and key not in DERIVED
+    return key == "seed" or (key.startswith(groups) and shown)
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
