@@ -34,8 +34,8 @@ tune: $(VENV)/.installed  ## search the learning rate and the dropout with Optun
 test: $(VENV)/.installed  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
-lint: $(VENV)/.installed  ## check style and types
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy
+lint: $(VENV)/.installed  ## check style, types, and that no import runs up the floors
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.installed  ## rewrite the code in the project's style
 	$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .

@@ -46,6 +46,20 @@ def loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
     return loader._state_dicts() if loader else []
 
 
+def restart_loader(trainer: "L.Trainer", always: bool) -> bool:
+    """Begins a resumed epoch's batches where the loaders were, if they can tell: whether they can.
+
+    Lightning forgets to if a module asks how many steps there will be: that begins them before the checkpoint is read.
+    """
+    loop, told = trainer.fit_loop, bool(loader_states(trainer))
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if states and loop._combined_loader:
+        loop._combined_loader._load_state_dicts(states)
+    if states or always:
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
+    return told
+
+
 def mark_between_batches(trainer: "L.Trainer", checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> None:
     """Makes a checkpoint that is written where a batch starts one of the end of the batch before, as Lightning expects.
 

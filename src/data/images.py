@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from src.data.augment import RandomAffine
-from src.data.batches import IndexBatches, batches_of, generator_for, in_memory_loader, worker_loader
+from src.data.batches import IndexBatches, generator_for, in_memory_loader, worker_loader
 from src.data.sources import Images, Sets, Source, in_memory
 from src.data.spec import ImageSpec
 from src.errors import UserError
@@ -148,13 +148,7 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
         size = self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
-        loader = self._loader(self.sets.train, size, self.seed, index=self.reinforce is not None)
-        order = batches_of(loader)
-        if order and self.trainer and self.trainer.training and self.trainer.fit_loop.restarting:
-            # Here, because workers ask for their first batches before Lightning names the epoch.
-            order.set_epoch(self.trainer.current_epoch)
-            order.skip(self.trainer.fit_loop.epoch_loop.batch_progress.current.completed)
-        return loader
+        return self._loader(self.sets.train, size, self.seed, index=self.reinforce is not None)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if _count(self.val) else []

@@ -74,5 +74,11 @@ def build_several(key: str, node: Any) -> list[Any]:
     """Loggers or callbacks: one, several by name, or in a list."""
     if not node:
         return []
-    named = {"": node} if "_target_" in node else dict(node) if isinstance(node, dict | DictConfig) else dict(enumerate(node))
+    named = (
+        {"": node}
+        if "_target_" in node
+        else dict(node)
+        if isinstance(node, dict | DictConfig)
+        else dict(enumerate(node))
+    )
     return [build(f"{key}.{name}".removesuffix("."), one) for name, one in named.items() if one]

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.command.internals import loader_states, mark_between_batches
+from src.command.internals import loader_states, mark_between_batches, restart_loader
 from src.data.batches import batches_of
 from src.errors import Diverged, UserError
 from src.runs.checkpoints import BEFORE, NEWEST
@@ -56,7 +56,12 @@ class Recovery(Checkpoint):
             self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.restored:
             batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-            if batches and not batches_of(trainer.train_dataloader) and not loader_states(trainer):
+            order = batches_of(trainer.train_dataloader)
+            if order:
+                order.set_epoch(trainer.current_epoch)
+                order.skip(batches)
+            told = restart_loader(trainer, always=order is not None)
+            if batches and not told and not order:
                 warnings.warn(
                     "the training DataLoader cannot tell where it was: the rest of this epoch is drawn anew "
                     f"after its {batches} batches; torchdata's StatefulDataLoader can",

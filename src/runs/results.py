@@ -127,7 +127,7 @@ def collect(
     best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
     return {
         "name": cfg.name,
-        "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", type(data).__name__),
+        "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
         "seed": cfg.seed,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,

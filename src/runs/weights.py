@@ -124,13 +124,11 @@ def run_config(checkpoint: Path) -> dict[str, Any]:
     try:
         own = read_config(file)
         own.output_dir = str(checkpoint.parents[1])  # it was Hydra's to say
-        config = resolved(OmegaConf.masked_copy(own, ["model", "data", "seed", "output_dir"]))
+        config = resolved(own)
         check(config, project_allows())
-        plain = OmegaConf.to_container(config)
+        return {key: OmegaConf.to_container(config).get(key) for key in ("model", "data")}  # type: ignore[union-attr]
     except (UserError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{file}: not the config of a run; {checkpoint.name} is read beside one ({error})") from error
-    assert isinstance(plain, dict)
-    return plain
 
 
 def test_images(reader: Reader, choice: str | None = None, root: Path | None = None) -> Any:
