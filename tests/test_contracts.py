@@ -58,6 +58,8 @@ def choices_for(group: str, option: str) -> dict[str, str]:
     """What else is chosen with an option; data and a model of one name make a task of the user's own."""
     if experiment := experiment_of(group, option):
         return {"experiment": experiment, "logger": BASE["logger"]}
+    if group == "model" and "torchvision.models" in (CONF / f"model/{option}.yaml").read_text():
+        return BASE | {"model": option, "data": "folder"}  # they need colour
     both = group in ("data", "model") and all((CONF / part / f"{option}.yaml").is_file() for part in ("data", "model"))
     return BASE | ({"data": option, "model": option} if both else {group: option})
 
@@ -130,9 +132,8 @@ def skip_without_data(overrides, monkeypatch) -> None:
     def no_network(*_, **__):
         raise OSError("tests do not use the network")
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"), monkeypatch.context() as patch:
         config = compose("train", overrides=[*overrides, "output_dir=."])
-    with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", no_network)
         try:
             build("data", resolved(config).data).prepare_data()
@@ -167,8 +168,8 @@ def history(folder: Path) -> list:
             for each in client.get_metric_history(run.info.run_id, name)
         ]
         return [len(runs), *sorted({(each.key, each.step, each.value) for each in kept})]  # no step can be taken back
-    if (folder / "wandb").is_dir():  # the last part of the names is the id of a run of W&B
-        return [len({part.name.rpartition("-")[2] for part in (folder / "wandb").glob("offline-run-*")})]
+    if (folder / "wandb").is_dir():  # the fourth part of a name is the id of a run of W&B
+        return [len({part.name.split("-")[3] for part in (folder / "wandb").glob("offline-run-*")})]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return [(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
 

@@ -4,6 +4,7 @@ from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from src.data.spec import MNIST_SPEC
+from src.errors import UserError
 from src.models.classifier import Classifier, Scores
 from src.models.cnn import CNN, blur
 from src.models.muon import Muon, orthogonalize
@@ -170,3 +171,36 @@ def test_the_network_blurs_what_it_sees():
     images = torch.rand(2, 1, 28, 28)
     torch.testing.assert_close(blurring(images), sharp(blur(images, 0.1)))
     assert not torch.allclose(blurring(images), sharp(images))
+
+
+class Linear(torch.nn.Module):
+    """Ten outputs, through `end`; no convolution."""
+
+    def __init__(self, end=None, classes: int = 10) -> None:
+        super().__init__()
+        self.layer, self.end = torch.nn.Linear(784, classes), end or torch.nn.Identity()
+
+    def forward(self, images):
+        return self.end(self.layer(images.flatten(1)))
+
+
+def classifier(net: torch.nn.Module) -> Classifier:
+    return Classifier(net, torch.optim.SGD)
+
+
+def test_logits_and_log_probabilities_are_learned_from_alike():
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
+    logits = Linear()
+    logs = Linear(torch.nn.LogSoftmax(1))
+    logs.load_state_dict(logits.state_dict())
+    losses = [module._step((images, labels), module.train_scores) for module in map(classifier, (logits, logs))]
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], cross_entropy(logits(images), labels))
+    torch.testing.assert_close(classifier(logits).predict_step((images, labels), 0), logs(images))
+
+
+@pytest.mark.parametrize("end", [torch.nn.Softmax(1), torch.nn.Unflatten(1, (5, 2))])
+def test_outputs_that_are_neither_are_refused(end):
+    with pytest.raises(UserError, match=r"logits"):
+        classifier(Linear(end))(torch.randn(8, 1, 28, 28))

@@ -1,4 +1,6 @@
+import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,46 @@ def test_a_mistake_is_one_line_and_leaves_nothing(train, mistake, words):
     assert result.code == 2
     assert len(result.err.splitlines()) == 1 and result.err.startswith("error: ") and words in result.err
     assert not folder.exists() or mistake.endswith("val/accuracy")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["+optimizer.maximize=false"],
+        ["logger=none"],
+        ["logger=[tensorboard,csv]", "scheduler=plateau"],
+        ["trainer.profiler=simple"],
+        ["callbacks=default", "callbacks.best=null"],
+        ["debug=default"],
+    ],
+)
+def test_options_that_a_hydra_user_expects(train, more):
+    few = [] if "debug=default" in more else ["trainer.limit_train_batches=6"]
+    result, folder = train(*few, *more)
+    assert result.code == 0, result.err
+    assert (folder / "metrics.json").exists()
+    assert ("FIT Profiler Report" in result.out + result.err) == ("trainer.profiler=simple" in more)
+    if "debug=default" in more:
+        assert json.loads((folder / "metrics.json").read_text())["steps"] == 1
+
+
+def test_max_time_ends_a_run(train):
+    result, folder = train("trainer.max_epochs=100000", "trainer.max_time={seconds: 3}", "scheduler=none")
+    assert result.code == 0, result.err
+    assert 0 < json.loads((folder / "metrics.json").read_text())["epochs"] < 1000
+
+
+def test_a_schedule_that_counts_epochs_is_stepped_by_epochs(train):
+    _, folder = train("trainer.max_epochs=4", "trainer.limit_train_batches=3", "scheduler=cosine", "logger=csv")
+    with (folder / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+
+
+def test_a_missing_metric_is_said_after_the_first_validation(train):
+    result, folder = train("trainer.max_epochs=50", "optimized_metric=val/accuracy", "callbacks.best=null")
+    assert result.code == 2 and "val/accuracy: the run has" in result.err.splitlines()[-1]
+    assert "epoch 1/50" not in result.out and not (folder / "metrics.json").exists()
 
 
 def test_too_few_steps_for_the_schedule_are_one_line(train):
