@@ -160,7 +160,9 @@ class ImageData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> tuple[Tensor, ...]:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, Tensor):  # an example input, of which Lightning makes a summary
+            return batch
         images, labels, *index = batch
         if index:
             assert self.trainer and self.reinforce
