@@ -25,14 +25,14 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     from src.runs.build import build, build_parts, build_several
     from src.runs.checkpoints import resume
     from src.runs.console import print_results, quiet
-    from src.runs.results import Record, collect, finish_loggers, log_hyperparameters, metric, write_metrics
+    from src.runs.results import Record, collect, finish_loggers, log_hyperparameters, metric, one_run, write_metrics
 
     quiet()
     keep_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     record = Record(cfg.optimized_metric)
     callbacks = [*build_several("callbacks", cfg.callbacks), *further_callbacks, record]
-    loggers = build_several("logger", cfg.logger)
+    loggers = one_run(build_several("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
     if not loggers:
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]  # Lightning would refuse it
     trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)

@@ -112,7 +112,7 @@ def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
         ("+nonsense=3", "there is no such key"),
         ("+data.nonsense=3", "nonsense"),
         ("+trainer.nonsense=3", "nonsense"),
-        ("model=cn", "Available options in 'model'"),
+        ("model=cn", "did you mean cnn?"),
         ("model", "model"),
         ("optimizer.lr=[", "optimizer.lr"),
         ("optimizer.lr=0.1,0.2", "-m"),

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
 from src.command.process import isolated, stoppable
-from src.command.resume import own_config, resuming, say_how_to_continue
+from src.command.resume import OWN_CONFIG, own_config, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
@@ -28,6 +28,8 @@ INTERACTIVE = None, "bash", "interactive"  # as Lightning sees it: Slurm has sta
 
 def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """The program that runs a function of a config: parse, check, run, explain."""
+
+    kept: list[bool] = []  # whether the run folder was there before
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
@@ -55,7 +57,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 raise
             if mode == RunMode.MULTIRUN:
                 raise error if isinstance(error, UserError) else UserError(line) from error
-            if not resumed:
+            if not resumed and kept[-1:] != [True]:
                 _remove_unbegun(folder)
             sys.exit(say(line))
 
@@ -66,6 +68,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         try:
             with stoppable():
                 sys.argv = [arguments[0], *parsed(arguments[1:])]
+                kept.append(_named_folder(sys.argv).exists())
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         except Exception as error:
             line = explain(error, config_name=config_name)
@@ -87,10 +90,19 @@ def parsed(arguments: list[str]) -> list[str]:
     # Whoever starts the processes himself has to name the folder: the default has the time in it.
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) if os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE else 1
     several = max(tasks, int(os.environ.get("WORLD_SIZE", 1))) > 1
+    folder = _named_folder(arguments)
+    if (folder / OWN_CONFIG).exists() and not several and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"{folder} holds a run; continue it with resume={folder}, or name another folder")
     named = any(argument.startswith(("hydra.run.dir=", "-m", "--multirun", "--cfg")) for argument in arguments)
     if several and not named:
         raise UserError("several processes write into one run folder; set hydra.run.dir=… to the same for each")
     return arguments
+
+
+def _named_folder(arguments: list[str]) -> Path:
+    """The run folder that a command names; one that is not there if it names none."""
+    values = [value for key, _, value in (argument.partition("=") for argument in arguments) if key == "hydra.run.dir"]
+    return Path(values[-1].strip("'\"") if values else "no folder is named")
 
 
 def _quoted(argument: str) -> str:

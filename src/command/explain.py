@@ -11,6 +11,7 @@ from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     InstantiationException,
+    MissingConfigException,
     OverrideParseException,
 )
 from omegaconf import OmegaConf
@@ -25,7 +26,7 @@ FIXES = {
     "can not run on your system": "set trainer.accelerator=auto for what there is",
 }
 # The disk says these; what to do about them is the same everywhere.
-DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
 
 
@@ -43,6 +44,11 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
         return unknown_key(text.split("'")[1], known_keys(_chosen_groups(), config_name))
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        guess = nearest(option, list(error.options))
+        meant = f"did you mean {guess}? " if guess else ""
+        return f"{group}={option}: there is no such option; {meant}there are {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, ValueError) and text.startswith("Config group override must be"):

@@ -40,6 +40,19 @@ def add_summary(writer: Any, summary: Any) -> None:
     writer._get_file_writer().add_summary(summary)
 
 
+def name_run(logger: Any, name: str) -> None:
+    """Makes W&B's or MLflow's logger go on with the run of that name, which was begun in another process."""
+    if hasattr(logger, "_wandb_init"):
+        logger._id = logger._wandb_init["id"] = name
+    else:
+        logger._run_id = name
+
+
+def resumed(trainer: "L.Trainer") -> None:
+    """Lightning steps no ReduceLROnPlateau where the epoch ends that it restarted in, for lack of metrics."""
+    trainer.fit_loop._restarting = False
+
+
 def loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
     """Where the training DataLoaders are, of those that can tell (as torchdata's StatefulDataLoader)."""
     loader = trainer.fit_loop._combined_loader

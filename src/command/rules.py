@@ -60,6 +60,7 @@ LIBRARIES: dict[str, dict[str, Any]] = {
         "log_every_n_steps": Count,
         "accumulate_grad_batches": Count,
         "check_val_every_n_epoch": Count | None,
+        "val_check_interval": Count | Fraction | None,
     },
 }
 # What a config may name of other packages. Classes alone, at the places they are documented at: a longer path would

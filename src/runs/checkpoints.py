@@ -66,6 +66,7 @@ def keep_rows(logger: CSVLogger, step: int) -> None:
             rows = [row for row in csv.DictReader(stream) if row.get("step", "").isdigit()]  # the last may be half
             kept = [{key: x for key, x in row.items() if key and x} for row in rows if int(row["step"]) < step]
     logger.experiment.metrics.extend(kept)
+    logger.save()
 
 
 def newest_sound(run: Path) -> Path | None:

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.command.internals import loader_states, mark_between_batches, restart_loader
+from src.command.internals import loader_states, mark_between_batches, restart_loader, resumed
 from src.data.batches import batches_of
 from src.errors import Diverged, UserError
 from src.runs.checkpoints import BEFORE, NEWEST
@@ -159,6 +159,7 @@ class Recovery(Checkpoint):
         if own["random_cuda"] is not None and pl_module.device.type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"], pl_module.device)
         torch.set_rng_state(own["random"])
+        resumed(trainer)
 
     # Faults
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from src.command.internals import add_summary
+from src.command.internals import add_summary, name_run
 from src.command.rules import walk
 from src.errors import UserError
 
@@ -71,7 +72,12 @@ def shaping(key: str) -> bool:
 def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
     """What shapes the training, what the command line set, and the chosen config groups, as plain values."""
     hydra = HydraConfig.get()
-    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    given, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
+    own = Path(cfg.output_dir, ".hydra/hydra.yaml")
+    if cfg.resume and own.is_file():  # the command that continues a run names none of its choices
+        before = yaml.safe_load(own.read_text())["hydra"]
+        given, choices = before["overrides"]["task"], before["runtime"]["choices"]
+    overrides = OverridesParser.create().parse_overrides(given)
     leaves = {key: x for key, x in walk(OmegaConf.to_container(cfg)) if not isinstance(x, dict)}
     plain: dict[str, bool | int | float | str] = {}
     for key in [*filter(shaping, leaves), *(override.key_or_group for override in overrides)]:
@@ -79,7 +85,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
             value = leaves[key]
             plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
     for group in "experiment", "data", "model", "optimizer", "scheduler":
-        plain[group] = str(hydra.runtime.choices.get(group) or "null")
+        plain[group] = str(choices.get(group) or "null")
     return plain
 
 
@@ -97,6 +103,19 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
             add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))
         else:
             logger.log_hyperparams(plain)
+
+
+def one_run(loggers: list[Any], folder: Path, resumed: bool) -> list[Any]:
+    """W&B and MLflow name each run themselves, and begin another when it is resumed unless they are told its name."""
+    for logger in loggers:
+        file = folder / f".{type(logger).__name__}"
+        if isinstance(logger, WandbLogger | MLFlowLogger):
+            if resumed and file.is_file():
+                name_run(logger, file.read_text())
+            elif getattr(rank_zero_only, "rank", 0) == 0:
+                logger.experiment  # noqa: B018  (begins the run)
+                file.write_text(str(logger.version if isinstance(logger, WandbLogger) else logger.run_id))
+    return loggers
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
