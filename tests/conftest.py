@@ -3,6 +3,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from src import train
 from src.data import sources
 from src.data.spec import MNIST_SPEC
 from src.models.cnn import CNN
+from src.runs.recovery import Recovery
 
 # Event files of one second and one process are told apart, and read in order, by a running number at the end of
 # their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
@@ -83,3 +86,39 @@ def small_weights(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("weights") / "small.pt"
     torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.plain()}, file)
     return file
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL would: nothing is written any more."""
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
+    original = Recovery.on_train_batch_start
+
+    def at(batch, how):
+        def on_train_batch_start(self, trainer, *arguments):
+            if trainer.fit_loop.total_batch_idx == batch:
+                monkeypatch.setattr(Recovery, "on_train_batch_start", original)
+                if how is Killed:
+                    raise Killed
+                os.kill(os.getpid(), how)
+            original(self, trainer, *arguments)
+
+        monkeypatch.setattr(Recovery, "on_train_batch_start", on_train_batch_start)
+
+    return at
+
+
+def outcome(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        "weights": {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()},
+        "optimizer": str(checkpoint["optimizer_states"]),
+        "metrics": json.loads((folder / "metrics.json").read_text())["metrics"],
+        "scalars": {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        },
+    }

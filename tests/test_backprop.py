@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from conftest import Killed, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.backprop import formulas, workbook
@@ -405,3 +406,15 @@ def test_lesson_names_functions_that_exist():
     assert len(named) > 5
     for name in named:
         assert hasattr(model, name) or hasattr(formulas, name) or name in ("past_two", "descend"), name
+
+
+def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop):
+    small = "experiment=backprop", "trainer.max_epochs=20", "callbacks.last.every_steps=6"
+    assert program(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    stop(15, Killed)
+    with pytest.raises(Killed):
+        program(*small, f"hydra.run.dir={tmp_path / 'run'}")
+    result = program(f"resume={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()

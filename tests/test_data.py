@@ -21,7 +21,6 @@ from src.data.sources import MNIST as MNISTSource
 from src.data.sources import Digits, MNISTOrDigits, download_mnist, has_mnist
 from src.data.spec import MNIST_SPEC
 from src.errors import UserError
-from src.teachers.reinforce import Reinforcement
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -119,58 +118,6 @@ def test_augmentation_decays_over_the_end_of_a_run(progress, strength):
     weaker = RandomAffine(**{name: limit * strength for name, limit in limits.items()})(images, generator_for(0))
     decayed = RandomAffine(**limits, decay=0.4)(images, generator_for(0), progress)
     torch.testing.assert_close(decayed, weaker, atol=1e-4, rtol=0)
-
-
-class Loudest(torch.nn.Module):
-    """A teacher that counts what it is asked, and answers with the three largest pixels."""
-
-    digest, asked = "loudest", 0
-
-    def forward(self, images):
-        self.asked += len(images)
-        return images.flatten(1).topk(3).values
-
-
-def test_a_teacher_is_asked_once_about_each_image_of_an_epoch(tmp_path):
-    images = torch.randint(256, (7, 1, 28, 28), dtype=torch.uint8)
-    augment, teacher = RandomAffine(degrees=10, translate=2, elastic=1, decay=0.5), Loudest()
-    view = Reinforcement(teacher, tmp_path / "answers").view(images, augment, MNIST_SPEC, epoch=3, progress=0.6)
-    index = torch.tensor([4, 1, 6])
-    seen, answers = view.batch(images[index], index)
-    torch.testing.assert_close(answers, teacher(MNIST_SPEC.normalize(seen)))
-    assert teacher.asked == 7 + 3 and not torch.equal(seen, images[index].float())
-
-    again = Reinforcement(teacher, tmp_path / "answers").view(images, augment, MNIST_SPEC, epoch=3, progress=0.6)
-    assert teacher.asked == 10 and torch.equal(again.answers, view.answers)
-    assert torch.equal(again.batch(images[index], index)[0], seen)
-
-
-def test_another_question_is_asked_anew(tmp_path):
-    images, teacher = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8), Loudest()
-    asked = {"images": images, "augment": RandomAffine(degrees=10, decay=0.5), "spec": MNIST_SPEC}
-    asked |= {"epoch": 0, "progress": 0.7}
-    views = [Reinforcement(teacher, tmp_path).view(**asked)]
-    for change in (
-        {"images": images.flip(0)},
-        {"augment": RandomAffine(degrees=11, decay=0.5)},
-        {"epoch": 1},
-        {"progress": 0.8},
-    ):
-        views.append(Reinforcement(teacher, tmp_path).view(**asked | change))
-    views.append(Reinforcement(teacher, tmp_path, seed=1).view(**asked))
-    teacher.digest = "louder"
-    views.append(Reinforcement(teacher, tmp_path).view(**asked))
-    assert teacher.asked == 4 * len(views) == 28
-    assert len({tuple(view.answers.flatten().tolist()) for view in views}) == 6  # the last is the first
-
-
-def test_damaged_answers_are_one_line(tmp_path):
-    arguments = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), RandomAffine(), MNIST_SPEC, 0, 0.0
-    Reinforcement(Loudest(), tmp_path).view(*arguments)
-    file = next(tmp_path.glob("*.pt"))
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged; delete it"):
-        Reinforcement(Loudest(), tmp_path).view(*arguments)
 
 
 def test_normalised_black_and_white():

@@ -3,13 +3,11 @@ import torch
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from src.data.spec import MNIST_SPEC
 from src.errors import UserError
 from src.models.classifier import Classifier, Scores
 from src.models.cnn import CNN, blur
 from src.models.muon import Muon, orthogonalize
 from src.models.separable import SeparableCNN
-from src.teachers.ensemble import Ensemble
 
 
 def test_the_network_has_exactly_the_parameters_of_the_table():
@@ -138,22 +136,6 @@ def test_a_teachers_answers_are_learned_from_and_not_scored():
     expected = torch.autograd.grad(0.3 * nll_loss(learned, labels) + 0.7 * 16 * divergence, net.fc.weight)[0]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(module.train_scores.compute()["loss"], nll_loss(learned, labels))
-
-
-def test_an_ensemble_is_the_mean_of_its_networks_and_known_by_their_files(tmp_path):
-    files, images = [], torch.randn(4, 1, 28, 28)
-    model = {"_target_": "src.models.cnn.CNN", "channels": [2] * 6, "dropout": 0.5}
-    for name in "ab":
-        content = {"state_dict": CNN(channels=(2,) * 6).state_dict(), "model": model, "data": MNIST_SPEC.plain()}
-        torch.save(content, tmp_path / f"{name}.pt")
-        files.append(str(tmp_path / f"{name}.pt"))
-    both = Ensemble(files)
-    torch.testing.assert_close(both(images), (Ensemble(files[:1])(images) + Ensemble(files[1:])(images)) / 2)
-    assert not any(net.training for net in both.parts) and not any(
-        parameter.requires_grad for parameter in both.parameters()
-    )
-    assert both.digest == Ensemble(files).digest
-    assert len({both.digest, Ensemble(files[:1]).digest, Ensemble(files[1:]).digest}) == 3
 
 
 @pytest.mark.parametrize("share", [0.0, 1 / 12, 0.25])

@@ -1,7 +1,6 @@
 """A run that was stopped and continued ends with the same bits as one that was not."""
 
 import errno
-import json
 import os
 import random
 import re
@@ -14,11 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import Killed, outcome
 
 from src.command.rules import CONF
-from src.runs.recovery import Recovery
-from src.runs.weights import SHIPPED
 
 # 24 batches of training.
 TINY = (
@@ -26,42 +23,6 @@ TINY = (
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
     *("data.batch_size=8", "callbacks.last.every_steps=5"),
 )
-
-
-class Killed(BaseException):
-    """Ends a run as SIGKILL would: nothing is written any more."""
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
-    original = Recovery.on_train_batch_start
-
-    def at(batch, how):
-        def on_train_batch_start(self, trainer, *arguments):
-            if trainer.fit_loop.total_batch_idx == batch:
-                monkeypatch.setattr(Recovery, "on_train_batch_start", original)
-                if how is Killed:
-                    raise Killed
-                os.kill(os.getpid(), how)
-            original(self, trainer, *arguments)
-
-        monkeypatch.setattr(Recovery, "on_train_batch_start", on_train_batch_start)
-
-    return at
-
-
-def outcome(folder: Path) -> dict:
-    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        "weights": {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()},
-        "optimizer": str(checkpoint["optimizer_states"]),
-        "metrics": json.loads((folder / "metrics.json").read_text())["metrics"],
-        "scalars": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-        },
-    }
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +63,6 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
         ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
         ("optimizer=adamw", "scheduler=none", "data.augment=null"),
         ("optimizer=muon", "data.augment.decay=1", "module.label_smoothing=0.1"),
-        (
-            "+data.reinforce._target_=src.teachers.reinforce.Reinforcement",
-            "+data.reinforce.folder=${output_dir}/answers",
-            "+data.reinforce.teacher._target_=src.teachers.ensemble.Ensemble",
-            f"+data.reinforce.teacher.files=[{SHIPPED}]",
-        ),
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -119,18 +74,6 @@ def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overri
             program(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
     assert program(f"resume={folder}").code == 0
     assert outcome(folder) == whole(*overrides)
-
-
-def test_backprop_continues_to_the_same_bits(program, tmp_path, stop):
-    small = "experiment=backprop", "trainer.max_epochs=20", "callbacks.last.every_steps=6"
-    assert program(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
-    stop(15, Killed)
-    with pytest.raises(Killed):
-        program(*small, f"hydra.run.dir={tmp_path / 'run'}")
-    result = program(f"resume={tmp_path / 'run'}")
-    assert result.code == 0, result.err
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

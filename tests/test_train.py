@@ -124,11 +124,6 @@ def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
         ("model.dropout=true", "a number from 0"),
         ("model.channels=[1,2]", "six"),
         ("model.blur=0.5", "a number from 0 to 0.25"),
-        ("+data.reinforce={_target_:src.teachers.ensemble.Ensemble,files:[]}", "files is empty"),
-        (
-            "+data.reinforce={_target_:src.teachers.ensemble.Ensemble,files:[nowhere]}",
-            "nowhere: no such file; name a run",
-        ),
         ("data.augment.interpolation=cubic", "one of bilinear, bicubic"),
         ("optimizer.lr=0", "a number above 0"),
         ("optimizer.lr=nan", "a number above 0"),

@@ -124,7 +124,8 @@ class TorchVision:
         arguments = signature(self.made).parameters
         if not {"train", "split"} & arguments.keys():
             raise UserError(f"dataset={dataset}: torchvision gives it no test part; use data=folder")
-        self.parts: Any = [{"train": True}, {"train": False}] if "train" in arguments else [
+        by_train = "train" in arguments or "split" in options  # as EMNIST's, which names another thing
+        self.parts: Any = [{"train": True}, {"train": False}] if by_train else [
             {"split": "train"},
             {"split": "test"},
         ]  # fmt: skip
@@ -132,7 +133,10 @@ class TorchVision:
 
     def _open(self, root: Path, **further: Any) -> list[Any]:
         assert self.made
-        return [self.made(root, **part, **self.options, **further) for part in self.parts]
+        try:
+            return [self.made(root, **part, **self.options, **further) for part in self.parts]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"data.source: {self.dataset}: {error}") from error
 
     def prepare(self, root: Path) -> None:
         try:

@@ -75,19 +75,22 @@ class Classifier(L.LightningModule):
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.classes: int | None = None
         self.logits: bool | None = None  # whether that is what the network gives; None: not yet known
         self.train_scores, self.val_scores, self.test_scores = Scores(), Scores(), Scores()
 
     def setup(self, stage: str) -> None:
         spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
-        if spec and self.example_input_array is None:
-            self.example_input_array = torch.zeros(1, *spec.shape)
+        if spec:
+            self.classes = len(spec.classes)
+            if self.example_input_array is None:
+                self.example_input_array = torch.zeros(1, *spec.shape)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] log-probabilities."""
         outputs = self.net(images)
         if self.logits is None:
-            self.logits = not gives_log_probabilities(outputs)
+            self.logits = not gives_log_probabilities(outputs, self.classes)
         return outputs.log_softmax(dim=1) if self.logits else outputs
 
     def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> Tensor:

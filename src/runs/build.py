@@ -4,6 +4,7 @@ from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -58,9 +59,22 @@ def build_parts(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
         data.prepare_data()
         spec = data.spec
     net = build("model", cfg.model, **facts(cfg.model, spec))
+    if net is not None and spec is not None:
+        _try(net, spec.shape)
     parts = {"net": net, "optimizer": build("optimizer", cfg.optimizer), "scheduler": _scheduler(cfg.scheduler)}
     has = takes(cfg.module)
     return build("module", cfg.module, **{name: part for name, part in parts.items() if has(name)}), data
+
+
+def _try(net: Any, shape: tuple[int, ...]) -> None:
+    """Raises UserError for a network that cannot take such an image."""
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape))
+    except Exception as error:  # whatever a library says to a wrong shape
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"model: {type(net).__name__} takes no images of shape {shape}: {reason}") from error
+    net.train()
 
 
 def _scheduler(node: Any) -> Schedule | None:
