@@ -17,8 +17,11 @@ from torch import nn
 
 def quiet() -> None:
     """Silences what Lightning says on every run and what does not apply to data that lies in memory."""
-    for package in "lightning.pytorch", "lightning.fabric":
-        logging.getLogger(package).setLevel(logging.WARNING)
+    for package in "lightning", "lightning.pytorch", "lightning.fabric":
+        logger = logging.getLogger(package)
+        logger.handlers.clear()  # what is said goes through Hydra, to the terminal and the run's log, once
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler=… asks for a report
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
     warnings.filterwarnings("ignore", message=".*does not have many workers")
