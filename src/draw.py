@@ -5,6 +5,7 @@ from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from src.command.arguments import Parser, entry
@@ -14,10 +15,14 @@ if TYPE_CHECKING:
     from src.runs.weights import Reader
 
 PAGE = Path(__file__).with_suffix(".html")
+HOST = "127.0.0.1"
+AT_ONCE = Lock()  # a picture takes up to some 500 MB while it is decoded
 MAX_BYTES = 1_000_000  # of a drawing; the page sends some 10,000
 
 
 class Page(BaseHTTPRequestHandler):
+    timeout = 10  # seconds of silence
+
     def __init__(self, reader: "Reader", *request: Any) -> None:
         self.reader = reader
         super().__init__(*request)
@@ -30,11 +35,15 @@ class Page(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if self.path != "/read" or not length.isdigit() or int(length) > MAX_BYTES:
+        here = f"{HOST}:{self.connection.getsockname()[1]}"
+        if self.headers.get("Host") != here or self.headers.get("Origin", f"http://{here}") != f"http://{here}":
+            return self.send_error(403)  # another website, or another name for this machine
+        if self.path != "/read" or not (length.isascii() and length.isdigit()) or int(length) > MAX_BYTES:
             return self.send_error(400)
         try:
             drawing = self.rfile.read(int(length))
-            answer, image = self.reader.read(drawing), self.reader.picture(drawing)
+            with AT_ONCE:
+                answer, image = self.reader.read(drawing), self.reader.picture(drawing)
         except UserError as error:
             return self._send_json(422, {"error": str(error)})
         pixels = image.expand(3, -1, -1).permute(1, 2, 0)
@@ -60,7 +69,7 @@ class Page(BaseHTTPRequestHandler):
 def serve(reader: "Reader", port: int) -> ThreadingHTTPServer:
     """A server on this machine's loopback; port 0 takes a free one. Raises UserError for a port in use."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(Page, reader))
+        return ThreadingHTTPServer((HOST, port), partial(Page, reader))
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"port {port}: {reason}; choose another with --port") from error
@@ -78,7 +87,7 @@ def main() -> None:
     from src.runs.weights import load
 
     with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt):
-        print(f"Draw at http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
+        print(f"Draw at http://{HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 

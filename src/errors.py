@@ -22,7 +22,12 @@ def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> l
     return numbers
 
 
+def printable(text: object) -> str:
+    """In one line and without control codes: the names of files may have both."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def say(line: str) -> int:
     """Tells of a user's mistake; gives the exit code."""
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {printable(line)}", file=sys.stderr)
     return 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.command.arguments import Parser, entry
-from src.errors import UserError
+from src.errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,16 +69,15 @@ def main() -> int:
     for result, image in read_all(reader, files):
         results.append(result)
         if image is None:
-            print(f"error: {result['file']}: {result['error']}", file=sys.stderr)
+            print(printable(f"error: {result['file']}: {result['error']}"), file=sys.stderr)
             continue
         if not images and not arguments.json:
             print(f"{noun:>{width}}  probability  {'runner-up':<{width + 4}}  file")
         images.append(image)
         if not arguments.json:
-            print(
-                f"{result[noun]:>{width}}  {result['probability']:11.2%}  "
-                f"{result['runner_up']!s:<{width - 4}} {result['runner_up_probability']:7.2%}  {result['file']}"
-            )
+            answer = f"{result[noun]:>{width}}  {result['probability']:11.2%}"
+            second = f"{result['runner_up']!s:<{width - 4}} {result['runner_up_probability']:7.2%}"
+            print(answer, second, printable(result["file"]), sep="  ")
     if arguments.json:
         print(json.dumps(results, indent=1))
     if arguments.show and images:

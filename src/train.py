@@ -30,7 +30,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     quiet()
     keep_freed_memory()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    record = Record(cfg.optimized_metric)
+    record = Record(cfg)
     callbacks = [*build_several("callbacks", cfg.callbacks), *further_callbacks, record]
     loggers = one_run(build_several("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
     if not loggers:
@@ -39,7 +39,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     refuse_processes_within_multirun(trainer)
     module, data = build_parts(cfg)
     try:
-        checkpoint = resume(Path(cfg.resume), trainer) if cfg.resume else None
+        checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
         log_hyperparameters(trainer, cfg)
         started = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

@@ -42,11 +42,8 @@ def test_a_posted_picture_is_read(served):
     assert status == 200 and b"<canvas" in page and b"//" not in page.split(b"<script>")[0]  # nothing from elsewhere
     status, body = ask(port, "POST", "/read", (IMAGES / "2.gif").read_bytes())
     answer = json.loads(body)
-    assert (
-        status == 200
-        and len(answer["image"]) == len(answer["image"][0]) == 28
-        and sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
-    )
+    assert status == 200 and len(answer["image"]) == len(answer["image"][0]) == 28
+    assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +54,9 @@ def test_a_posted_picture_is_read(served):
         ("POST", "/other", b"", {}, 400),
         ("POST", "/read", b"", {"Content-Length": "-1"}, 400),
         ("POST", "/read", b"", {"Content-Length": "99999999999"}, 400),
+        ("POST", "/read", b"", {"Content-Length": "²".encode("latin-1")}, 400),
+        ("POST", "/read", b"", {"Origin": "http://example.org"}, 403),
+        ("POST", "/read", b"", {"Host": "example.org"}, 403),
     ],
 )
 def test_other_requests_are_refused(served, method, path, body, headers, status):

@@ -1,7 +1,10 @@
 """What comes from strangers or is damaged: refused in one line, nothing run, nothing destroyed."""
 
+import json
 import os
 import random
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,10 +12,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from src import predict
+from src.command.process import alone_in
 from src.command.rules import check, resolved
 from src.data import sources
 from src.errors import UserError
 from src.runs.checkpoints import newest_sound
+from src.runs.weights import load
 
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.limit_train_batches=6", "trainer.max_epochs=1"
 
@@ -175,7 +181,8 @@ def test_a_foreign_network_is_refused_in_one_line(program, stopped):
     config.model.channels[0] = 5
     OmegaConf.save(config, file)
     result = program(f"resume={stopped}")
-    assert result.code == 2 and "does not fit" in result.err.splitlines()[-1] and "Traceback" not in result.err
+    assert result.code == 2 and "it is of a run with another config" in result.err and "Traceback" not in result.err
+    assert "none of its checkpoints is sound" in result.err.splitlines()[-1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(program, tmp_path):
@@ -196,3 +203,121 @@ def test_checksums_cover_what_pytorch_does_not_compare(stopped):
 
 def test_the_checksums_of_mnist_are_the_published_ones():
     assert sum(size for size, _ in sources.MNIST_FILES.values()) == 54_950_048
+
+
+def edited(folder: Path, text: str) -> None:
+    """Puts keys into the config of a run."""
+    file = folder / ".hydra/config.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), OmegaConf.create(text)), file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Another value when it is built than when it was checked: seeding sets this variable in between.
+        "{evil: {safe: src.data.sources.Digits, '0': torch.load},"
+        " data: {source: {_target_: '${evil.${oc.env:PL_GLOBAL_SEED,safe}}'}}}",
+        "{name: 'x${oc.env:HOME}'}",
+        "{name: '${oc.env:MNIST_ROOT,data}${oc.decode:1}'}",
+        "{data: {root: '${oc.env:MY_SECRET}'}}",
+        "{data: {root: '${oc.create:{a:1}}'}}",
+        "{name: '${name}', data: {root: '${.${name}}'}}",
+        "{name: '${hydra:job.name}'}",
+        "{'${oc.env:HOME}': 1}",
+        "{callbacks: {best: {dirpath: /somewhere/else}}}",
+        "{callbacks: {last: {dirpath: '${output_dir}/../other/checkpoints'}}}",
+        "{trainer: {default_root_dir: /tmp}}",
+        "{logger: {tensorboard: {save_dir: http://127.0.0.1:9/}}}",
+        "{callbacks: {best: {dirpath: 's3://bucket/x'}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: 'http://127.0.0.1:9'}}}",
+        "{allowed: [os], model: {_target_: os.system}}",
+        "{allowed: [subprocess], callbacks: {x: {_target_: subprocess.run}}}",
+    ],
+)
+def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, stopped, monkeypatch, text):
+    monkeypatch.setenv("MY_SECRET", "secret")
+    edited(stopped, text)
+    before = content(stopped)
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "secret" not in result.err + result.out
+    assert content(stopped) == before
+
+
+def test_a_config_that_grows_without_end_is_refused(program, stopped):
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
+    (stopped / ".hydra/config.yaml").write_text("\n".join(lines))
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and "refers to its own parts" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_an_edited_config_does_not_go_with_its_checkpoints(program, stopped):
+    edited(stopped, "{optimizer: {lr: 0.2}}")
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and "it is of a run with another config" in result.err
+
+
+def test_a_moved_folder_is_finished_and_knows_its_best(program, stopped, tmp_path):
+    moved = stopped.rename(tmp_path / "moved")
+    result = program(f"resume={moved}")
+    assert result.code == 0, result.err
+    assert json.loads((moved / "metrics.json").read_text())["best_epoch"] == 1
+
+
+def test_a_run_is_one_process_at_a_time(program, stopped):
+    with alone_in(stopped):
+        result = program(f"resume={stopped}")
+    assert result.code == 2 and "another process is at work" in result.err and len(result.err.splitlines()) == 1
+    assert program(f"resume={stopped}").code == 0
+
+
+@pytest.mark.parametrize("mistake", ["optimizer.lr=-1", "data.val_size=5000"])
+def test_a_mistake_takes_nothing_that_was_there(program, tmp_path, mistake):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/.gitkeep").touch()
+    (tmp_path / "mine/link").symlink_to("nowhere")
+    assert program(*TINY, f"hydra.run.dir={tmp_path / 'mine'}", mistake).code == 2
+    assert (tmp_path / "mine/.gitkeep").exists() and (tmp_path / "mine/link").is_symlink()
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(program, stopped):
+    before = content(stopped)
+    result = program(*TINY, "seed=2", f"hydra.run.dir={stopped}")
+    assert result.code == 2 and "holds a run; continue it with resume=" in result.err
+    assert content(stopped) == before
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path):
+    command = [sys.executable, "-m", "src.train", *TINY, f"hydra.run.dir={tmp_path / 'run'}"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
+        run.stdout.readline()
+        run.stdout.close()
+    assert run.returncode == 0 and (tmp_path / "run/metrics.json").exists()
+
+
+def test_a_packed_file_is_not_unpacked(stopped):
+    newest = stopped / "checkpoints/last.ckpt"
+    with zipfile.ZipFile(newest) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(newest, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    with pytest.raises(UserError, match="it is packed"):
+        load(newest)
+    assert newest_sound(stopped) == stopped / "checkpoints/previous.ckpt"
+
+
+def test_weights_that_are_not_finite_are_refused(stopped):
+    newest = stopped / "checkpoints/last.ckpt"
+    checkpoint = torch.load(newest, weights_only=True)
+    next(iter(checkpoint["state_dict"].values())).fill_(float("nan"))
+    torch.save(checkpoint, newest)
+    with pytest.raises(UserError, match="not finite"):
+        load(newest)
+    assert newest_sound(stopped) == stopped / "checkpoints/previous.ckpt"
+
+
+def test_names_of_files_forge_no_lines(program, tmp_path):
+    (tmp_path / "a\nerror: all is lost\x1b[31m.png").write_bytes(b"")
+    result = program(tmp_path, main=predict.main)
+    assert len(result.err.splitlines()) == 1 and "\x1b" not in result.err and result.code == 2

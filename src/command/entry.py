@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
-from src.command.process import isolated, stoppable
-from src.command.resume import OWN_CONFIG, own_config, resuming, say_how_to_continue
+from src.command.process import alone_in, isolated, lasting_output, stoppable, write_whole
+from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
@@ -42,7 +43,10 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     print(f"finished before: {folder.name}", flush=True)
                     return None
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
-            with isolated():
+            with alone_in(folder), isolated():
+                if not resumed and (folder / OWN_CONFIG).exists():
+                    # With the values that it has now: whoever continues the run looks nothing up.
+                    write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
                 return task(config)
         except SystemExit as stop:
             if stop.code in STOPPED and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -66,7 +70,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         before, arguments = os.environ.get("HYDRA_FULL_ERROR", "0"), sys.argv
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
         try:
-            with stoppable():
+            with stoppable(), lasting_output():
                 sys.argv = [arguments[0], *parsed(arguments[1:])]
                 kept.append(_named_folder(sys.argv).exists())
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()

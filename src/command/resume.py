@@ -1,20 +1,29 @@
 """Continuing a run or a sweep: what to type for it, and what is then read."""
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from src.command.rules import walk
 from src.errors import UserError
 
 OWN_CONFIG = ".hydra/config.yaml"
+OUTPUT_DIR = "${hydra:runtime.output_dir}"
+# What a run's config may refer to: its own keys, and what conf/ itself looks up.
+OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
+WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir"
+MAX_BYTES = 1_000_000
 
 
 def resuming(arguments: list[str], resumed: str) -> list[str]:
@@ -37,25 +46,71 @@ def resuming(arguments: list[str], resumed: str) -> list[str]:
     return [*arguments, run_dir, "hydra.output_subdir=null"]
 
 
-def read_config(file: Path) -> DictConfig:
-    """A run's config as it was written. Raises UserError."""
+def read_yaml(file: Path) -> Any:
+    """Plain values. Raises UserError, also for a file that refers to its own parts: it could grow without end."""
     try:
-        config = OmegaConf.load(file)
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        if file.stat().st_size > MAX_BYTES or not file.is_file():
+            raise UserError(f"{file} cannot be read: it is no file of a run")
+        content = file.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content)):
+            raise UserError(f"{file} cannot be read: it refers to its own parts")
+        return yaml.safe_load(content)
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, DictConfig):
+
+
+def read_config(file: Path) -> DictConfig:
+    """A run's config as it was written. Raises UserError, also where it would have anything looked up elsewhere."""
+    plain = read_yaml(file)
+    if not isinstance(plain, dict):
         raise UserError(f"{file} is damaged: it is not the config of a run")
+    for key, value in walk(plain):
+        for text in (key, value):
+            if isinstance(text, str) and "${" in text and not OWN_REFERENCE.fullmatch(text):
+                raise UserError(f"{file}: {key}={value}: the config of a run looks nothing up elsewhere")
+    try:
+        config = OmegaConf.create(plain)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file} is damaged: {' '.join(str(error).split())}") from error
+    assert isinstance(config, DictConfig)
     return config
 
 
+def portable(config: DictConfig) -> dict[str, Any]:
+    """A resolved config as plain values that do not say in which folder its run lies."""
+    folder = str(config.output_dir)
+
+    def moved(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: moved(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [moved(value) for value in node]
+        inside = isinstance(node, str) and (node == folder or node.startswith(folder + os.sep))
+        return "${output_dir}" + node[len(folder) :] if inside else node
+
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return moved({**plain, "resume": None}) | {"output_dir": OUTPUT_DIR}
+
+
 def own_config(config: DictConfig) -> DictConfig:
-    """The config of the run that is resumed, in the place of the one composed for its command."""
+    """The config of the run that is resumed, in the place of the one composed for its command.
+
+    Raises UserError where it would have files written outside the run's folder, or anything sent.
+    """
     file = Path(config.resume, OWN_CONFIG)
     own = read_config(file)
     for key in map(str, config.keys() - {"resume"}):
         if key not in own or not (OmegaConf.is_dict(config[key]) <= OmegaConf.is_dict(own[key]) or own[key] is None):
             raise UserError(f"{file} is damaged: {key} is missing or has another form")
     own.resume, own.output_dir = config.resume, config.output_dir
+    folder = Path(config.output_dir).resolve()
+    for key, value in walk(OmegaConf.to_container(own, resolve=True)):
+        written = key.rpartition(".")[2] in WRITTEN and isinstance(value, str)
+        if written and not Path(value).resolve().is_relative_to(folder):
+            raise UserError(f"{file}: {key}={value}: a run that is continued writes into its own folder alone")
+        if isinstance(value, str) and re.match(r"(?!sqlite|file)[a-z][\w+.-]*://", value, re.IGNORECASE):
+            raise UserError(f"{file}: {key}={value}: a run that is continued sends nothing to an address of its config")
     return own
 
 

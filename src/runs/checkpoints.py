@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from src.command.process import write_whole
 from src.errors import UserError
 
 FOLDER, NEWEST, BEFORE = "checkpoints", "last.ckpt", "previous.ckpt"
@@ -31,24 +31,9 @@ class WholeFiles(TorchCheckpointIO):
         write_whole(Path(path), content.getbuffer())
 
 
-def write_whole(file: Path, content: bytes | memoryview) -> None:
-    """What stood at `file` stays until all of `content` is on the disk."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
-    try:
-        with beside.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-def resume(run: Path, trainer: L.Trainer) -> Path | None:
-    """The checkpoint to continue from; clears what was logged of the steps after it."""
-    file = newest_sound(run)
+def resume(run: Path, trainer: L.Trainer, digest: str) -> Path | None:
+    """The checkpoint to continue from; clears what was logged of the steps after it. `digest` is that of the config."""
+    file = newest_sound(run, digest)
     if trainer.is_global_zero:
         step = torch.load(file, map_location="cpu", weights_only=True)["global_step"] if file else 0
         drop_events(run, step)
@@ -69,14 +54,14 @@ def keep_rows(logger: CSVLogger, step: int) -> None:
     logger.save()
 
 
-def newest_sound(run: Path) -> Path | None:
-    """The checkpoint to continue from, None if the run was stopped before its first.
+def newest_sound(run: Path, digest: str | None = None) -> Path | None:
+    """The checkpoint to continue from, of a config of that `digest`; None if the run was stopped before its first.
 
     Names each damaged one on stderr. Raises UserError if all are.
     """
     files = [file for name in (NEWEST, BEFORE) if (file := run / FOLDER / name).exists()]
     for file in files:
-        problem = _problem(file)
+        problem = _problem(file, digest)
         if problem is None:
             return file
         print(f"warning: {file} cannot be used: {problem}", file=sys.stderr)
@@ -85,17 +70,42 @@ def newest_sound(run: Path) -> Path | None:
     return None
 
 
-def _problem(file: Path) -> str | None:
+def _problem(file: Path, digest: str | None) -> str | None:
     try:
-        with zipfile.ZipFile(file) as archive:  # PyTorch does not compare the checksums when it reads
+        checkpoint = load_plain(file)
+    except UserError as error:
+        return str(error)
+    missing = PARTS - set(checkpoint) if isinstance(checkpoint, dict) else PARTS
+    if missing:
+        return f"it lacks {', '.join(sorted(missing))}"
+    if digest is not None and checkpoint.get("run") != digest:
+        return "it is of a run with another config"
+    return None if finite(checkpoint["state_dict"]) else "its weights are not finite"
+
+
+def load_plain(file: Path) -> Any:
+    """What torch.save wrote, tensors and plain values alone. Raises UserError for anything else.
+
+    Neither a wrong checksum, which PyTorch does not look at, nor what would unpack to more than its size is accepted.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise UserError("it is packed, as PyTorch packs nothing")
             if damaged := archive.testzip():
-                return f"it is damaged in {damaged}"
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+                raise UserError(f"it is damaged in {damaged}")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # damaged bytes raise whatever they like
         refused = "Weights only load failed" in str(error)
-        return "it holds more than tensors and plain values" if refused else f"it is damaged ({type(error).__name__})"
-    missing = PARTS - set(checkpoint) if isinstance(checkpoint, dict) else PARTS
-    return f"it lacks {', '.join(sorted(missing))}" if missing else None
+        reason = "it holds more than tensors and plain values" if refused else f"it is damaged ({type(error).__name__})"
+        raise UserError(reason) from error
+
+
+def finite(state: Any) -> bool:
+    tensors = state.values() if isinstance(state, dict) else ()
+    return all(bool(x.isfinite().all()) for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
 def drop_events(run: Path, step: int) -> None:

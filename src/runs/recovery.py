@@ -139,6 +139,12 @@ class Recovery(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.restored = checkpoint["recovery"]
+        here = str(self.folder)
+        for state in checkpoint["callbacks"].values():  # ModelCheckpoint's paths, of where the folder was then
+            there = str(state.get("dirpath")) if isinstance(state, dict) else ""
+            for key, value in list(state.items()) if there else []:
+                if isinstance(value, str) and value.startswith(there):
+                    state[key] = here + value[len(there) :]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored:

@@ -1,5 +1,6 @@
 """What a run leaves behind for people and programs: metrics.json."""
 
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.command.internals import add_summary, name_run
+from src.command.resume import portable
 from src.command.rules import walk
 from src.errors import UserError
 
@@ -32,12 +34,23 @@ METRICS_FILE = "metrics.json"
 DERIVED = "scheduler.max_lr", "scheduler.T_max"  # from keys that are shown themselves
 
 
-class Record(Callback):
-    """The seconds of training without validation. Raises UserError once it is clear that no `metric` is logged."""
+def digest(cfg: DictConfig) -> str:
+    """Tells two runs' configs apart, wherever their folders lie."""
+    return hashlib.sha256(json.dumps(portable(cfg), sort_keys=True).encode()).hexdigest()
 
-    def __init__(self, metric: str | None) -> None:
-        self.metric = metric
+
+class Record(Callback):
+    """The seconds of training without validation, and in each checkpoint the digest of the run's config.
+
+    Raises UserError once it is clear that nothing logs what the config calls `optimized_metric`.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.metric, self.digest = cfg.optimized_metric, digest(cfg)
         self.seconds, self.since = 0.0, 0.0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.digest
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = perf_counter()

@@ -1,6 +1,5 @@
 """Trained networks from files. Nothing in a file is ever run: weights alone are read, into what a config may name."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from src.data.spec import ImageSpec
 from src.errors import UserError
 from src.models.classifier import gives_log_probabilities
 from src.runs.build import build, facts
+from src.runs.checkpoints import finite, load_plain
 
 SHIPPED = Path(__file__).parents[2] / "weights/mnist.pt"
 KINDS = "a run folder, a .ckpt of one, or a .pt file"
@@ -110,11 +110,13 @@ def load(path: Path | str | None = None) -> Reader:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{file}: not a file of weights, or a damaged one") from error
+        content = load_plain(file)
+    except UserError as error:
+        raise UserError(f"{file}: not a file of weights: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{file}: holds no state_dict; name {KINDS}")
+    if not finite(content["state_dict"]):
+        raise UserError(f"{file}: its weights are not finite")
     return content
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.command.internals import planned_jobs
+from src.command.resume import read_yaml
 from src.errors import UserError
 
 STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
@@ -100,8 +100,8 @@ def _read_job(folder: Path) -> Job:
 
 def _yaml(file: Path) -> Any:
     try:
-        return yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError):  # Hydra was killed while it wrote the file
+        return read_yaml(file)
+    except UserError:  # Hydra was killed while it wrote the file
         return None
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from src.command.resume import continue_command
+from src.errors import printable
 from src.sweeps.jobs import (
     FAILED,
     FINISHED,
@@ -104,7 +106,8 @@ def markdown(comparison: Comparison, title: str, pictures: dict[str, str]) -> st
     """`pictures` are file names with what they show."""
     heads, rows = summary(comparison)
     lines = [f"# {title}", "", counted(comparison), ""]
-    lines += [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
+    for cells in heads, ["---"] * len(heads), *rows:
+        lines.append(f"| {' | '.join(printable(cell).replace('|', '&#124;') for cell in cells)} |")
     lines += [
         "",
         "A score is the mean ± the standard deviation over the seeds of equal settings, at the last epoch.",
@@ -136,7 +139,9 @@ def show(comparison: Comparison, title: str) -> None:
     for head in heads:
         table.add_column(head, justify="left" if head in ("run", "status") else "right", overflow="fold")
     for number, cells in enumerate(rows):
-        table.add_row(*cells, style="bold green" if number == 0 and comparison.best else None)
+        table.add_row(
+            *map(escape, map(printable, cells)), style="bold green" if number == 0 and comparison.best else None
+        )
     console.print(table)
     for heading, said in findings(comparison):
         # Commands must survive a copy from the terminal, so nothing here is wrapped.

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from src.command.process import write_whole
 from src.data.augment import Draws, RandomAffine
 from src.data.batches import generator_for
 from src.data.spec import ImageSpec
 from src.errors import UserError
-from src.runs.checkpoints import write_whole
+from src.runs.checkpoints import load_plain
 from src.values import Seed, Text
 
 AT_ONCE = 250  # images; other batches would give other last bits
@@ -67,9 +67,12 @@ class Reinforcement:
                 torch.save(answers.cpu(), content)
                 write_whole(file, content.getbuffer())
         try:
-            answers = torch.load(file, map_location=images.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"{file}: damaged; delete it, and the teacher is asked again") from error
+            answers = load_plain(file)
+            if not isinstance(answers, Tensor) or len(answers) != len(images):
+                raise UserError("it holds no answers to these images")
+        except UserError as error:
+            raise UserError(f"{file}: damaged; delete it, and the teacher is asked again ({error})") from error
+        answers = answers.to(images.device)
         return View(augment, draws, progress, answers)
 
     def _ask(
