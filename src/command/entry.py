@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     print(f"finished before: {folder.name}", flush=True)
                     return None
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
-            with alone_in(folder), isolated():
+            # Several processes may work on a study; its runs have folders of their own.
+            with alone_in(folder) if config_name == "train" else nullcontext(), isolated():
                 if not resumed and (folder / OWN_CONFIG).exists():
                     # With the values that it has now: whoever continues the run looks nothing up.
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())

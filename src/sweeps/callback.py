@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.command.explain import explain
 from src.command.internals import failure
 from src.errors import UserError, say
-from src.sweeps.jobs import flat, refuse_other
+from src.sweeps.jobs import flat, plain_yaml, refuse_other
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
 
@@ -39,11 +39,11 @@ class Sweep(Callback):
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
         )
         folder = Path(config.hydra.sweep.dir)
+        before = plain_yaml(folder / "multirun.yaml")  # None as well where Hydra was killed while it wrote it
         try:
-            if (folder / "multirun.yaml").exists():
-                before = OmegaConf.load(folder / "multirun.yaml")
+            if before is not None:
                 fix = "continue it by its own command, or begin another folder"
-                refuse_other(flat(before), flat(config), f"the sweep in {folder}", fix)
+                refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
         print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")

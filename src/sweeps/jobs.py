@@ -88,7 +88,7 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
 
 
 def _read_job(folder: Path) -> Job:
-    overrides, config = _yaml(folder / ".hydra/overrides.yaml"), _yaml(folder / ".hydra/config.yaml")
+    overrides, config = plain_yaml(folder / ".hydra/overrides.yaml"), plain_yaml(folder / ".hydra/config.yaml")
     job = Job(folder, UNFINISHED, overrides or [], OmegaConf.create(config or {}))
     if (folder / "metrics.json").exists():
         job.status, job.results = FINISHED, json.loads((folder / "metrics.json").read_text())
@@ -98,16 +98,17 @@ def _read_job(folder: Path) -> Job:
     return job
 
 
-def _yaml(file: Path) -> Any:
+def plain_yaml(file: Path) -> Any:
+    """None where it is not there, or Hydra was killed while it wrote it."""
     try:
         return read_yaml(file)
-    except UserError:  # Hydra was killed while it wrote the file
+    except UserError:
         return None
 
 
 def _planned(multirun: Path) -> list[list[str]]:
     """The overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
-    hydra = (_yaml(multirun) or {}).get("hydra", {})
+    hydra = (plain_yaml(multirun) or {}).get("hydra", {})
     params = hydra.get("sweeper", {}).get("params") or {}
     return planned_jobs(
         [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", [])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -34,16 +35,17 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it answers a mistake with a traceback; see tell
     # A trial whose process was killed no longer beats; the study takes it up again later.
     retry = RetryHeartbeatStaleTrialCallback()
-    storage = RDBStorage(
-        f"sqlite:///{folder / 'study.db'}", heartbeat_interval=30, heartbeat_stale_trial_callback=retry
-    )
-    study = optuna.create_study(
-        storage=storage,
-        study_name=cfg.study,
-        direction="minimize" if cfg.optimized_mode == "min" else "maximize",
-        pruner=instantiate(cfg.pruner),
-        load_if_exists=True,
-    )
+    with FileLock(folder / ".study.lock"):  # of processes that begin together one makes the tables
+        storage = RDBStorage(
+            f"sqlite:///{folder / 'study.db'}", heartbeat_interval=30, heartbeat_stale_trial_callback=retry
+        )
+        study = optuna.create_study(
+            storage=storage,
+            study_name=cfg.study,
+            direction="minimize" if cfg.optimized_mode == "min" else "maximize",
+            pruner=instantiate(cfg.pruner),
+            load_if_exists=True,
+        )
     settings = {key: str(leaf) for key, leaf in flat(cfg).items() if key.split(".")[0] not in OWN[:-1]}
     fix = "continue it with the same settings, or begin another with study=NAME"
     refuse_other(study.user_attrs.get("settings", settings), settings, f"the study in {folder}", fix)
