@@ -28,6 +28,9 @@ sweep: $(VENV)/.installed  ## train over a grid of learning rates and dropouts
 backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates and compare them
 	$(RUN) -m src.train experiment=backprop sweep=backprop_lr $(ARGS)
 
+lesson:  ## open docs/lesson.html: backpropagation to touch, in the browser
+	@$(PYTHON) -c "import pathlib, webbrowser as w; a = pathlib.Path('docs/lesson.html').resolve().as_uri(); print(a); w.open(a)"
+
 tune: $(VENV)/.installed  ## search the learning rate and the dropout with Optuna; bad trials stop early
 	$(RUN) -m src.tune data=auto $(ARGS)
 
@@ -50,4 +53,4 @@ clean:  ## remove caches (outputs/, data/ and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help train sweep tune backprop test lint format dashboard draw clean
+.PHONY: help train sweep tune backprop lesson test lint format dashboard draw clean

@@ -4,7 +4,9 @@ import math
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import lightning as L
 import numpy as np
@@ -14,8 +16,8 @@ from conftest import Killed, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.backprop import formulas, workbook
-from src.backprop.__main__ import RATES, first_row
-from src.backprop.__main__ import main as draw_lesson
+from src.backprop.__main__ import RATES, draw_lesson, first_row
+from src.backprop.__main__ import main as lesson
 from src.backprop.network import (
     COLUMNS,
     INPUTS,
@@ -32,6 +34,8 @@ from src.backprop.network import (
 from src.backprop.sample import OneSample
 from src.backprop.study import descend, past_two
 from src.errors import UserError
+from src.sweeps.jobs import compare, read_jobs
+from src.sweeps.pictures import loss_curves
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -266,18 +270,22 @@ def read(path):
 
 
 def test_run_leaves_trace_scalars_and_text(run, tmp_path, losses):
-    run(f"hydra.run.dir={tmp_path}", "optimizer.lr=0.8", "module.gradients=spreadsheet")
+    result = run(f"hydra.run.dir={tmp_path}", "optimizer.lr=0.8", "module.gradients=spreadsheet")
 
     rows = read(tmp_path / "trace.csv")
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == ["step", *COLUMNS]
+    assert [int(row["step"]) for row in rows] == list(range(1, 101))
     assert [float(row["E_total"]) for row in rows] == losses["spreadsheet"][0.8]
     assert [float(rows[0][f"w{n}"]) for n in range(1, 9)] == list(WEIGHTS)
+    first, last = losses["spreadsheet"][0.8][0], losses["spreadsheet"][0.8][-1]
+    assert f"η = 0.8: loss 1 is {first:.8e}, loss 100 is {last:.8e}" in result.out
+    assert all(name in result.out and (tmp_path / name).is_file() for name in ("trace.csv", "losses.png"))
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert metrics["loss/E_total"] == HUNDREDTH_SPREADSHEET[0.8]
 
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    groups = {"loss": 3, "neuron": 8, "weight": 8, "gradient": 8}
+    groups = {"loss": 1, "error": 2, "neuron": 8, "weight": 8, "gradient": 8}
     tags = [tag for tag in events.Tags()["scalars"] if tag.partition("/")[0] in groups]
     assert {group: sum(tag.startswith(f"{group}/") for tag in tags) for group in groups} == groups
     for tag in tags:
@@ -304,7 +312,7 @@ def test_sweep_leaves_a_comparison(run, tmp_path, losses):
     names = [str(lr) for lr in RATES]
     assert {path.parent.name for path in tmp_path.glob("*/trace.csv")} == {f"optimizer.lr={n}" for n in names}
     rows = read(tmp_path / "losses.csv")
-    assert list(rows[0]) == names
+    assert list(rows[0]) == ["step", *names] and rows[0]["step"] == "1"
     assert {lr: [float(row[str(lr)]) for row in rows] for lr in RATES} == losses["equations"]
     assert (
         "| 2.0 | 1.41813779e-02 | 4.65371862e-03 | 2.31691942e-05 | 2.91081437e-08 |"
@@ -312,7 +320,13 @@ def test_sweep_leaves_a_comparison(run, tmp_path, losses):
     )
     pictures = {"losses_by_lr.png", *(f"loss_lr={name}.png" for name in names)}
     assert pictures <= {path.name for path in tmp_path.glob("*.png")}
-    assert (tmp_path / "backprop.xlsx").stat().st_size > 10_000
+    with zipfile.ZipFile(tmp_path / "backprop.xlsx") as book:
+        start = ElementTree.fromstring(book.read("xl/worksheets/sheet1.xml"))
+        assert any(name.startswith("xl/media/") for name in book.namelist())
+    cells = {cell.get("r"): cell[0].text for cell in start.iter() if cell.tag.endswith("}c") and len(cell)}
+    assert float(cells["B3"]) == 0.5  # of the six learning rates, that of docs/backprop.md
+    # The other picture of a sweep, which is drawn from what the runs logged: one panel, E_total.
+    assert [axes.get_title() for axes in loss_curves(compare(read_jobs([tmp_path]))).axes] == ["loss/E_total"]
 
 
 def test_sweep_over_more_than_the_learning_rate(run, tmp_path):
@@ -325,7 +339,7 @@ def test_sweep_over_more_than_the_learning_rate(run, tmp_path):
         ),
     )
     rows = read(tmp_path / "losses.csv")
-    assert len(rows) == 3 and len(rows[0]) == 4
+    assert len(rows) == 3 and len(rows[0]) == 5
     assert [name for name, value in rows[2].items() if value == ""] == [
         name for name in rows[0] if "max_epochs=2" in name
     ]
@@ -377,7 +391,7 @@ def test_libreoffice_recalculates_the_workbook(tmp_path, gradients, lr):
         check=True,
         capture_output=True,
     )
-    with (tmp_path / f"sheet-{workbook.SHEET}.csv").open() as file:
+    with (tmp_path / f"sheet-{workbook.STEPS}.csv").open() as file:
         rows = list(csv.reader(file))[workbook.HEAD + 1 :]
     calculated = np.array([[float(cell) for cell in row[1:]] for row in rows])
     assert calculated.shape == (100, len(COLUMNS))
@@ -397,6 +411,14 @@ def test_lesson_says_what_its_command_prints(tmp_path, capsys):
     for line in printed.splitlines():
         quotes = [line] if line.startswith("|") else re.findall(r"\d+(?:\.\d+)?(?:e[-+]\d+)?", line)
         assert all(quote in lesson for quote in quotes), line
+
+
+def test_help_only_helps(program, monkeypatch):
+    monkeypatch.setattr("src.backprop.__main__.draw_lesson", lambda folder: pytest.fail("it draws"))
+    result = program("--help", main=lesson)
+    assert result.code == 0 and "docs/backprop.md" in result.out
+    result = program("docs", main=lesson)
+    assert result.code == 2 and result.err.count("\n") == 1 and "--help shows the arguments" in result.err
 
 
 def test_lesson_names_functions_that_exist():

@@ -1,4 +1,4 @@
-"""python -m src.backprop: draws the pictures of docs/backprop.md and prints the numbers that it quotes."""
+"""The numbers and pictures of docs/backprop.md: python -m src.backprop."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from src.backprop.formulas import worked_step
 from src.backprop.network import BackpropNet, HandGradients, equations, forward, sheet_row, spreadsheet
 from src.backprop.report import milestone_table
 from src.backprop.study import SAMPLE, descend, past_two
+from src.command.arguments import Parser, entry
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,11 +27,13 @@ def losses(gradients: HandGradients) -> dict[str, list[float]]:
     return {str(rate): curve.tolist() for rate, curve in zip(RATES, curves, strict=True)}
 
 
-def main(folder: Path = DOCS) -> None:
+def draw_lesson(folder: Path) -> None:
+    """Draws the pictures into `folder` and prints the numbers."""
     right, slipped, study = losses(equations), losses(spreadsheet), past_two()
     shown = {number: study.losses[:, number - 1].tolist() for number in (2, 10, 100, 1000)}
     pictures = {
         "network": plots.network(),
+        "path": plots.network(plots.PATH_OF_W1, path=True),
         "losses": plots.all_losses(right),
         "slip": plots.slip(right, slipped),
         "past_two": plots.past_two(study.rates.tolist(), shown, study.limit),
@@ -48,6 +51,16 @@ def main(folder: Path = DOCS) -> None:
     print(f"The 10th loss is smallest at η = {study.rates[tenth.argmin()].item():.1f}: {tenth.min().item():g}.")
     print(f"The loss rises from η = {study.first_rise:.1f} on, and is stuck from η = {study.stuck:.0f} on.")
     print(f"2/λ is {study.limit:.1f} at the minimum of small steps, {study.flatter:.0f} at that of η = 500.")
+
+
+@entry
+def main() -> None:
+    parser = Parser(
+        prog="python -m src.backprop",
+        description="Draws the pictures of docs/backprop.md and prints the numbers that it quotes.",
+    )
+    parser.parse_args()
+    draw_lesson(DOCS)
 
 
 if __name__ == "__main__":

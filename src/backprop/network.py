@@ -237,7 +237,8 @@ class BackpropModule(L.LightningModule):
         a = self.activations
         self.row = sheet_row(self.net.weights, a, self.net.gradients, *self.sample)
         groups = {
-            "loss": ("E1", "E2", "E_total"),
+            "loss": ("E_total",),
+            "error": ("E1", "E2"),  # not "loss": a sweep draws whatever is called that
             "neuron": ("h1", "a_h1", "h2", "a_h2", "o1", "a_o1", "o2", "a_o2"),
             "weight": Weights._fields,
             "gradient": tuple(f"dE_d{name}" for name in Weights._fields),
@@ -245,7 +246,7 @@ class BackpropModule(L.LightningModule):
         scalars = {f"{group}/{name}": self.row[name] for group, names in groups.items() for name in names}
         for logger in self.loggers:
             logger.log_metrics(scalars, self.global_step)
-        self.log_dict({"loss/E1": a.E1, "loss/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
+        self.log_dict({"error/E1": a.E1, "error/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
 
     def configure_optimizers(self) -> Any:
         return with_scheduler(self, self.optimizer, self.scheduler)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,7 +15,7 @@ from src.backprop.network import INPUTS, TARGETS, WEIGHTS
 INK, ACCENT = "#22303c", "#c8553d"
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path | BinaryIO) -> None:
     # No software name or date inside, so that equal pictures are equal files.
     figure.savefig(path, dpi=150, metadata={"Software": None})
 
@@ -52,8 +53,25 @@ def one_loss(name: str, values: Sequence[float]) -> Figure:
     return figure
 
 
-def network() -> Figure:
-    """The network with the worked example's inputs, weights and targets."""
+# The way back from E to w1: what each link multiplies with.
+PATH_OF_W1 = {
+    "w1": r"$\partial h_1/\partial w_1 = i_1$",
+    "w5": r"$\partial o_1/\partial a_{h1} = w_5$",
+    "w7": r"$\partial o_2/\partial a_{h1} = w_7$",
+    "h1": r"$\partial a_{h1}/\partial h_1 = a_{h1}(1-a_{h1})$",
+    "o1": r"$\partial E/\partial o_1 = (a_{o1}-t_1)\,a_{o1}(1-a_{o1})$",
+    "o2": r"$\partial E/\partial o_2 = (a_{o2}-t_2)\,a_{o2}(1-a_{o2})$",
+}
+EXAMPLE = {
+    **{f"w{n}": f"$w_{n}$ = {weight:.2f}" for n, weight in enumerate(WEIGHTS, start=1)},
+    **{f"i{n}": f"{number:.2f}" for n, number in enumerate(INPUTS, start=1)},
+    **{f"o{n}": f"$a_{{o{n}}}$ → $E_{n}$,  $t_{n}$ = {number}" for n, number in enumerate(TARGETS, start=1)},
+}
+NAMES = {f"w{n}": f"$w_{n}$" for n in range(1, 9)} | {f"o{n}": f"$a_{{o{n}}}$ → $E_{n}$" for n in (1, 2)}
+
+
+def network(labels: Mapping[str, str] = EXAMPLE, path: bool = False) -> Figure:
+    """The network. `labels` are for weights, and stand beside neurons; with `path` what they are at is lit."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-1.3, 9.9), ylim=(-0.55, 3.6), aspect="equal")
@@ -62,7 +80,9 @@ def network() -> Figure:
     places = {f"{layer}{row}": (x, 2.6 if row == 1 else 0) for layer, x in columns.items() for row in (1, 2)}
 
     # w1 and w2 enter h1, w3 and w4 enter h2, and so on: the first of each pair comes from the upper neuron.
-    for number, weight in enumerate(WEIGHTS, start=1):
+    for number in range(1, 9):
+        name = f"w{number}"
+        lit = path and name in labels
         layer = "ih" if number <= 4 else "ho"
         source, target = f"{layer[0]}{1 + (number - 1) % 2}", f"{layer[1]}{1 + (number - 1) // 2 % 2}"
         (x0, y0), (x1, y1) = places[source], places[target]
@@ -70,17 +90,24 @@ def network() -> Figure:
             "",
             (x1, y1),
             (x0, y0),
-            arrowprops={"arrowstyle": "-|>", "color": "0.55", "shrinkA": 25, "shrinkB": 27, "lw": 1.3},
+            arrowprops={
+                "arrowstyle": "<|-" if lit else "-|>",
+                "color": ACCENT if lit else "0.8" if path else "0.55",
+                "shrinkA": 25,
+                "shrinkB": 27,
+                "lw": 2.5 if lit else 1.3,
+            },
         )
         # Near the source, so that the labels of crossing edges stay apart.
-        share = 0.5 if y0 == y1 else 0.29
+        share = 0.5 if y0 == y1 else 0.55 if lit else 0.29
         axes.text(
             x0 + share * (x1 - x0),
             y0 + share * (y1 - y0),
-            f"$w_{number}$ = {weight:.2f}",
+            labels.get(name, ""),
             ha="center",
             va="center",
             color=INK,
+            zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )
     fills = {"i": "#dfe7ec", "h": "#f4e3c8", "o": "#f3d3c8"}
@@ -89,8 +116,9 @@ def network() -> Figure:
         label = f"${name[0]}_{name[1]}$" if name[0] == "i" else f"${name[0]}_{name[1]}$ | σ"
         axes.text(x, y, label, ha="center", va="center", color=INK, zorder=4, fontsize=12)
     for row, y in ((1, 2.6), (2, 0)):
-        axes.text(-0.6, y, f"{INPUTS[row - 1]:.2f}", ha="right", va="center", color=INK)
-        axes.text(7.4, y, f"$a_{{o{row}}}$ → $E_{row}$,  $t_{row}$ = {TARGETS[row - 1]}", va="center", color=INK)
+        axes.text(-0.6, y, labels.get(f"i{row}", ""), ha="right", va="center", color=INK)
+        axes.text(7.4, y, labels.get(f"o{row}", ""), va="center", color=INK)
+        axes.text(3.05, y - 0.72, labels.get(f"h{row}", ""), ha="center", va="center", color=INK)
     for name, x in (("inputs", 0), ("hidden layer", 3.4), ("output layer", 6.8)):
         axes.text(x, 3.35, name, ha="center", color="0.4")
     return figure

@@ -9,6 +9,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 MILESTONES = 1, 10, 50, 100
+LESSON_RATE = 0.5
 
 
 class SweepReport(Callback):
@@ -39,14 +40,18 @@ def write_report(folder: Path) -> None:
     losses = {str(lr) if only_lr_differs else name: rows["E_total"].tolist() for lr, name, _, rows in runs}
 
     with (folder / "losses.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([losses, *zip_longest(*losses.values())])
+        steps = enumerate(zip_longest(*losses.values()), start=1)
+        csv.writer(file, lineterminator="\n").writerows(
+            [["step", *losses], *([step, *values] for step, values in steps)]
+        )
     table = milestone_table(losses)
     (folder / "losses.md").write_text(table)
     # Not losses.png: the report of every sweep has one.
     plots.save(plots.all_losses(losses), folder / "losses_by_lr.png")
     for name, values in losses.items():
         plots.save(plots.one_loss(name, values), folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png")
-    lr, _, gradients, rows = runs[0]
+    # The sheet starts where docs/backprop.md does, if that was among the runs.
+    lr, _, gradients, rows = next((run for run in runs if run[0] == LESSON_RATE), runs[0])
     workbook.write(folder / "backprop.xlsx", rows, lr, gradients, losses)
     print(Markdown(table))
     print(f"report in {folder}")

@@ -1,4 +1,4 @@
-"""What a run of the backprop experiment leaves: the worked sheet, and the first step with its numbers."""
+"""What a run of the backprop experiment leaves: the worked sheet, its losses, the first step with its numbers."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,10 @@ from src.backprop.network import COLUMNS, BackpropModule
 
 
 class Trace(Callback):
-    """Writes trace.csv, a row a step, and puts the first step, worked out, into TensorBoard's Text tab."""
+    """Writes trace.csv, a row a step, and losses.png, and prints what they say in short.
+
+    The first step, worked out, goes into TensorBoard's Text tab.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -33,11 +36,17 @@ class Trace(Callback):
         self.rows.append(pl_module.row)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        from src.backprop import plots  # here, because Matplotlib takes its time
+
         assert isinstance(pl_module, BackpropModule)
-        with Path(trainer.default_root_dir, "trace.csv").open("w", newline="") as file:
-            sheet = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        folder, losses = Path(trainer.default_root_dir), [row["E_total"] for row in self.rows]
+        with (folder / "trace.csv").open("w", newline="") as file:
+            sheet = csv.DictWriter(file, ["step", *COLUMNS], lineterminator="\n")
             sheet.writeheader()
-            sheet.writerows(self.rows)
+            sheet.writerows({"step": step, **row} for step, row in enumerate(self.rows, start=1))
+        plots.save(plots.all_losses({f"{self.first_lr:g}": losses}), folder / "losses.png")
+        print(f"η = {self.first_lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
+        print("trace.csv has every number of every step, losses.png the curve")
         text = worked_step(self.rows[0], self.first_lr, pl_module.gradients)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -1,19 +1,34 @@
-"""backprop.xlsx: the worked sheet with live formulas, and the losses of every learning rate."""
+"""backprop.xlsx: the worked example with live formulas, and the losses of every learning rate."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xlsxwriter
 from xlsxwriter.utility import xl_rowcol_to_cell
 
+from src.backprop import plots
 from src.backprop.formulas import EQUATIONS, FORWARD, NAME, SPREADSHEET, UPDATE, expanded, spoken
 from src.backprop.network import COLUMNS
 
-SHEET = "worked example"
-# The cells that a reader may change, side by side below their names; then the table. Rows count from 0.
-SETTINGS = ("η", "t1", "t2", "i1", "i2", *(f"w{n}" for n in range(1, 9)), "slip")
-SETTINGS_ROW, HEAD = 2, 5
+START, STEPS, LOSSES = "worked example", "steps", "losses"
+# The cells that a reader may change, below one another on the first sheet. Rows and columns count from 0.
+SETTINGS = ("η", "i1", "i2", "t1", "t2", *(f"w{n}" for n in range(1, 9)), "slip")
+SETTINGS_ROW = 2
+MILESTONES = 1, 10, 50, 100
+HEAD = 1  # the row of the columns' names on the second sheet; above it, those of their groups
+# Group, its first column, colour, whether a click folds it away.
+GROUPS = (
+    ("sample", "t1", "#E9EDF0", False),
+    ("forward: hidden layer", "w1", "#FBF3E4", True),
+    ("forward: output layer", "w5", "#FAE9E4", True),
+    ("error", "E1", "#E9EDF0", False),
+    ("backward: gradients", "dE_dw1", "#E0EDFB", True),
+)
+A4, NUMBER, TINY = 9, "0.000000000", "0.0000000000E+00"
 
 
 def write(path: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]) -> None:
@@ -23,44 +38,70 @@ def write(path: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapp
     calculate: the results which the file keeps beside its formulas. `losses` has a list for each rate.
     """
     with xlsxwriter.Workbook(path) as book:
-        bold = book.add_format({"bold": True, "align": "right"})
-        title = book.add_format({"bold": True, "font_size": 14})
-        entry = book.add_format({"bg_color": "#FFF2CC", "border": 1})
-        number = book.add_format({"num_format": "0.000000000"})
-        tiny = book.add_format({"num_format": "0.0000000000E+00"})
+        sheets = [book.add_worksheet(name) for name in (START, STEPS, LOSSES)]
+        _write_start(book, sheets[0], trace, lr, gradients)
+        _write_steps(book, sheets[1], trace)
+        _write_losses(book, sheets[2], losses, trace["E_total"].tolist())
+        for sheet in sheets:
+            sheet.set_landscape()
+            sheet.set_paper(A4)
+            sheet.set_margins(0.4, 0.4, 0.5, 0.5)
+        sheets[0].insert_chart("D18", _chart(book, losses, len(trace), log=True))
+        sheets[2].insert_chart(1, len(losses) + 3, _chart(book, losses, len(trace), log=False))
 
-        sheet = book.add_worksheet(SHEET)
-        sheet.write(0, 0, "Backpropagation by hand: change a yellow cell and everything follows", title)
-        sheet.write_row(SETTINGS_ROW - 1, 1, SETTINGS, bold)
-        sheet.write(SETTINGS_ROW, 0, "start", bold)
-        start = {"η": lr, "slip": int(gradients == "spreadsheet")}
-        for column, name in enumerate(SETTINGS, start=1):
-            sheet.write_number(SETTINGS_ROW, column, start[name] if name in start else trace[name][0].item(), entry)
-        sheet.write(
-            SETTINGS_ROW + 1,
-            1,
-            "η is the learning rate. slip = 1 repeats that of the published spreadsheet: "
-            "a_h1·(1 − a_h1) in ∂E/∂w3 and ∂E/∂w4, where a_h2·(1 − a_h2) belongs.",
-        )
-        sheet.write(HEAD, 0, "loss number", bold)
-        sheet.write_row(HEAD, 1, [spoken(name) for name in COLUMNS], bold)
-        for step, values in enumerate(trace):
-            row = HEAD + 1 + step
-            sheet.write_number(row, 0, step + 1)
-            for column, name in enumerate(COLUMNS, start=1):
-                style = tiny if name.startswith(("E", "dE")) else number
-                sheet.write_formula(row, column, _formula(name, row), style, values[name].item())
-        sheet.freeze_panes(HEAD + 1, 1)
-        sheet.set_landscape()
-        sheet.fit_to_pages(1, 0)
-        sheet.set_column(0, 0, 12)
-        sheet.set_column(1, len(COLUMNS), 17)
 
-        _write_losses(book, losses, len(trace), trace["E_total"].tolist())
+def _write_start(book: Any, sheet: Any, trace: np.ndarray, lr: float, gradients: str) -> None:
+    bold = book.add_format({"bold": True, "align": "right"})
+    entry = book.add_format({"bg_color": "#FFF2CC", "border": 1})
+    tiny = book.add_format({"num_format": TINY})
+    title = "Backpropagation by hand: change a yellow cell and everything follows"
+    sheet.write(0, 0, title, book.add_format({"bold": True, "font_size": 14}))
+    start = {"η": lr, "slip": int(gradients == "spreadsheet")}
+    for row, name in enumerate(SETTINGS, start=SETTINGS_ROW):
+        sheet.write(row, 0, name, bold)
+        sheet.write_number(row, 1, start[name] if name in start else trace[name][0].item(), entry)
+    row = SETTINGS_ROW + len(SETTINGS)
+    notes = ("η: the learning rate. slip = 1: a_h1·(1 − a_h1)", "in ∂E/∂w3 and ∂E/∂w4, where a_h2 belongs,")
+    for offset, note in enumerate((*notes, "as in the published spreadsheet.")):
+        sheet.write(row + offset, 0, note, book.add_format({"font_size": 8, "italic": True}))
+    row += len(notes) + 2
+    for offset, step in enumerate(number for number in MILESTONES if number <= len(trace)):
+        cell = _cell("E_total", HEAD + step)
+        sheet.write(row + offset, 0, f"loss {step}", bold)
+        sheet.write_formula(row + offset, 1, f"='{STEPS}'!{cell}", tiny, trace["E_total"][step - 1].item())
+    picture = BytesIO()
+    plots.save(plots.network(plots.NAMES), picture)
+    sheet.insert_image("D3", "network.png", {"image_data": picture, "x_scale": 0.75, "y_scale": 0.75})
+    sheet.set_column(0, 0, 12)
+    sheet.set_column(1, 1, 19)
+    sheet.fit_to_pages(1, 1)
+
+
+def _write_steps(book: Any, sheet: Any, trace: np.ndarray) -> None:
+    bold = book.add_format({"bold": True, "align": "right"})
+    sheet.write(HEAD, 0, "step", bold)
+    sheet.write_column(HEAD + 1, 0, range(1, len(trace) + 1))
+    ends = [COLUMNS.index(first) for _, first, *_ in GROUPS] + [len(COLUMNS)]
+    for (group, _, colour, folds), (begin, end) in zip(GROUPS, pairwise(ends), strict=True):
+        head = book.add_format({"bold": True, "align": "right", "bg_color": colour, "border": 1})
+        band = book.add_format({"bold": True, "align": "center", "bg_color": colour, "border": 1})
+        styles = [book.add_format({"num_format": form, "bg_color": colour}) for form in (NUMBER, TINY)]
+        sheet.merge_range(0, 1 + begin, 0, end, group, band)
+        for column, name in enumerate(COLUMNS[begin:end], start=1 + begin):
+            sheet.write(HEAD, column, spoken(name), head)
+            for row, value in enumerate(trace[name].tolist(), start=HEAD + 1):
+                sheet.write_formula(row, column, _formula(name, row), styles[name.startswith(("E", "dE"))], value)
+        sheet.set_column(1 + begin, end, 16 if "E" in COLUMNS[begin] else 11.5, None, {"level": int(folds)})
+    sheet.freeze_panes(HEAD + 1, 1)
+    sheet.repeat_rows(0, HEAD)
+    sheet.repeat_columns(0)
+    sheet.set_column(0, 0, 6)
+    sheet.set_v_pagebreaks([1 + COLUMNS.index(name) for name in ("w5", "dE_dw1")])
+    sheet.set_print_scale(64)
 
 
 def _setting(name: str) -> str:
-    return xl_rowcol_to_cell(SETTINGS_ROW, 1 + SETTINGS.index(name), row_abs=True, col_abs=True)
+    return f"'{START}'!" + xl_rowcol_to_cell(SETTINGS_ROW + SETTINGS.index(name), 1, row_abs=True, col_abs=True)
 
 
 def _cell(name: str, row: int) -> str:
@@ -88,44 +129,41 @@ def _spreadsheet_syntax(formula: str, row: int) -> str:
     return cells + closing
 
 
-def _write_losses(
-    book: xlsxwriter.Workbook, losses: Mapping[str, Sequence[float]], steps: int, live: Sequence[float]
-) -> None:
-    sheet = book.add_worksheet("losses")
+def _write_losses(book: Any, sheet: Any, losses: Mapping[str, Sequence[float]], live: Sequence[float]) -> None:
     bold = book.add_format({"bold": True, "align": "right"})
-    tiny = book.add_format({"num_format": "0.0000000000E+00"})
-    chart = book.add_chart({"type": "scatter", "subtype": "straight"})
-    length = max(map(len, losses.values()))
-    sheet.write(0, 0, "loss number", bold)
-    sheet.write_column(1, 0, range(1, length + 1))
+    tiny = book.add_format({"num_format": TINY})
+    sheet.write(0, 0, "step", bold)
+    sheet.write_column(1, 0, range(1, max(map(len, losses.values())) + 1))
     for column, (name, values) in enumerate(losses.items(), start=1):
         sheet.write(0, column, f"η = {name}", bold)
         sheet.write_column(1, column, values, tiny)
-        _add_line(chart, column, len(values))
     # One more, live: whatever stands on the worked sheet.
     column = len(losses) + 1
-    sheet.write(0, column, "worked example", bold)
-    for step in range(steps):
-        cell = _cell("E_total", HEAD + 1 + step)
-        sheet.write_formula(1 + step, column, f"='{SHEET}'!{cell}", tiny, live[step])
-    _add_line(chart, column, steps, dash_type="dash", color="black")
+    sheet.write(0, column, START, bold)
+    for step, value in enumerate(live, start=1):
+        sheet.write_formula(step, column, f"='{STEPS}'!{_cell('E_total', HEAD + step)}", tiny, value)
     sheet.set_column(0, column, 18)
-    chart.set_title({"name": "Variation of losses w.r.t. learning rate"})
-    chart.set_x_axis({"name": "loss number", "min": 0, "max": length})
-    chart.set_y_axis({"name": "E_total", "num_format": "0.000", "min": 0})
-    chart.set_size({"width": 900, "height": 480})
-    sheet.insert_chart(1, column + 2, chart)
     sheet.freeze_panes(1, 1)
-    sheet.set_landscape()
     sheet.fit_to_pages(1, 0)
 
 
-def _add_line(chart: xlsxwriter.chart.Chart, column: int, length: int, **line: str) -> None:
-    chart.add_series(
-        {
-            "name": ["losses", 0, column],
-            "categories": ["losses", 1, 0, length, 0],
-            "values": ["losses", 1, column, length, column],
-            "line": {"width": 1.5, **line},
-        }
-    )
+def _chart(book: Any, losses: Mapping[str, Sequence[float]], steps: int, log: bool) -> Any:
+    """The columns of the last sheet; the live one is black and dashed."""
+    chart = book.add_chart({"type": "scatter", "subtype": "straight"})
+    lengths = [*map(len, losses.values()), steps]
+    for column, length in enumerate(lengths, start=1):
+        live = {"dash_type": "dash", "color": "black"} if column == len(lengths) else {}
+        chart.add_series(
+            {
+                "name": [LOSSES, 0, column],
+                "categories": [LOSSES, 1, 0, length, 0],
+                "values": [LOSSES, 1, column, length, column],
+                "line": {"width": 1.5, **live},
+            }
+        )
+    chart.set_title({"name": "Variation of losses w.r.t. learning rate", "name_font": {"size": 12}})
+    chart.set_x_axis({"name": "step", "min": 0, "max": max(lengths), "label_position": "low"})
+    scale = {"log_base": 10, "num_format": "0E+00"} if log else {"min": 0, "num_format": "0.000"}
+    chart.set_y_axis({"name": "E_total", **scale})
+    chart.set_size({"width": 760, "height": 360} if log else {"width": 900, "height": 480})
+    return chart
