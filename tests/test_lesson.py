@@ -221,6 +221,7 @@ def test_each_mistake_is_named(lesson):
     page = lesson()
     for asked, values in learner().items():
         for words, value in values.items():
+            page.goto("about:blank")  # else the page may still be writing the address of before
             page.goto(f"{PAGE.as_uri()}#{EXERCISE}&ask={asked}&row={len(words) % 30}")
             page.wait_for_function("([...document.querySelectorAll('data')].some(data => data.textContent === '?'))")
             assert words in (verdict := judged(page, f"{value:.7g}")), (asked, words, verdict)
