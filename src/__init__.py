@@ -9,6 +9,9 @@ def load(path: Any = None) -> Any:
     `reader.read(picture)` answers for a file or its bytes; `reader(batch)` maps [N, C, H, W] pixels from 0 to 255 to
     log-probabilities.
     """
-    from src.runs.weights import load  # here, because most mains should not wait for PyTorch
+    from src.command.process import load_lightning  # here, because most mains should not wait for PyTorch
+
+    load_lightning()
+    from src.runs.weights import load
 
     return load(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from src import load
 from src.command.arguments import Parser, entry
 from src.errors import UserError
 
@@ -83,8 +84,6 @@ def main() -> None:
     )
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-
-    from src.runs.weights import load
 
     with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt):
         print(f"Draw at http://{HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)

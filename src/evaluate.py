@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src import load
 from src.command.arguments import Parser, entry
 from src.errors import UserError
 
@@ -85,10 +86,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from src.runs.figures import confusion, mistakes, save
-    from src.runs.weights import load, test_images
-
     reader = load(arguments.weights)
+    from src.runs.figures import confusion, mistakes, save
+    from src.runs.weights import test_images
+
     data = test_images(reader, arguments.data, arguments.root)
     images, labels, log_probabilities = predict_all(reader, data)
     classes = reader.spec.classes

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src import load
 from src.command.arguments import Parser, entry
 from src.errors import UserError, printable
 
@@ -58,10 +59,9 @@ def main() -> int:
     parser.add_argument("--show", type=Path, metavar="PNG", help="write a picture of what the network saw")
     arguments = parser.parse_intermixed_args()
 
-    from src.data.pictures import find_images
-    from src.runs.weights import load
-
     reader = load(arguments.weights)
+    from src.data.pictures import find_images
+
     noun, width = reader.spec.noun, max(5, *map(len, reader.spec.classes))
     files = [file for path in arguments.images for file in find_images(path)]
     results: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,10 +129,32 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 2**25)  # the most that it takes
 
 
+def load_lightning() -> None:
+    """Imports Lightning, and PyTorch with it, in half of the time; here, because --help should not wait for it.
+
+    The garbage collector finds nothing in modules, which live on, and looks at them again at every turn and at exit.
+    torchmetrics imports scipy.signal only to give one of its windows an old name.
+    """
+    if "lightning" in sys.modules:
+        return
+    renamed = "scipy.signal" not in sys.modules
+    if renamed:
+        sys.modules["scipy.signal"] = types.SimpleNamespace(hamming=None)  # type: ignore[assignment]
+    gc.disable()
+    try:
+        import lightning  # noqa: F401
+    finally:
+        gc.enable()
+        if renamed:
+            del sys.modules["scipy.signal"]
+    gc.freeze()
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Gives the next job of a multirun the process as this one found it. The seed each job sets itself."""
-    import torch  # here, because --help should not wait for it
+    load_lightning()
+    import torch
 
     cudnn, anomaly = torch.backends.cudnn, torch.autograd.anomaly_mode
     environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
