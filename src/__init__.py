@@ -1,6 +1,14 @@
 """digitlab: src.load gives a trained network; each main is a module of its own, run with python -m."""
 
+import signal
+import sys
 from typing import Any
+
+from src.errors import stop
+
+if sys.argv[0] == "-m":  # as Python has it until the program that is to run has been found: its imports come first
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 def load(path: Any = None) -> Any:

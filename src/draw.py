@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
 
-    with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt):
+    with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
         print(f"Draw at http://{HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 

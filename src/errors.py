@@ -1,6 +1,9 @@
 import math
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 
 class UserError(Exception):
@@ -31,3 +34,13 @@ def say(line: str) -> int:
     """Tells of a user's mistake; gives the exit code."""
     print(f"error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """For a signal: SystemExit with 128 + its number. At once while something is imported, which might swallow it."""
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise SystemExit(128 + number)

@@ -232,3 +232,13 @@ def test_sigkill_at_random_moments(tmp_path, whole):
         command = [sys.executable, "-m", "src.train", f"resume={folder}"]
     subprocess.run(command, env=environment, cwd=CONF.parent, check=True)
     assert outcome(folder) == whole()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_something_is_imported_ends_at_once(tmp_path, number, code):
+    """Code that is imported may make anything of an exception."""
+    lines = "import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "except BaseException: pass", ""
+    (tmp_path / "far.py").write_text("\n".join(lines))
+    program = f"import sys; sys.argv[0] = '-m'; sys.path[:0] = {[str(CONF.parent), str(tmp_path)]}; import src, far"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (code, f"\nstopped by {number.name}\n")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from src.errors import UserError
+from src.errors import UserError, stop
 
 try:
     import fcntl
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Makes SIGINT and SIGTERM a SystemExit with 128 + the signal's number, wherever nothing better is done."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
     if threading.current_thread() is not threading.main_thread():  # Python takes handlers from there alone
         yield
         return
