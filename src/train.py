@@ -21,7 +21,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from src.command.process import keep_freed_memory, refuse_processes_within_multirun
+    from src.command.process import keep_freed_memory, refuse_processes_within_multirun, share_cores
     from src.runs.build import build, build_parts, build_several
     from src.runs.checkpoints import resume
     from src.runs.console import print_results, quiet
@@ -29,6 +29,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
 
     quiet()
     keep_freed_memory()
+    share_cores()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     record = Record(cfg)
     callbacks = [*build_several("callbacks", cfg.callbacks), *further_callbacks, record]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.command import process
 from src.command.process import isolated
 from src.command.rules import CONF
 
@@ -128,3 +129,38 @@ def test_two_processes_end_together_and_continue(tmp_path):
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
     subprocess.run([*command, f"resume={folder}"], **limit, **settings)
     assert final(folder) == final(whole)
+
+
+def test_runs_side_by_side_divide_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+
+    def threads() -> int:
+        monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+        monkeypatch.setattr("torch.set_num_threads", chosen.append)
+        process._runs_at_work.cache_clear()
+        process.share_cores()
+        return chosen.pop()
+
+    chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads() == 4
+    with process.counted():
+        assert threads() == 4
+        with process.counted():
+            assert threads() == 2
+            with process.counted(), process.counted(), process.counted():
+                assert threads() == 1
+        assert threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    process.share_cores()
+    assert not chosen  # who names a number gets it
+    process._runs_at_work.cache_clear()
+
+
+def test_another_users_folder_of_locks_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"digitlab-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with process.counted():
+        assert not list((tmp_path / "theirs").iterdir())

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
-from src.command.process import alone_in, isolated, lasting_output, stoppable, write_whole
+from src.command.process import alone_in, counted, isolated, lasting_output, stoppable, write_whole
 from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
@@ -44,7 +44,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     return None
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
             # Several processes may work on a study; its runs have folders of their own.
-            with alone_in(folder) if config_name == "train" else nullcontext(), isolated():
+            with alone_in(folder) if config_name == "train" else nullcontext(), counted(), isolated():
                 if not resumed and (folder / OWN_CONFIG).exists():
                     # With the values that it has now: whoever continues the run looks nothing up.
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())

@@ -1,19 +1,22 @@
 """What a job may change in its process, and what reaches it from outside: flags, environment, memory, signals."""
 
 import ctypes
+import functools
 import gc
 import io
 import os
 import signal
 import sys
+import tempfile
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -123,6 +126,50 @@ def keep_freed_memory() -> None:
     if mallopt:  # glibc's alone
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**25)  # the most that it takes
+
+
+@contextmanager
+def counted() -> Iterator[None]:
+    """Lets this user's other runs on this machine count this one, until it ends however it does; see `share_cores`."""
+    with ExitStack() as held:
+        for slot in _slots():
+            with suppress(Timeout):
+                held.enter_context(FileLock(slot, blocking=False))
+                break
+        yield
+
+
+def _slots() -> list[Path]:
+    """A lock for each core, in a folder that is nobody else's."""
+    folder = Path(tempfile.gettempdir()) / f"digitlab-{os.getuid() if os.name == 'posix' else ''}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        own = os.name != "posix" or (folder.lstat().st_uid == os.getuid() and not folder.is_symlink())
+    except OSError:
+        own = False
+    return [folder / f"run-{core}.lock" for core in range(os.cpu_count() or 1)] if own else []
+
+
+@functools.cache
+def _runs_at_work() -> int:
+    """Asked once a process: equal jobs of a sweep have equal threads, and so equal bits."""
+    free = 0
+    for slot in _slots():
+        with suppress(Timeout), FileLock(slot, blocking=False):
+            free += 1
+    return len(_slots()) - free
+
+
+def share_cores() -> None:
+    """Divides PyTorch's threads among the runs that are counted, unless OMP_NUM_THREADS says how many there are.
+
+    Threads without a core of their own wait for each other in turns: two runs with two threads each on two cores have
+    together a sixth of what one has alone.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // max(1, _runs_at_work())))
 
 
 def load_lightning() -> None:

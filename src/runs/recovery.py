@@ -120,6 +120,7 @@ class Recovery(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         own = {
             "random": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
             "random_cuda": torch.cuda.get_rng_state(pl_module.device) if pl_module.device.type == "cuda" else None,
             "scores": {
                 name: {state: torch.as_tensor(value).cpu().clone() for state, value in metric.metric_state.items()}
@@ -165,6 +166,8 @@ class Recovery(Checkpoint):
         if own["random_cuda"] is not None and pl_module.device.type == "cuda":
             torch.cuda.set_rng_state(own["random_cuda"], pl_module.device)
         torch.set_rng_state(own["random"])
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(own["threads"])  # sums are added up in as many parts as before
         resumed(trainer)
 
     # Faults
