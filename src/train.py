@@ -21,7 +21,12 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from src.command.process import keep_freed_memory, refuse_processes_within_multirun, share_cores
+    from src.command.process import (
+        keep_freed_memory,
+        refuse_processes_within_multirun,
+        share_cores,
+        stop_while_meeting,
+    )
     from src.runs.build import build, build_parts, build_several
     from src.runs.checkpoints import resume
     from src.runs.console import print_results, quiet
@@ -42,6 +47,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     try:
         checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
         log_hyperparameters(trainer, cfg)
+        stop_while_meeting(trainer)
         started = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         fitted = perf_counter()

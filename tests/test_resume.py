@@ -242,3 +242,22 @@ def test_a_signal_while_something_is_imported_ends_at_once(tmp_path, number, cod
     program = f"import sys; sys.argv[0] = '-m'; sys.path[:0] = {[str(CONF.parent), str(tmp_path)]}; import src, far"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (code, f"\nstopped by {number.name}\n")
+
+
+def test_submitits_signal_is_passed_on_after_a_checkpoint(program, tmp_path, stop, whole):
+    saved = []
+
+    def requeue(number, frame):  # as submitit does
+        saved.append((number, (tmp_path / "run/checkpoints/last.ckpt").exists()))
+        raise SystemExit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        stop(8, signal.SIGUSR2)
+        folder = tmp_path / "run"
+        assert program(*TINY, f"hydra.run.dir={folder}").code == -1
+        assert saved == [(signal.SIGUSR2, True)] and signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert program(f"resume={folder}").code == 0
+    assert outcome(folder) == whole()

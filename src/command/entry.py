@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
-from src.command.process import alone_in, counted, isolated, lasting_output, stoppable, write_whole
+from src.command.process import alone_in, counted, first_process, isolated, lasting_output, stoppable, write_whole
 from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
@@ -50,7 +50,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
                 return task(config)
         except SystemExit as stop:
-            if stop.code in STOPPED and os.environ.get("LOCAL_RANK", "0") == "0":
+            if stop.code in STOPPED and first_process():
                 say_how_to_continue(folder, signal.Signals(stop.code - 128).name)
             raise
         except Exception as error:

@@ -45,6 +45,24 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def stop_while_meeting(trainer: "L.Trainer") -> None:
+    """Lets SIGTERM end a process that waits for those which a cluster starts: Python would hear of it afterwards."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size > 1 and environment and environment.creates_processes_externally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def restore_stop() -> None:
+    """What SIGTERM does again once the processes have met."""
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def first_process() -> bool:
+    """Whether this is the first process of its run, or the only one, by what starts several of them."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     """What stood at `file` stays until all of `content` is on the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +81,7 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps other processes from the run in `folder`. Raises UserError where one is at work; ends with this process."""
-    if "LOCAL_RANK" in os.environ or fcntl is None:  # one of several processes of a run
+    if not first_process() or fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -29,6 +29,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # data.val_size=0
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # a run need not be a job of Slurm
     # With several processes: torchmetrics has added the scores up before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* in distributed setting")
     # A resumed run: Recovery sets the loader's position.

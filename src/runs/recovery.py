@@ -7,7 +7,7 @@ import threading
 import warnings
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from src.command.internals import loader_states, mark_between_batches, restart_loader, resumed
+from src.command.process import restore_stop
 from src.data.batches import batches_of
 from src.errors import Diverged, UserError
 from src.runs.checkpoints import BEFORE, NEWEST
@@ -29,6 +30,7 @@ class Recovery(Checkpoint):
     The checkpoint before it stays as previous.ckpt. Beside Lightning's own state it holds what that lacks: random
     number generators and running scores of every process, and the latest metrics. SIGINT and SIGTERM raise
     SystemExit with 128 + the signal's number once the checkpoint is written; a second one raises it at once.
+    SIGUSR2, where somebody has a handler for it, as submitit has to put the job into the queue again, is passed on.
     A loss or a weight that is not finite raises Diverged, at the latest after `log_every_n_steps` steps.
     """
 
@@ -45,6 +47,8 @@ class Recovery(Checkpoint):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # the batch script requeues, and nobody else
+        if trainer.world_size > 1:
+            restore_stop()  # the processes have met
 
     # Saving
 
@@ -53,7 +57,10 @@ class Recovery(Checkpoint):
         self.saved = self.folder / NEWEST if self.restored else None
         if threading.current_thread() is threading.main_thread():
             # After Lightning's own handlers, which end with exit code 0, and which it puts back at the end.
-            self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            requeue = getattr(signal, "SIGUSR2", None)
+            passed_on = [requeue] if requeue and callable(signal.getsignal(requeue)) else []
+            numbers = signal.SIGINT, signal.SIGTERM, *passed_on
+            self.handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
         if self.restored:
             batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
             order = batches_of(trainer.train_dataloader)
@@ -70,8 +77,14 @@ class Recovery(Checkpoint):
 
     def _note(self, number: int, frame: object) -> None:
         if self.signal:
-            raise SystemExit(128 + number)
+            self._leave(number)
         self.signal = number
+
+    def _leave(self, number: int) -> NoReturn:
+        if number not in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number](number, None)  # raises SystemExit in the process that requeues
+            raise SystemExit  # and does nothing in the others
+        raise SystemExit(128 + number)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -86,7 +99,7 @@ class Recovery(Checkpoint):
         if wish:
             self._save(trainer, between_batches=True)
         if wish > 1:
-            raise SystemExit(128 + wish)
+            self._leave(wish)
 
     def _due(self, trainer: L.Trainer) -> bool:
         minutes, steps = (monotonic() - self.saved_at) / 60, trainer.global_step - self.saved_step
@@ -97,7 +110,7 @@ class Recovery(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, between_batches=False)
         if self.signal:
-            raise SystemExit(128 + self.signal)
+            self._leave(self.signal)
 
     def _save(self, trainer: L.Trainer, between_batches: bool) -> None:
         self._check_losses(trainer)
