@@ -35,7 +35,7 @@ tune: $(VENV)/.installed  ## search the learning rate and the dropout with Optun
 	$(RUN) -m src.tune data=auto $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed  ## check style, types, and that no import runs up the floors
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports --no-cache

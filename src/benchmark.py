@@ -11,14 +11,23 @@ of its epochs in them; the standard error comes from the rounds.
 --time-to 99.4 is the longer mode: `experiment=fast` is trained to its end with several seeds, whose mean should have so
 many percent of the test images right, then c with the source's recipe until it first has, scored after each epoch;
 scoring is not timed.
+
+--side-by-side starts whole runs, one and then two at once, with the cores divided among them, as they do by themselves,
+and with a thread on every core for each: images per second of the training, together.
 """
 
 import argparse
+import itertools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -234,6 +243,30 @@ def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds:
     print(f"c/b  {statistics.median(ratios):.1f}  ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
+def side_by_side(overrides: list[str], rounds: int) -> None:
+    """Trains alone and two at once, as a user would start them, with the cores divided and with all for each."""
+    cores, bare = str(torch.get_num_threads()), {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    ways = {"divided": bare, f"{cores} threads each": {**bare, "OMP_NUM_THREADS": cores}}
+    found: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for (way, environment), runs in itertools.product(ways.items(), (1, 2)):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "src.train", *overrides, "test=false"]
+                each = [Path(folder, str(run)) for run in range(runs)]
+                started = [
+                    subprocess.Popen([*command, f"hydra.run.dir={run}"], env=environment, stdout=subprocess.DEVNULL)
+                    for run in each
+                ]
+                if any([process.wait() for process in started]):
+                    raise UserError("a run failed; its line stands above")
+                speeds = [json.loads((run / "metrics.json").read_text())["samples_per_second"] for run in each]
+                found.setdefault((way, runs), []).append(sum(speeds))
+    alone = statistics.mean(found["divided", 1])
+    for (way, runs), sums in found.items():
+        text = f"{statistics.mean(sums):8,.0f} images/s  {statistics.mean(sums) / alone:5.2f}"
+        print(f"{runs} at once, {way:<15}  {text}  ({min(sums):,.0f} to {max(sums):,.0f})")
+
+
 def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -247,12 +280,17 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=count, default=33, help="timed batches of a turn (default: 33)")
     parser.add_argument(
-        "--rounds", type=count, help="turns of each (default: 20, two epochs of MNIST; with --time-to: 1)"
+        "--rounds",
+        type=count,
+        help="turns of each (default: 20, two epochs of MNIST; with --time-to: 1, with --side-by-side: 3)",
     )
     parser.add_argument("--time-to", type=float, metavar="PERCENT", help="the longer mode")
+    parser.add_argument("--side-by-side", action="store_true", help="one run against two at once, in processes")
     parser.add_argument("--seeds", type=count, default=10, help="of b in a round of --time-to (default: 10)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     chosen = parser.parse_intermixed_args()
+    if chosen.side_by_side:
+        return side_by_side(chosen.overrides, chosen.rounds or 3)
     quiet()
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*val_dataloader")

@@ -102,7 +102,7 @@ class Copy:
     def run(self, command: str, *further: str, before: str = "") -> Done:
         """`python -m MODULE ARGUMENTS` with further ones; of a training, what its metrics.json says."""
         python, flag, module, *arguments = shlex.split(command, comments=True)
-        assert (python, flag) == ("python", "-m") and module.startswith("src.")
+        assert (python, flag) == ("python", "-m") and module.startswith(("src.", "lab.", "pytest"))
         self.runs += 1
         out, err, run = (self.folder / f"{name}{self.runs}" for name in ("out", "err", "run"))
         alone = module == "src.train" and "-m" not in arguments and not arguments[0].startswith("resume=")
@@ -111,6 +111,11 @@ class Copy:
         code = self.ask(job | {"out": str(out), "err": str(err)})
         metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
         return Done(code, out.read_text(), err.read_text(), metrics)
+
+    def pytest(self, *arguments: str) -> str:
+        done = self.run(f"python -m pytest -q -p no:cacheprovider {shlex.join(arguments)}")
+        assert done.code == 0, done.out[-3000:] + done.err[-3000:]
+        return done.out
 
     def shell(self, command: str) -> SimpleNamespace:
         done = subprocess.run(["bash", "-ec", command], cwd=self.folder, capture_output=True, text=True)
@@ -322,14 +327,6 @@ print(float((log_probabilities.argmax(1) == labels).float().mean()))
     assert lines[0] == "5" and float(lines[-1]) > 0.5
 
 
-def pytest_in(folder: Path, *arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_another_name_is_one_command(copy):
     ((command, _),) = commands(section("Name"))
@@ -341,17 +338,15 @@ def test_another_name_is_one_command(copy):
     copy.shell(command)
     assert not copy.shell(rf"git grep -hIwP '(?<![\w.]){old}' || true").stdout
     assert not (copy.folder / old).exists()
-    run = f"{sys.executable} -m {new}.train data=digits hydra.run.dir=run {' '.join(SHORT)}"
-    copy.shell(f"OMP_NUM_THREADS=1 {run}")
+    done = copy.run(f"python -m {new}.train data=digits hydra.run.dir=run", *SHORT)
+    assert done.code == 0, done.err
     assert json.loads((copy.folder / "run/metrics.json").read_text())["metrics"]["test/acc"] > 0
-    copy.shell(f"OMP_NUM_THREADS=1 {sys.executable} -m {new}.predict tests/images/5.jpg --weights run")
-    read = copy.shell(f"OMP_NUM_THREADS=1 {sys.executable} -m {new}.predict tests/images/5.jpg --json")
-    assert json.loads(read.stdout)[0]["digit"] == 5  # by the shipped weights
-    assert "collected" in pytest_in(copy.folder, "--collect-only")
+    assert copy.run(f"python -m {new}.predict tests/images/5.jpg --weights run").code == 0
+    read = copy.run(f"python -m {new}.predict tests/images/5.jpg --json").out
+    assert json.loads(read)[0]["digit"] == 5  # by the shipped weights
+    assert "collected" in copy.pytest("--collect-only")
     chosen = "tests/test_train.py", "tests/test_weights.py", "-m", "not slow and not mnist"
-    assert " passed" in pytest_in(
-        copy.folder, *chosen, "-k", "composes or pytorch or rule or network or file or pickle"
-    )
+    assert " passed" in copy.pytest(*chosen, "-k", "composes or pytorch or rule or network or file or pickle")
 
 
 @pytest.mark.slow
@@ -359,11 +354,11 @@ def test_another_name_is_one_command(copy):
 def test_a_part_that_is_deleted_is_not_missed(copy, number):
     lines = [command for command, _ in commands(section("What may be deleted"))]
     assert len(lines) == 4 and all(line.startswith("rm -r ") for line in lines)
-    before = pytest_in(copy.folder, "--collect-only").count("::")
+    before = copy.pytest("--collect-only").count("::")
     for line in lines if number is None else [lines[number]]:
         copy.shell(line)
-    assert 0 < pytest_in(copy.folder, "--collect-only").count("::") < before
-    assert " passed" in pytest_in(copy.folder, "tests/test_train.py", "-k", "composes or rule")
+    assert 0 < copy.pytest("--collect-only").count("::") < before
+    assert " passed" in copy.pytest("tests/test_train.py", "-k", "composes or rule")
     if number is None:
         quick = "not slow and not mnist and not gpu"
-        assert " passed" in pytest_in(copy.folder, "tests/test_data.py", "tests/test_models.py", "-m", quick)
+        assert " passed" in copy.pytest("tests/test_data.py", "tests/test_models.py", "-m", quick)
