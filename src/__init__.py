@@ -4,11 +4,11 @@ import signal
 import sys
 from typing import Any
 
-from src.errors import stop
+from src import errors
 
 if sys.argv[0] == "-m":  # as Python has it until the program that is to run has been found: its imports come first
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, errors.stop)
+    signal.signal(signal.SIGTERM, errors.stop)
 
 
 def load(path: Any = None) -> Any:

@@ -18,7 +18,8 @@ def test_the_ratios_are_those_of_the_speeds(program):
     }
     ratios = {name: float(value) for name, value in re.findall(r"^(b/[ac]) +([\d.]+)", result.out, re.M)}
     for name, ratio in ratios.items():
-        assert ratio == pytest.approx(speeds["b"] / speeds[name[-1]], rel=0.01)
+        own, other = speeds["b"], speeds[name[-1]]  # whole numbers, and few where the machine is busy
+        assert (own - 0.5) / (other + 0.5) - 0.001 < ratio < (own + 0.5) / (other - 0.5) + 0.001
     assert set(ratios) == {"b/a", "b/c"}
 
 
