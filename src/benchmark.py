@@ -257,7 +257,8 @@ def side_by_side(overrides: list[str], rounds: int) -> None:
                     subprocess.Popen([*command, f"hydra.run.dir={run}"], env=environment, stdout=subprocess.DEVNULL)
                     for run in each
                 ]
-                if any([process.wait() for process in started]):
+                codes = [process.wait() for process in started]
+                if any(codes):
                     raise UserError("a run failed; its line stands above")
                 speeds = [json.loads((run / "metrics.json").read_text())["samples_per_second"] for run in each]
                 found.setdefault((way, runs), []).append(sum(speeds))

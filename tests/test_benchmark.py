@@ -1,4 +1,6 @@
+import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,3 +66,31 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
 def test_a_mistake_is_one_line(program, arguments, words):
     result = program(*arguments, main=benchmark.main)
     assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
+
+
+def test_side_by_side_adds_up_what_runs_at_once_have(monkeypatch, program):
+    class Run:
+        """Writes at its end what a run beside so many others would."""
+
+        begun = ended = 0
+
+        def __init__(self, command, env, stdout):
+            Run.begun += 1
+            folder = Path(command[-1].removeprefix("hydra.run.dir="))
+            folder.mkdir()
+            self.file, self.crowded = folder / "metrics.json", 10 if "OMP_NUM_THREADS" in env else 60
+
+        def wait(self):
+            self.file.write_text(json.dumps({"samples_per_second": 100 if Run.begun == 1 else self.crowded}))
+            Run.ended += 1
+            if Run.ended == Run.begun:
+                Run.begun = Run.ended = 0
+            return 0
+
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Run)
+    result = program("--side-by-side", "--rounds", 1, main=benchmark.main)
+    rows = re.findall(r"^(\d) at once, (\w+).*? (\d+) images/s +([\d.]+)", result.out, re.M)
+    assert rows == [
+        *(("1", "divided", "100", "1.00"), ("2", "divided", "120", "1.20")),
+        *(("1", "1", "100", "1.00"), ("2", "1", "20", "0.20")),
+    ]
