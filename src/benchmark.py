@@ -61,8 +61,7 @@ RUN_IN = 10  # batches at the start of each turn that are not timed: they are sl
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    torch.get_device_module(device).synchronize()
 
 
 class PerImage(Dataset):

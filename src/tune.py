@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from src.command.entry import entry
+from src.errors import UserError
 from src.train import train
 
 
@@ -12,9 +13,12 @@ def tune(cfg: DictConfig) -> None:
 
     from optuna.study import MaxTrialsCallback
 
+    from src.runs.build import build
     from src.sweeps.report import report
     from src.sweeps.study import COUNTED, open_study, run_trial, tell
 
+    if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
+        raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
     left = cfg.trials - len(study.get_trials(states=COUNTED))

@@ -20,11 +20,17 @@ from omegaconf.errors import OmegaConfBaseException
 from src.command.rules import CONF, nearest, walk
 from src.errors import UserError
 
-# What Lightning says, and what to do about it.
+# What Lightning and PyTorch say, and what to do about it.
 FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu, or auto for what there is",
     "can not run on your system": "set trainer.accelerator=auto for what there is",
+    "does not allow for gradient clipping": "a fused optimizer cannot clip with trainer.precision=16-mixed; set "
+    "optimizer.fused=false, or trainer.gradient_clip_val=null",
+    "SyncBatchNorm expected input tensor to be on": "trainer.sync_batchnorm=true needs GPUs; set it to false",
+    "MPS framework doesn't support float64": "mps has no 64-bit numbers; set trainer.accelerator=cpu",
 }
+# What devices say: PyTorch's allocators, CUDA, cuBLAS and cuDNN, the CPU's.
+OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
 # The disk says these; what to do about them is the same everywhere.
 DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
@@ -35,8 +41,10 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if any(words in text for words in OUT_OF_MEMORY):
         return f"out of memory with data.batch_size={batch_size}; halve it"
+    if fix := next((fix for found, fix in FIXES.items() if found in text), None):
+        return fix
     if isinstance(error, InstantiationException):
         cause = error.__cause__
         if cause is None or isinstance(cause, TypeError | ValueError):
@@ -62,8 +70,7 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
     if "Error(s) in loading state_dict" in text:
         return "the checkpoint does not fit the network of the config; use the two as they were written together"
     if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be imported yet
-        fix = next((fix for found, fix in FIXES.items() if found in text), None)
-        return fix or text
+        return text
     return None
 
 

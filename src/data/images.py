@@ -163,6 +163,11 @@ class ImageData(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Tensor):  # an example input, of which Lightning makes a summary
             return batch
+        batch = self._augmented(batch)
+        # Lightning converts batches before this hook, when the images are bytes still.
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
+
+    def _augmented(self, batch: Any) -> tuple[Tensor, ...]:
         images, labels, *index = batch
         if index:
             assert self.trainer and self.reinforce

@@ -9,21 +9,25 @@ from torch import Tensor, nn
 from src.values import Count
 
 
-class ShiftedBatchNorm(nn.BatchNorm2d):
-    """Batch norm with a shift and no scale: through a ReLU, the next convolution's weights do for a scale."""
+class Shift(nn.Module):
+    """What batch norm has beside a scale: through a ReLU, the next convolution's weights do for that.
+
+    A module of its own, because trainer.sync_batchnorm puts another in the place of a batch norm.
+    """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=False)
+        super().__init__()
         self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features) + self.shift
+        return features + self.shift
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
-        ShiftedBatchNorm(inputs),
+        nn.BatchNorm2d(inputs, affine=False),
+        Shift(inputs),
         nn.ReLU(),
         nn.Conv2d(inputs, outputs, 1, bias=False),
         nn.ReLU(),
@@ -46,7 +50,10 @@ class SeparableCNN(nn.Module):
             raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
         first, last = stages[0][0], stages[-1][-1]
         self.stem = nn.Sequential(
-            nn.Conv2d(inputs[0], first, 3, padding=1, bias=False), ShiftedBatchNorm(first), nn.ReLU()
+            nn.Conv2d(inputs[0], first, 3, padding=1, bias=False),
+            nn.BatchNorm2d(first, affine=False),
+            Shift(first),
+            nn.ReLU(),
         )
         outputs = [channels for stage in stages for channels in stage]
         blocks = iter(_separable(inputs, outputs) for inputs, outputs in pairwise(outputs))

@@ -31,7 +31,8 @@ class Recovery(Checkpoint):
     number generators and running scores of every process, and the latest metrics. SIGINT and SIGTERM raise
     SystemExit with 128 + the signal's number once the checkpoint is written; a second one raises it at once.
     SIGUSR2, where somebody has a handler for it, as submitit has to put the job into the queue again, is passed on.
-    A loss or a weight that is not finite raises Diverged, at the latest after `log_every_n_steps` steps.
+    A loss or a weight that is not finite raises Diverged, at the latest after `log_every_n_steps` steps. As often
+    several processes agree on a checkpoint or a stop that a clock or a signal asks for.
     """
 
     def __init__(self, dirpath: str, every_minutes: Positive | None = 1.0, every_steps: Count | None = None) -> None:
@@ -93,24 +94,27 @@ class Recovery(Checkpoint):
             self._restore(trainer, pl_module)
         if batch_idx % trainer.accumulate_grad_batches:  # gradients are no part of a checkpoint
             return
-        wish = self.signal or int(self._due(trainer))
-        if trainer.world_size > 1:  # the clocks differ, and a signal may reach one process alone
-            wish = int(trainer.strategy.reduce(torch.tensor(wish, device=pl_module.device), reduce_op="max"))
-        if wish:
+        minutes, steps = (monotonic() - self.saved_at) / 60, trainer.global_step - self.saved_step
+        late = self.every_minutes is not None and minutes >= self.every_minutes
+        wish = self._agreed(trainer, self.signal or int(late))
+        if wish or (self.every_steps is not None and steps >= self.every_steps):
             self._save(trainer, between_batches=True)
         if wish > 1:
             self._leave(wish)
 
-    def _due(self, trainer: L.Trainer) -> bool:
-        minutes, steps = (monotonic() - self.saved_at) / 60, trainer.global_step - self.saved_step
-        return (self.every_minutes is not None and minutes >= self.every_minutes) or (
-            self.every_steps is not None and steps >= self.every_steps
-        )
+    def _agreed(self, trainer: L.Trainer, wish: int, always: bool = False) -> int:
+        """The clocks of several processes differ, and a signal may reach one alone; to ask the others is to wait."""
+        if trainer.world_size == 1:
+            return wish
+        if trainer.global_step % trainer.log_every_n_steps and not always:  # type: ignore[attr-defined]
+            return 0
+        device = trainer.strategy.root_device
+        return int(trainer.strategy.reduce(torch.tensor(wish, device=device), reduce_op="max"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer, between_batches=False)
-        if self.signal:
-            self._leave(self.signal)
+        if wish := self._agreed(trainer, self.signal, always=True):
+            self._leave(wish)
 
     def _save(self, trainer: L.Trainer, between_batches: bool) -> None:
         self._check_losses(trainer)
@@ -131,10 +135,12 @@ class Recovery(Checkpoint):
         self.saved_at, self.saved_step = monotonic(), trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        device = pl_module.device.type
         own = {
             "random": torch.get_rng_state(),
             "threads": torch.get_num_threads(),
-            "random_cuda": torch.cuda.get_rng_state(pl_module.device) if pl_module.device.type == "cuda" else None,
+            "device": device,
+            "random_device": torch.get_device_module(device).get_rng_state() if device != "cpu" else None,
             "scores": {
                 name: {state: torch.as_tensor(value).cpu().clone() for state, value in metric.metric_state.items()}
                 for name, metric in _metrics(pl_module)
@@ -176,8 +182,8 @@ class Recovery(Checkpoint):
         for name, metric in _metrics(pl_module):
             for state, value in own["scores"][name].items():
                 setattr(metric, state, value.to(pl_module.device))
-        if own["random_cuda"] is not None and pl_module.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random_cuda"], pl_module.device)
+        if own["random_device"] is not None and own["device"] == pl_module.device.type:
+            torch.get_device_module(own["device"]).set_rng_state(own["random_device"])
         torch.set_rng_state(own["random"])
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(own["threads"])  # sums are added up in as many parts as before

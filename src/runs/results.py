@@ -173,13 +173,20 @@ def collect(
 
 
 def _surroundings(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
-        "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "git_commit": GIT_COMMIT,
     }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{torch.backends.mps.get_name()}, mps"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

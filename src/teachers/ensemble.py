@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import UserError
+from src.models.classifier import on_device
 from src.runs.weights import load
 from src.values import Text
 
@@ -27,6 +28,10 @@ class Ensemble(nn.Module):
         self.nets = trained
         self.parts = nn.ModuleList(trained)
         self.digest = hashlib.sha256(b"".join(each.file.read_bytes() for each in trained)).hexdigest()
+
+    def to(self, device: torch.device) -> "Ensemble":  # type: ignore[override]
+        on_device(self.parts, device)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.stack([net.log_probabilities(images) for net in self.nets]).mean(dim=0)

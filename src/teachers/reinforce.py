@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from src.data.batches import generator_for
 from src.data.spec import ImageSpec
 from src.errors import UserError
 from src.runs.checkpoints import load_plain
+from src.runs.results import device_name
 from src.values import Seed, Text
 
 AT_ONCE = 250  # images; other batches would give other last bits
@@ -45,7 +47,8 @@ class Reinforcement:
     """Each epoch's draws of the augmentation, keyed by `seed` and no other, and the answers of `teacher` to them.
 
     The answers are worked out where an epoch begins, and kept in `folder`, a file an epoch: a run that differs in
-    its own seed alone finds them there.
+    its own seed alone finds them there. Those of a device other than the CPU, in other last bits, have its name and
+    the precision of its convolutions in the file's name.
     """
 
     def __init__(self, teacher: Teacher, folder: Text, seed: Seed = 0) -> None:
@@ -58,7 +61,7 @@ class Reinforcement:
         key = hashlib.sha256(images.cpu().numpy().tobytes())
         asked = self.teacher.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
         key.update(repr(asked).encode())
-        file = self.folder / f"{key.hexdigest()[:16]}.pt"
+        file = self.folder / f"{key.hexdigest()[:16]}{_made_on(images.device)}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):  # of runs side by side, one asks
             if not file.exists():
@@ -87,3 +90,10 @@ class Reinforcement:
                     for some in torch.arange(len(images), device=images.device).split(AT_ONCE)
                 ]
             )
+
+
+def _made_on(device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    precision = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+    return f"-{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower())}-{precision}"
