@@ -14,9 +14,11 @@ def tune(cfg: DictConfig) -> None:
     from optuna.study import MaxTrialsCallback
 
     from src.runs.build import build
+    from src.runs.console import quiet
     from src.sweeps.report import report
     from src.sweeps.study import COUNTED, open_study, run_trial, tell
 
+    quiet()
     if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
         raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")
     folder = Path(cfg.output_dir)

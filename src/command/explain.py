@@ -24,9 +24,11 @@ from src.errors import UserError
 FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu, or auto for what there is",
     "can not run on your system": "set trainer.accelerator=auto for what there is",
-    "does not allow for gradient clipping": "a fused optimizer cannot clip with trainer.precision=16-mixed; set "
-    "optimizer.fused=false, or trainer.gradient_clip_val=null",
-    "SyncBatchNorm expected input tensor to be on": "trainer.sync_batchnorm=true needs GPUs; set it to false",
+    "does not allow for gradient clipping": "a fused optimizer cannot clip with trainer.precision=16-mixed; leave "
+    "optimizer.fused out, or set trainer.gradient_clip_val=null",
+    "SyncBatchNorm layers only work with GPU": "trainer.sync_batchnorm=true needs GPUs; set it to false",
+    "Unsupported Bicubic interpolation": "this PyTorch has no bicubic interpolation on mps; set "
+    "data.augment.interpolation=bilinear, or trainer.accelerator=cpu",
     "MPS framework doesn't support float64": "mps has no 64-bit numbers; set trainer.accelerator=cpu",
 }
 # What devices say: PyTorch's allocators, CUDA, cuBLAS and cuDNN, the CPU's.

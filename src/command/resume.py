@@ -23,6 +23,7 @@ OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # What a run's config may refer to: its own keys, and what conf/ itself looks up.
 OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
 WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir"
+ELSEWHERE = "trainer.accelerator="  # a run may be continued on a machine that lacks its GPU
 MAX_BYTES = 1_000_000
 
 
@@ -30,7 +31,7 @@ def resuming(arguments: list[str], resumed: str) -> list[str]:
     """The arguments that continue a run in its folder, which has its config."""
     value = OverridesParser.create().parse_override(resumed).value()
     folder = Path(str(value))
-    others = [argument for argument in arguments if not argument.startswith(("resume=", "hydra."))]
+    others = [argument for argument in arguments if not argument.startswith(("resume=", "hydra.", ELSEWHERE))]
     if {"-m", "--multirun"} & set(others):
         raise UserError("resume=… continues one run; leave out -m")
     if others:
@@ -104,6 +105,8 @@ def own_config(config: DictConfig) -> DictConfig:
         if key not in own or not (OmegaConf.is_dict(config[key]) <= OmegaConf.is_dict(own[key]) or own[key] is None):
             raise UserError(f"{file} is damaged: {key} is missing or has another form")
     own.resume, own.output_dir = config.resume, config.output_dir
+    if any(override.startswith(ELSEWHERE) for override in HydraConfig.get().overrides.task):
+        own.trainer.accelerator = config.trainer.accelerator
     folder = Path(config.output_dir).resolve()
     for key, value in walk(OmegaConf.to_container(own, resolve=True)):
         written = key.rpartition(".")[2] in WRITTEN and isinstance(value, str)

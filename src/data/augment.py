@@ -1,6 +1,7 @@
 """Augmentation of a whole batch at once, on the device that holds it."""
 
 import math
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,10 +17,13 @@ class Draws(NamedTuple):
     """The random numbers for N images, all uniform in ±1."""
 
     amounts: Tensor  # [N, 6]: rotation, two scales, shear, two shifts
-    knots: Tensor  # [N, 2, KNOTS, KNOTS]: elastic displacements along x and y
+    knots: Tensor | None  # [N, 2, KNOTS, KNOTS]: elastic displacements along x and y, if there are any
 
     def of(self, index: Tensor) -> "Draws":
-        return Draws(self.amounts[index], self.knots[index])
+        return Draws(self.amounts[index], None if self.knots is None else self.knots[index])
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(self.amounts.to(device), None if self.knots is None else self.knots.to(device))
 
 
 class RandomAffine:
@@ -47,9 +51,10 @@ class RandomAffine:
         self.elastic, self.interpolation = elastic, interpolation
 
     def draw(self, n: int, generator: torch.Generator) -> Draws:
-        amounts = torch.rand(6, n, generator=generator, device=generator.device).T
-        knots = torch.rand(n, 2, KNOTS, KNOTS, generator=generator, device=generator.device)
-        return Draws(amounts * 2 - 1, knots * 2 - 1)
+        def uniform(*shape: int) -> Tensor:
+            return torch.empty(shape, device=generator.device).uniform_(-1, 1, generator=generator)
+
+        return Draws(uniform(6, n).T, uniform(n, 2, KNOTS, KNOTS) if self.elastic else None)
 
     def __call__(self, images: Tensor, generator: torch.Generator, progress: float = 0.0) -> Tensor:
         """[N, C, H, W] floats to the same; `generator` lives on their device; `progress` is the fraction of the run."""
@@ -58,22 +63,32 @@ class RandomAffine:
     def apply(self, images: Tensor, draws: Draws, progress: float) -> Tensor:
         height, width = images.shape[2:]
         strength = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
-        amounts = draws.amounts.T * strength
-        angle = amounts[0] * math.radians(self.degrees)
-        scale_x, scale_y = 1 + amounts[1] * self.scale, 1 + amounts[2] * self.scale
-        shear = amounts[3] * self.shear
+        shifts = 2 * self.translate / width, 2 * self.translate / height
+        limits = _column(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
+        middle = _column(images.device, 0, 1, 1, 0, 0, 0)
+        amounts = torch.addcmul(middle, draws.amounts.T, limits, value=strength)
+        angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()
-        # Rows of the map from output to input coordinates, in which the image spans [-1, 1].
-        theta = torch.stack(
-            [
-                torch.stack([cos * scale_x, shear * cos - sin, amounts[4] * (2 * self.translate / width)], 1),
-                torch.stack([sin + shear, cos * scale_y, amounts[5] * (2 * self.translate / height)], 1),
-            ],
-            1,
-        )
-        grid = affine_grid(theta, list(images.shape), align_corners=False)
+        # The map from (x, y, 1) of the output to x and y of the input, in which the image spans [-1, 1].
+        theta = torch.stack([cos * scale_x, sin + shear, shear * cos - sin, cos * scale_y, shift_x, shift_y], dim=1)
+        places = _places(images.device, height, width).expand(len(images), -1, -1)
+        grid = (places @ theta.view(-1, 3, 2)).view(-1, height, width, 2)
         if self.elastic:
-            shifts = interpolate(draws.knots, size=(height, width), mode="bicubic", align_corners=True)
-            shifts = shifts * (2 * self.elastic * strength)
-            grid = grid + torch.stack([shifts[:, 0] / width, shifts[:, 1] / height], dim=3)
+            assert draws.knots is not None
+            bends = interpolate(draws.knots, size=(height, width), mode="bicubic", align_corners=True)
+            bends = bends * (2 * self.elastic * strength)
+            grid = grid + torch.stack([bends[:, 0] / width, bends[:, 1] / height], dim=3)
         return grid_sample(images, grid, mode=self.interpolation, align_corners=False)
+
+
+@cache
+def _column(device: torch.device, *numbers: float) -> Tensor:
+    """Kept on the device, because to bring them there is to wait for it."""
+    return torch.tensor(numbers, device=device)[:, None].float()
+
+
+@cache
+def _places(device: torch.device, height: int, width: int) -> Tensor:
+    """[height · width, 3]: x and y of each pixel, and 1."""
+    grid = affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
+    return torch.cat([grid.view(-1, 2), torch.ones(height * width, 1)], dim=1).to(device)

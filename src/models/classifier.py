@@ -1,6 +1,6 @@
 """Training and scoring of any network that maps images to log-probabilities."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -22,7 +22,7 @@ def gives_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or (classes and outputs.shape[1] != classes):
         raise UserError(f"model gives {shape} where [images, {classes or 'classes'}] logits are needed")
     values = outputs.detach().float()
-    one = torch.ones(len(values), device=values.device)
+    one = torch.ones_like(values[:, 0])
     if values.min() >= 0 and torch.allclose(values.sum(1), one, atol=1e-3):
         raise UserError("model gives probabilities; let it give logits, or log-probabilities")
     return torch.allclose(values.logsumexp(1), 0 * one, atol=1e-2)
@@ -47,6 +47,9 @@ class Scores(Metric):
         super().__init__()
         for name in "loss", "right", "images":
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda state: fn(state).to(state.dtype), exclude_state)  # the sums outgrow a bf16 network
 
     def update(self, loss: Tensor, log_probabilities: Tensor, labels: Tensor) -> None:
         """Of a batch of N images: its mean loss, [N, classes], [N]."""

@@ -32,6 +32,9 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # a run need not be a job of Slurm
     # With several processes: torchmetrics has added the scores up before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.* in distributed setting")
+    # The network's layout and Lightning's stream for DDP, which PyTorch remarks on; neither changes a result.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # A resumed run: Recovery sets the loader's position.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
@@ -43,7 +46,7 @@ class LayerTable(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        example = pl_module.example_input_array
+        example = trainer.precision_plugin.convert_input(pl_module.example_input_array)
         table = torchinfo.summary(
             cast(nn.Module, getattr(pl_module, "net", pl_module)),
             input_data=example,

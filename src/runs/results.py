@@ -35,8 +35,10 @@ DERIVED = "scheduler.max_lr", "scheduler.T_max"  # from keys that are shown them
 
 
 def digest(cfg: DictConfig) -> str:
-    """Tells two runs' configs apart, wherever their folders lie."""
-    return hashlib.sha256(json.dumps(portable(cfg), sort_keys=True).encode()).hexdigest()
+    """Tells two runs' configs apart, wherever their folders lie and whatever they are trained on."""
+    plain = portable(cfg)
+    plain["trainer"].pop("accelerator", None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class Record(Callback):

@@ -57,7 +57,7 @@ class Reinforcement:
     def view(self, images: Tensor, augment: RandomAffine, spec: ImageSpec, epoch: int, progress: float) -> View:
         """`images`: [N, C, H, W], uint8, all of them; `progress`: the fraction of the run when the epoch begins."""
         drawn = augment.draw(len(images), generator_for(self.seed, epoch))  # on the CPU: alike for every device
-        draws = Draws(*(numbers.to(images.device) for numbers in drawn))
+        draws = drawn.to(images.device)
         key = hashlib.sha256(images.cpu().numpy().tobytes())
         asked = self.teacher.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
         key.update(repr(asked).encode())
