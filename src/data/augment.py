@@ -56,17 +56,18 @@ class RandomAffine:
 
         return Draws(uniform(6, n).T, uniform(n, 2, KNOTS, KNOTS) if self.elastic else None)
 
-    def __call__(self, images: Tensor, generator: torch.Generator, progress: float = 0.0) -> Tensor:
+    def __call__(self, images: Tensor, generator: torch.Generator, progress: float | Tensor = 0.0) -> Tensor:
         """[N, C, H, W] floats to the same; `generator` lives on their device; `progress` is the fraction of the run."""
         return self.apply(images, self.draw(len(images), generator), progress)
 
-    def apply(self, images: Tensor, draws: Draws, progress: float) -> Tensor:
+    def apply(self, images: Tensor, draws: Draws, progress: float | Tensor) -> Tensor:
         height, width = images.shape[2:]
-        strength = min(1.0, (1 - progress) / self.decay) if self.decay else 1.0
+        left = (1 - progress) / self.decay if self.decay else 1.0
+        strength = left.clamp(max=1.0) if isinstance(left, Tensor) else min(1.0, left)
         shifts = 2 * self.translate / width, 2 * self.translate / height
         limits = _column(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
-        middle = _column(images.device, 0, 1, 1, 0, 0, 0)
-        amounts = torch.addcmul(middle, draws.amounts.T, limits, value=strength)
+        limits = limits * strength if self.decay else limits
+        amounts = torch.addcmul(_column(images.device, 0, 1, 1, 0, 0, 0), draws.amounts.T, limits)
         angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()
         # The map from (x, y, 1) of the output to x and y of the input, in which the image spans [-1, 1].

@@ -60,11 +60,15 @@ class IndexBatches(Sampler[Tensor]):
 
 def generator_for(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by whole numbers; other numbers, or another order, give another stream."""
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+def seed_of(*keys: int) -> int:
     seed = 0
     for key in keys:
         seed = (seed ^ key) * 6364136223846793005 + 1442695040888963407 & 2**63 - 1
         seed ^= seed >> 29
-    return torch.Generator(device).manual_seed(seed)
+    return seed
 
 
 class _Lists(IndexBatches):

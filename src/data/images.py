@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from src.data.augment import RandomAffine
-from src.data.batches import IndexBatches, generator_for, in_memory_loader, worker_loader
+from src.data.batches import IndexBatches, in_memory_loader, seed_of, worker_loader
 from src.data.sources import Images, Sets, Source, in_memory
 from src.data.spec import ImageSpec
 from src.errors import UserError
@@ -72,6 +72,8 @@ class ImageData(L.LightningDataModule):
         self.val: Images | Dataset = Subset(Images, [])  # type: ignore[arg-type]
         self._spec: ImageSpec | None = None
         self.device = torch.device("cpu")
+        self.generator = torch.Generator()
+        self.progress: float | Tensor = 0.0  # a tensor where a CUDA graph reads it
 
     def prepare_data(self) -> None:
         if self.sets is None:  # fit has read them, for test
@@ -81,6 +83,8 @@ class ImageData(L.LightningDataModule):
         if self.sets is None:
             self._read()
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device != self.generator.device:
+            self.generator = torch.Generator(device)
         if device != self.device and self.sets and not self.workers:
             self.device = device
             train, test, self.val = (_put(part, device) for part in (self.sets.train, self.sets.test, self.val))
@@ -141,14 +145,16 @@ class ImageData(L.LightningDataModule):
             assert self.workers
             return worker_loader(part, self.workers, _count(part), size, seed, rank, world_size)
         device = part.images.device
-        further = [torch.arange(len(part.labels), device=device)] if index else []
+        places = torch.arange(len(part.labels), device=device)
         batches = IndexBatches(len(part.labels), size, seed, rank, world_size, device)
-        return in_memory_loader((*part, *further), batches)
+        if index and self._gives_places:
+            return in_memory_loader([places], batches)
+        return in_memory_loader((*part, places) if index else part, batches)
 
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
         size = self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
-        return self._loader(self.sets.train, size, self.seed, index=self.reinforce is not None)
+        return self._loader(self.sets.train, size, self.seed, self._gives_places or self.reinforce is not None)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if _count(self.val) else []
@@ -160,26 +166,46 @@ class ImageData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self.test_dataloader()
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, Tensor):  # an example input, of which Lightning makes a summary
-            return batch
-        batch = self._augmented(batch)
-        # Lightning converts batches before this hook, when the images are bytes still.
-        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
+    @property
+    def _gives_places(self) -> bool:
+        """Whether the loader for training gives the places of images alone, which the strategy makes a batch of."""
+        return not self.workers and getattr(getattr(self.trainer, "strategy", None), "wants_places", False)
 
-    def _augmented(self, batch: Any) -> tuple[Tensor, ...]:
-        images, labels, *index = batch
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, Tensor) or len(batch) == 1:  # an example input, of which Lightning makes a summary; places
+            return batch
+        if self.trainer and self.trainer.training:
+            self.begin_batch()
+        return self._seen(*batch)
+
+    def begin_batch(self) -> None:
+        """Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        assert self.trainer
+        batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        self.generator.manual_seed(seed_of(self.seed, batch_number, self.trainer.global_rank))
+        progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        if isinstance(self.progress, Tensor):
+            self.progress.fill_(progress)
+        else:
+            self.progress = progress
+
+    def batch(self, places: Tensor) -> Any:
+        """Of the training images at these places."""
+        assert self.sets
+        return self._seen(*(part[places] for part in self.sets.train), *[places] * bool(self.reinforce))
+
+    def _seen(self, images: Tensor, labels: Tensor, *index: Tensor) -> Any:
+        batch: tuple[Tensor, ...]
         if index:
             assert self.trainer and self.reinforce
             images, answers = self._view_of(self.trainer.current_epoch).batch(images, *index)
-            return self.spec.normalize(images), labels, answers
-        if self.augment and self.trainer and self.trainer.training:
-            # Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn.
-            batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-            keys = self.seed, batch_number, self.trainer.global_rank
-            progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
-            images = self.augment(images.float(), generator_for(*keys, device=images.device), progress)
-        return self.spec.normalize(images), labels
+            batch = self.spec.normalize(images), labels, answers
+        else:
+            if self.augment and self.trainer and self.trainer.training:
+                images = self.augment(images.float(), self.generator, self.progress)
+            batch = self.spec.normalize(images), labels
+        # Lightning converts batches before this hook, when the images are bytes still.
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
 
     def _view_of(self, epoch: int) -> Any:
         if self.view is None or self.view[0] != epoch:

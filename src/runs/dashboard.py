@@ -80,8 +80,9 @@ class Dashboard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.images is None and (writer := self._writer(trainer)) and (spec := self._spec(trainer)):
-            self.images = batch[0][: self.watched]
-            writer.add_image("batch as augmented", make_grid(spec.pixels(batch[0][:64])), trainer.global_step)
+            images = batch[0] if len(batch) > 1 else trainer.datamodule.batch(*batch)[0]  # type: ignore[attr-defined]
+            self.images = images[: self.watched]
+            writer.add_image("batch as augmented", make_grid(spec.pixels(images[:64])), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps or not (writer := self._writer(trainer)):  # type: ignore[attr-defined]
