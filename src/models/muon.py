@@ -80,13 +80,13 @@ def _descend(pairs: list[tuple[Tensor, Tensor]], lr: float | Tensor, decay: floa
     if not pairs:
         return
     parameters, directions = (list(each) for each in zip(*pairs, strict=True))
+    keep = 1 - lr * decay
+    if isinstance(lr, Tensor):  # in a CUDA graph, whose result is to be the same to the last bit
+        lr, keep = lr.to(directions[0].dtype), keep.to(directions[0].dtype)
     if decay:
-        torch._foreach_mul_(parameters, 1 - lr * decay)
-    if isinstance(lr, Tensor):  # on the device, for what a CUDA graph replays
-        torch._foreach_mul_(directions, lr.to(directions[0].dtype))
-        torch._foreach_sub_(parameters, directions)
-    else:
-        torch._foreach_add_(parameters, directions, alpha=-lr)
+        torch._foreach_mul_(parameters, keep)
+    torch._foreach_mul_(directions, lr)
+    torch._foreach_sub_(parameters, directions)
 
 
 def _orthogonal(kernels: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """The training step as one CUDA graph: python -m src.train trainer=graph."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -29,7 +30,7 @@ class GraphStrategy(SingleDeviceStrategy):
     def __init__(self) -> None:
         super().__init__()
         self.parallel_devices: list[torch.device] = []  # Lightning sets them
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None
         self.capturing = False
         self.static: list[Tensor] = []  # the batch that a replay reads
         self.eager = 0
@@ -81,38 +82,44 @@ class GraphStrategy(SingleDeviceStrategy):
         if not self.replays:
             self.eager += 1
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        settings = [{key: x for key, x in group.items() if key not in ("params", "lr")} for group in groups]
         if self.graph is None:
             self.settings = settings
-            self._capture(optimizer, closure, model, **kwargs)
+            kind = torch.float32 if any("capturable" in group or "fused" in group for group in groups) else torch.float64
+            self.rates = [torch.zeros((), dtype=kind, device=self.root_device) for _ in groups]
+            generators = [self.trainer.datamodule.generator] if self.indexed else []  # type: ignore[attr-defined]
+            self.graph = captured(lambda: self._whole_step(optimizer, closure, model, **kwargs), generators)
         elif settings != self.settings:
             raise UserError("trainer=graph: the schedule changes more than the learning rate; leave trainer=graph out")
-        for rate, group in zip(self.rates, optimizer.param_groups, strict=True):
+        for rate, group in zip(self.rates, groups, strict=True):
             rate.fill_(group["lr"])
-        assert self.graph
         self.graph.replay()
         give_loss(closure, self.loss)
         return None
 
-    def _capture(self, optimizer: Optimizer, closure: Any, model: Any, **kwargs: Any) -> None:
-        groups, self.capturing = optimizer.param_groups, True
-        kind = torch.float32 if any("capturable" in group or "fused" in group for group in groups) else torch.float64
-        self.rates = [torch.zeros((), dtype=kind, device=self.root_device) for _ in groups]
-        before = [group["lr"] for group in groups]
-        graph = torch.cuda.CUDAGraph()
-        if self.indexed and torch.__version__ < "2.14":  # newer ones see for themselves
-            graph.register_generator_state(self.trainer.datamodule.generator)  # type: ignore[attr-defined]
+    def _whole_step(self, optimizer: Optimizer, closure: Any, model: Any, **kwargs: Any) -> None:
+        before, self.capturing = [group["lr"] for group in optimizer.param_groups], True
         try:
-            for group, rate in zip(groups, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate
-            with torch.cuda.graph(graph):
-                super().optimizer_step(optimizer, closure, model, **kwargs)
-                self.loss = closure.consume_result().loss
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"trainer=graph: this step cannot be captured ({reason}); leave trainer=graph out") from error
+            super().optimizer_step(optimizer, closure, model, **kwargs)
+            self.loss = closure.consume_result().loss
         finally:
             self.capturing = False
-            for group, rate in zip(groups, before, strict=True):
-                group["lr"] = rate
-        self.graph = graph
+            for group, lr in zip(optimizer.param_groups, before, strict=True):
+                group["lr"] = lr
+
+
+def captured(step: Callable[[], None], generators: Sequence[torch.Generator]) -> Any:
+    """What `step` does on the GPU, to be replayed; it is not done yet. It draws from `generators` and PyTorch's own."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators if torch.__version__ < "2.14" else ():  # newer ones see for themselves
+        graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"trainer=graph: this step cannot be captured ({reason}); leave trainer=graph out") from error
+    return graph
