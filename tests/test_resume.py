@@ -204,7 +204,16 @@ def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatc
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
-@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", None])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 9.06 GB, other allocations: 56.38 KB, max allowed: 9.07 GB)",
+        None,
+    ],
+)
 def test_out_of_memory_names_the_batch_size(program, tmp_path, monkeypatch, message):
     from src.models.classifier import Classifier
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
+from src.data.spec import constants
 from src.values import Fraction, NotNegative, Share
 
 KNOTS = 5  # along each axis: an elastic displacement runs smoothly through random ones at so many places
@@ -65,9 +66,10 @@ class RandomAffine:
         left = (1 - progress) / self.decay if self.decay else 1.0
         strength = left.clamp(max=1.0) if isinstance(left, Tensor) else min(1.0, left)
         shifts = 2 * self.translate / width, 2 * self.translate / height
-        limits = _column(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
+        limits = constants(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
         limits = limits * strength if self.decay else limits
-        amounts = torch.addcmul(_column(images.device, 0, 1, 1, 0, 0, 0), draws.amounts.T, limits)
+        middle = constants(images.device, 0, 1, 1, 0, 0, 0)
+        amounts = torch.addcmul(middle[:, None], draws.amounts.T, limits[:, None])
         angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()
         # The map from (x, y, 1) of the output to x and y of the input, in which the image spans [-1, 1].
@@ -80,12 +82,6 @@ class RandomAffine:
             bends = bends * (2 * self.elastic * strength)
             grid = grid + torch.stack([bends[:, 0] / width, bends[:, 1] / height], dim=3)
         return grid_sample(images, grid, mode=self.interpolation, align_corners=False)
-
-
-@cache
-def _column(device: torch.device, *numbers: float) -> Tensor:
-    """Kept on the device, because to bring them there is to wait for it."""
-    return torch.tensor(numbers, device=device)[:, None].float()
 
 
 @cache

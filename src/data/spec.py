@@ -1,6 +1,7 @@
 """What a network has to know of the images it is trained on."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +10,13 @@ from torch import Tensor
 from src.errors import UserError
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of its training pixels, as fractions of white
+
+
+@cache
+def constants(device: torch.device, *numbers: float) -> Tensor:
+    """Kept on the device: to bring them there in every step would be to wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device, dtype=torch.float32)
 
 
 class ImageSpec(NamedTuple):
@@ -48,10 +56,8 @@ class ImageSpec(NamedTuple):
         return "digit" if self.preprocess == "digit" else "class"
 
     def _scale(self, values: Sequence[float], like: Tensor) -> Any:
-        # One number stays one: a tensor would have to be brought to the device in every step.
-        if len(values) == 1:
-            return 255 * values[0]
-        return torch.tensor(values, device=like.device).view(-1, 1, 1) * 255
+        levels = [255 * value for value in values]
+        return levels[0] if len(levels) == 1 else constants(like.device, *levels).view(-1, 1, 1)
 
     def normalize(self, images: Tensor) -> Tensor:
         """[..., C, H, W] pixels in 0 … 255 to floats with the mean taken off, in units of the standard deviation."""
