@@ -86,6 +86,11 @@ def mark_between_batches(trainer: "L.Trainer", checkpoint: dict[str, Any], state
         loops["state_dict"]["combined_loader"] = states
 
 
+def ask_no_signal(trainer: "L.Trainer") -> None:
+    """Several processes of Lightning ask each other before each step whether one got SIGTERM, and wait for it."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
 def give_loss(closure: Any, loss: Any) -> None:
     """Makes Lightning's closure of a step one that has run and given a copy of `loss`."""
     from lightning.pytorch.loops.optimization.automatic import ClosureResult

@@ -191,7 +191,7 @@ class ImageData(L.LightningDataModule):
 
     def batch(self, places: Tensor) -> Any:
         """Of the training images at these places."""
-        assert self.sets
+        assert self.sets and isinstance(self.sets.train, Images)
         return self._seen(*(part[places] for part in self.sets.train), *[places] * bool(self.reinforce))
 
     def _seen(self, images: Tensor, labels: Tensor, *index: Tensor) -> Any:

@@ -80,8 +80,8 @@ def _descend(pairs: list[tuple[Tensor, Tensor]], lr: float | Tensor, decay: floa
     if not pairs:
         return
     parameters, directions = (list(each) for each in zip(*pairs, strict=True))
-    keep = 1 - lr * decay
-    if isinstance(lr, Tensor):  # in a CUDA graph, whose result is to be the same to the last bit
+    keep: float | Tensor = 1 - lr * decay
+    if isinstance(lr, Tensor) and isinstance(keep, Tensor):  # in a CUDA graph; rounded as the numbers would be
         lr, keep = lr.to(directions[0].dtype), keep.to(directions[0].dtype)
     if decay:
         torch._foreach_mul_(parameters, keep)
@@ -90,7 +90,7 @@ def _descend(pairs: list[tuple[Tensor, Tensor]], lr: float | Tensor, decay: floa
 
 
 def _orthogonal(kernels: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """All of a shape at once, for they are small and the calls cost most; on a GPU all small ones, padded with zeros."""
+    """All of a shape at once, for they are small and the calls cost most; on a GPU all small ones, with zeros."""
     found, batches = [], defaultdict(list)
     for kernel, direction in kernels:
         alone = direction.device.type == "cpu" or direction.numel() > SMALL

@@ -44,9 +44,7 @@ class GraphStrategy(SingleDeviceStrategy):
         if len(self.parallel_devices) > 1 or self.root_device.type != "cuda":
             raise UserError("trainer=graph needs one CUDA GPU; set trainer.accelerator=gpu trainer.devices=1")
         if trainer.accumulate_grad_batches > 1 or not trainer.lightning_module.automatic_optimization:
-            raise UserError(
-                "trainer=graph captures whole steps; set trainer.accumulate_grad_batches=1, or leave it out"
-            )
+            raise UserError("trainer=graph captures whole steps; set trainer.accumulate_grad_batches=1")
         if trainer.precision == "16-mixed":
             raise UserError("trainer=graph: 16-mixed looks at each step's gradients; set trainer.precision=bf16-mixed")
         super().setup(trainer)
@@ -88,9 +86,8 @@ class GraphStrategy(SingleDeviceStrategy):
         settings = [{key: x for key, x in group.items() if key not in ("params", "lr")} for group in groups]
         if self.graph is None:
             self.settings = settings
-            kind = (
-                torch.float32 if any("capturable" in group or "fused" in group for group in groups) else torch.float64
-            )
+            own = not any("capturable" in group or "fused" in group for group in groups)
+            kind = torch.float64 if own else torch.float32  # as precise as a number in the config; PyTorch's take 32
             self.rates = [torch.zeros((), dtype=kind, device=self.root_device) for _ in groups]
             generators = [self.trainer.datamodule.generator] if self.indexed else []  # type: ignore[attr-defined]
             self.graph = captured(lambda: self._whole_step(optimizer, closure, model, **kwargs), generators)

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from torch import Tensor
 from torchmetrics import Metric
 
-from src.command.internals import loader_states, mark_between_batches, restart_loader, resumed
+from src.command.internals import ask_no_signal, loader_states, mark_between_batches, restart_loader, resumed
 from src.command.process import restore_stop
 from src.data.batches import batches_of
 from src.errors import Diverged, UserError
@@ -62,6 +62,7 @@ class Recovery(Checkpoint):
             passed_on = [requeue] if requeue and callable(signal.getsignal(requeue)) else []
             numbers = signal.SIGINT, signal.SIGTERM, *passed_on
             self.handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in numbers}
+            ask_no_signal(trainer)
         if self.restored:
             batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
             order = batches_of(trainer.train_dataloader)
