@@ -30,6 +30,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def shown(name: str, value: float, digits: int = 3) -> str:
+    """A score as people read it: an accuracy in percent, all else with so many digits."""
+    return f"{100 * value:.2f} %" if name.endswith("acc") else f"{value:#.{digits}g}".rstrip(".")
+
+
 def say(line: str) -> int:
     """Tells of a user's mistake; gives the exit code."""
     print(f"error: {printable(line)}", file=sys.stderr)

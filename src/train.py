@@ -60,7 +60,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
         results = collect(cfg, trainer, record, metrics, seconds)
         if trainer.is_global_zero:
             write_metrics(Path(cfg.output_dir), results)
-            print_results(results, Path(cfg.output_dir))
+            print_results(results, Path(cfg.output_dir), reads=hasattr(data, "spec"))
         return metric(results, cfg.optimized_metric)
     finally:
         finish_loggers(trainer)
