@@ -16,6 +16,7 @@ import torchinfo
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ProgressBar
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -125,7 +126,8 @@ class RunProgress(ProgressBar):
 
     def _describe(self, more: str = "") -> None:
         if self.bar:
-            job = f"job {HydraConfig.get().job.num + 1}, " if launcher() and "num" in HydraConfig.get().job else ""
+            counted = launcher() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+            job = f"job {HydraConfig.get().job.num + 1}, " if counted else ""
             self.bar.update(self.task, description=f"{job}{_epoch(self.trainer, 1)}{more}")
 
     def _print(self, trainer: L.Trainer) -> None:
@@ -140,10 +142,8 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.epochs = trainer.current_epoch  # that have their line
-        per_epoch = trainer.num_training_batches
-        ends = [trainer.max_epochs * per_epoch] if (trainer.max_epochs or -1) > 0 else []
-        ends += [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps > 0 else []
-        total = min(ends, default=math.inf)
+        epochs, steps = (math.inf if n in (None, -1) else n for n in (trainer.max_epochs, trainer.max_steps))
+        total = min(epochs * trainer.num_training_batches, steps * trainer.accumulate_grad_batches)
         done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         self._start(_epoch(trainer, 1), total if math.isfinite(total) else None, done)
 
@@ -191,7 +191,7 @@ class RunProgress(ProgressBar):
 
 
 def _epoch(trainer: L.Trainer, further: int = 0) -> str:
-    of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+    of = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
     return f"epoch {trainer.current_epoch + further}{of}"
 
 

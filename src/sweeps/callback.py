@@ -1,5 +1,7 @@
 """What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
 
+import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -13,11 +15,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain
-from src.command.internals import failure
+from src.command.internals import failure, planned_jobs
 from src.errors import UserError, say
 from src.sweeps.jobs import flat, plain_yaml, refuse_other
+from src.sweeps.watch import Watch, tell
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
+watches: list[Watch] = []  # not of the Sweep, which launchers send to other processes
 
 
 class Sweep(Callback):
@@ -46,7 +50,11 @@ class Sweep(Callback):
                 refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
-        print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
+        jobs = planned_jobs(arguments)
+        place = os.path.relpath(folder)
+        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
+        tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
+        watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -66,8 +74,11 @@ class Sweep(Callback):
             # Else the sweeper would raise the first failure, and nothing could be said about the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         self.lock.release()
+        for watch in watches:  # where the jobs run in its own process
+            watch.look()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        watches.pop().__exit__()
         # Here, because Hydra imports this file before it has read the command line to its end.
         from src.sweeps.report import report
 
@@ -83,9 +94,7 @@ class Sweep(Callback):
 
 
 def record_failure(folder: Path, error: BaseException) -> None:
-    """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
+    """error.txt says why in its first line, for a bug with the traceback below."""
     line = explain(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
     (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
-    reason = text.partition("\n")[0] if line is None else line
-    print(f"failed: {folder.name}: {reason}", file=sys.stderr, flush=True)

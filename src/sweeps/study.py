@@ -9,11 +9,12 @@ import optuna
 from filelock import FileLock
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from src.command.entry import checked
@@ -55,14 +56,6 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     return study
 
 
-def tell(study: optuna.Study, trial: FrozenTrial) -> None:
-    """A line a trial, for study.optimize to call."""
-    outcome = f"{trial.value:.4f}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
-    print(f"trial {trial.number}: {outcome}{best}", flush=True)
-
-
 def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:
     """A value for each key of the search space. Raises UserError for a range that Optuna refuses."""
     values: dict[str, Any] = {}
@@ -76,7 +69,8 @@ def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str
         if kind not in ("float", "int", "categorical"):
             raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
         try:
-            values[key] = getattr(trial, f"suggest_{kind}")(key, **space)
+            value = getattr(trial, f"suggest_{kind}")(key, **space)
+            values[key] = float(text(value)) if kind == "float" else value  # 0.15, where steps of 0.05 add up to more
         except (TypeError, ValueError) as error:
             raise UserError(f"search.{key}: {error}") from error
     return values
@@ -95,7 +89,9 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     config = compose(
         "train", overrides=[*shared, *(f"{key}={value}" for key, value in values.items())], return_hydra_config=True
     )
+    print(f"trial {trial.number}: {' '.join(f'{key}={text(value)}' for key, value in values.items())}", flush=True)
     with read_write(config):
+        config.hydra.mode = RunMode.MULTIRUN  # one run of several
         config.hydra.run.dir = str(study_folder / name.replace("/", "-"))
 
     def task(cfg: DictConfig) -> Any:
