@@ -1,3 +1,5 @@
+from __future__ import annotations  # a Python that is too old gets as far as this
+
 import math
 import os
 import signal

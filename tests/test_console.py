@@ -3,11 +3,17 @@
 import io
 import json
 import re
+import subprocess
 import sys
 
 import pytest
+from torchvision import datasets
 
 from src import train
+from src.command.entry import parsed
+from src.command.rules import ROOT
+from src.data.sources import MNIST, TorchVision
+from src.errors import UserError
 
 TINY = (
     "data=digits",
@@ -60,3 +66,48 @@ def test_a_sweep_on_a_terminal_has_a_line_a_job(terminal, tmp_path):
     assert [line[0] for line in told] == ["1", "2"]
     assert sum("Layer (type" in line for line in lines) == 1
     assert not any(line.startswith(("epoch", "next")) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--lr=0.1"], "did you mean optimizer.lr=0.1?"),
+        (["--cfg", "jobs"], "invalid choice: 'jobs'"),
+        (["optimizer.lr=0.1,0.2"], "several values are a run each with -m"),
+        (["model.channels=[16,", "16]"], "a value with spaces needs quotes: 'model.channels=[16, 16]'"),
+        (["+trainer.foo=1"], "trainer.foo: lightning.Trainer has no such argument"),
+        (["+optimizer.momentun=1"], "did you mean optimizer.momentum?"),
+    ],
+)
+def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, arguments, said):
+    result = program(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and result.err.startswith("error: ") and said in result.err
+    assert len(result.err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_overrides_may_stand_on_both_sides_of_a_flag():
+    assert parsed(["seed=1", "-m", "data=digits"]) == ["-m", "seed=1", "data=digits"]
+
+
+@pytest.mark.parametrize(
+    "start, fix",
+    [
+        (["-S", "-m", "src.train"], "make train brings them"),  # without site-packages
+        (["src/train.py"], "python -m src.train"),
+        (["src/predict.py", "x.png"], "python -m src.predict"),
+    ],
+)
+def test_a_start_that_cannot_work_says_how_it_does(start, fix):
+    found = subprocess.run([sys.executable, *start], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and len(found.stderr.splitlines()) == 1 and fix in found.stderr
+
+
+def test_what_cannot_be_fetched_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(datasets.KMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    (tmp_path / "there").mkdir()
+    for source in MNIST(), TorchVision("KMNIST"):
+        for root in tmp_path / "not/there", tmp_path / "there":
+            with pytest.raises(UserError, match="could not be downloaded"):
+                source.prepare(root)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]

@@ -3,11 +3,13 @@
 A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, run_job
@@ -16,6 +18,11 @@ from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     import lightning as L
+
+
+def hydra_parser() -> ArgumentParser:
+    """Of Hydra's own flags; what is left over are overrides."""
+    return get_args_parser()
 
 
 def planned_jobs(overrides: Sequence[str]) -> list[list[str]]:

@@ -23,7 +23,8 @@ class Watch(Thread):
         super().__init__(daemon=True)
         self.folder, self.total, self.shared = folder, total, shared
         self.stopped, self.looking = Event(), Lock()
-        self.told = dict(self._ended())
+        self.told: dict[tuple[Path, int], Job] = {}
+        self.told = self._new()
         self.before, self.began, self.layers = len(self.told), monotonic(), False
 
     def __enter__(self) -> "Watch":
@@ -39,21 +40,20 @@ class Watch(Thread):
         while not self.stopped.wait(1):
             self.look()
 
-    def _ended(self) -> list[tuple[tuple[Path, int], Job]]:
+    def _new(self) -> dict[tuple[Path, int], Job]:
         """By their file that says so and its time, since a failed job may be started again; the latest last."""
         files = [file for name in ("metrics.json", "error.txt") for file in self.folder.rglob(name)]
-        times = sorted((file.stat().st_mtime_ns, file) for file in files)
-        return [((file, time), read_job(file.parent)) for time, file in times]
+        ended = sorted((file.stat().st_mtime_ns, file) for file in files)
+        return {(file, time): read_job(file.parent) for time, file in ended if (file, time) not in self.told}
 
     def look(self) -> None:
         with self.looking:
             if not self.layers and (table := next(self.folder.glob("*/layers.txt"), None)):
                 self.layers = True
                 tell(table.read_text().rstrip())
-            for file, job in self._ended():
-                if file not in self.told:
-                    self.told[file] = job
-                    self._report(job)
+            for file, job in self._new().items():
+                self.told[file] = job
+                self._report(job)
 
     def _report(self, job: Job) -> None:
         if job.status not in (FINISHED, PRUNED):
