@@ -2,16 +2,21 @@
 
 import io
 import json
+import os
+import pty
 import re
+import select
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 from torchvision import datasets
 
-from src import train
+from src import train, tune
 from src.command.entry import parsed
-from src.command.rules import ROOT
+from src.command.rules import CONF, KEYS, ROOT
 from src.data.sources import MNIST, TorchVision
 from src.errors import UserError
 
@@ -111,3 +116,52 @@ def test_what_cannot_be_fetched_leaves_no_folder(tmp_path, monkeypatch):
             with pytest.raises(UserError, match="could not be downloaded"):
                 source.prepare(root)
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_help_is_made_of_the_configs(program, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = program("--help")
+    assert result.code == 0 and max(map(len, result.out.splitlines())) <= 80
+    for experiment in (CONF / "experiment").glob("*.yaml"):
+        assert re.search(rf"^{experiment.stem}  +\S", result.out, re.M)
+    for key in set(KEYS) - {"trials", "study"}:
+        assert re.search(rf"^{key}=", result.out, re.M)
+    assert re.search(r"^seed=0 +weights, order", result.out, re.M) and "*sgd" in result.out
+    assert "trials=20" in program("--help", main=tune.main).out
+    group = program("--help", "optimizer", "optimizer=muon").out
+    assert re.search(r"^sgd  +Stochastic", group, re.M) and "optimizer.lr=0.1 " in group and "(a number above" in group
+    assert re.search(r"^optimizer.others=0.2 +learning rate of all but", group, re.M)
+    assert "trainer.max_epochs=5" in program("-h", "max_epochs").out
+    mistaken = program("--help", "optimzer")
+    assert mistaken.code == 2 and "did you mean optimizer?" in mistaken.err
+
+
+@pytest.mark.parametrize("shell", [["bash", "--norc", "-i"], ["zsh", "-f", "-i"]], ids=["bash", "zsh"])
+def test_a_tab_completes(shell):
+    if not shutil.which(shell[0]):
+        pytest.skip(f"there is no {shell[0]}")
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(ROOT)
+        os.environ["TERM"] = "dumb"
+        os.execvp(shell[0], shell)
+    shown = ""
+
+    def until(text: str) -> None:
+        nonlocal shown
+        shown = ""
+        while text not in shown:
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 65536).decode()
+
+    try:
+        os.write(terminal, b"source src/command/completion.sh; echo read''y\n")
+        until("ready\r\n")
+        os.write(terminal, f"{sys.executable} -m src.train optimizer.mom\t".encode())
+        until("optimizer.momentum=")
+        os.write(terminal, b"\x15" + f"{sys.executable} -m src.train optimizer=ad\t".encode())
+        until("optimizer=adamw")
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.close(terminal)
+        os.waitpid(process, 0)

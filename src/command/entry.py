@@ -74,6 +74,8 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
         try:
             with stoppable(), lasting_output():
+                if {"--help", "-h"} & {*arguments}:
+                    return _help(config_name, arguments[1:])
                 sys.argv = [arguments[0], *parsed(arguments[1:])]
                 kept.append(_named_folder(sys.argv).exists())
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -86,6 +88,13 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
             os.environ["HYDRA_FULL_ERROR"], sys.argv = before, arguments
 
     return program
+
+
+def _help(config_name: str, arguments: list[str]) -> None:
+    from src.command.help import show  # here, because a run needs none of it
+
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    show(config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word])
 
 
 def parsed(arguments: list[str]) -> list[str]:
