@@ -1,6 +1,5 @@
 """Searches instead of sweeping a grid: python -m src.tune. The keys are in conf/tune.yaml and conf/train.yaml."""
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.command.entry import entry
@@ -12,30 +11,18 @@ def tune(cfg: DictConfig) -> None:
     # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
     from pathlib import Path
 
-    from optuna.study import MaxTrialsCallback
-
     from src.runs.build import build
     from src.runs.console import quiet
     from src.sweeps.report import report
-    from src.sweeps.study import COUNTED, open_study, run_trial
-    from src.sweeps.watch import Watch
+    from src.sweeps.study import COUNTED, count, open_study, optimize, run_trial
 
     quiet()
     if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
         raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
-    left = cfg.trials - len(study.get_trials(states=COUNTED))
-    print(f"{cfg.trials - left} of {cfg.trials} trials are done, told by {cfg.optimized_metric}")
-    if left > 0:
-        # Other processes may work on the same study: the callback stops all of them at the target.
-        stop = MaxTrialsCallback(cfg.trials, states=COUNTED)
-        with Watch(folder, cfg.trials, HydraConfig.get().overrides.task) as watch:
-            study.optimize(
-                lambda trial: run_trial(trial, train, cfg.search, folder),
-                n_trials=left,
-                callbacks=[lambda *_: watch.look(), stop],
-            )
+    print(f"{count(study, *COUNTED)} of {cfg.trials} trials are done")
+    optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.trials, folder)
     report([folder], folder)
 
 

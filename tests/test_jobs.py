@@ -67,7 +67,7 @@ def test_a_job_gives_back_the_process_as_it_was():
 def test_several_devices_in_a_multirun_are_refused(program, tmp_path):
     many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
     result = program("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    assert result.code == 2 and "trainer.devices=2: a multirun trains on one device a job" in result.err
+    assert result.code == 2 and "trainer.devices=2: a sweep or a search trains on one device a job" in result.err
     assert "Traceback" not in result.err and not list(tmp_path.rglob("*.ckpt"))
 
 

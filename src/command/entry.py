@@ -3,13 +3,13 @@
 import functools
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
@@ -19,13 +19,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
-from src.command.internals import hydra_parser
 from src.command.process import alone_in, counted, first_process, isolated, lasting_output, stoppable, write_whole
 from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
 STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+FAILED = ".failed"  # in the folder of a sweep that fails fast: no further job begins
+SEVERAL = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE = None, "bash", "interactive"  # as Lightning sees it: Slurm has started one process here
 
 
@@ -44,6 +45,9 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 if (folder / "metrics.json").exists():
                     print(f"finished before: {folder.name}", flush=True)
                     return None
+                if Path(HydraConfig.get().sweep.dir, FAILED).exists():
+                    print(f"not begun, for another has failed: {folder.name}", flush=True)
+                    return None
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
             # Several processes may work on a study; its runs have folders of their own.
             with alone_in(folder) if config_name == "train" else nullcontext(), counted(), isolated():
@@ -52,7 +56,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
                 return task(config)
         except SystemExit as stop:
-            if stop.code in STOPPED and first_process():
+            if stop.code in STOPPED and first_process() and not parent_process():  # of a sweep that tells itself
                 say_how_to_continue(folder, signal.Signals(stop.code - 128).name)
             raise
         except Exception as error:
@@ -74,8 +78,9 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
         try:
             with stoppable(), lasting_output():
-                if {"--help", "-h"} & {*arguments}:
-                    return _help(config_name, arguments[1:])
+                if config_name == "tune":  # several processes are as many workers on the study, each for itself
+                    for name in SEVERAL:
+                        os.environ.pop(name, None)
                 sys.argv = [arguments[0], *parsed(arguments[1:])]
                 kept.append(_named_folder(sys.argv).exists())
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -90,16 +95,9 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
     return program
 
 
-def _help(config_name: str, arguments: list[str]) -> None:
-    from src.command.help import show  # here, because a run needs none of it
-
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    show(config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word])
-
-
 def parsed(arguments: list[str]) -> list[str]:
     """Arguments as a shell completes them, made such that Hydra understands them."""
-    arguments = _flags_first([_quoted(argument) for argument in arguments])
+    arguments = [_quoted(argument) for argument in arguments]
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if resumed:
         return resuming(arguments, resumed[0])
@@ -113,25 +111,6 @@ def parsed(arguments: list[str]) -> list[str]:
     if several and not named:
         raise UserError("several processes write into one run folder; set hydra.run.dir=… to the same for each")
     return arguments
-
-
-def _flags_first(arguments: list[str]) -> list[str]:
-    """Hydra takes no overrides on both sides of a flag. Raises UserError for a flag that it has not."""
-    parser = hydra_parser()
-    parser.error = _refuse  # type: ignore[method-assign, assignment]
-    found, others = parser.parse_known_args(arguments)
-    if unknown := next((other for other in others if other.startswith("-")), None):
-        key, given, value = unknown.lstrip("-").partition("=")
-        meant = unknown_key(key, known_keys([]), given + value).partition("; ")[2]
-        raise UserError(f"{unknown}: there is no such flag, and keys have no dashes; {meant}")
-    if not others:
-        return arguments
-    overrides = {*found.overrides, *others}
-    return sorted(arguments, key=overrides.__contains__)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"{message}; python -m src.train --hydra-help shows the flags")
 
 
 def _named_folder(arguments: list[str]) -> Path:
@@ -173,10 +152,10 @@ def _check_added() -> None:
 
 
 def _remove_unbegun(folder: Path) -> None:
-    """Removes the folder of a run that never began, where nothing but Hydra's config and an empty log is in it."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    if all(file.parent.name == ".hydra" or (file.suffix == ".log" and not file.stat().st_size) for file in files):
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.parent == Path("outputs").absolute():
-            with suppress(OSError):
-                folder.parent.rmdir()
+    """Of a run that never began, what Hydra has written: its config and an empty log. All else stays."""
+    with suppress(OSError):
+        for file in [*folder.glob(".hydra/*.yaml"), *folder.glob("*.log")]:
+            if file.parent != folder or not file.stat().st_size:
+                file.unlink()
+        (folder / ".hydra").rmdir()
+        folder.rmdir()

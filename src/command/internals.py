@@ -3,15 +3,16 @@
 A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
 """
 
-from argparse import ArgumentParser
+import pickle
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -20,21 +21,74 @@ if TYPE_CHECKING:
     import lightning as L
 
 
-def hydra_parser() -> ArgumentParser:
-    """Of Hydra's own flags; what is left over are overrides."""
-    return get_args_parser()
+def hydras_sweeper() -> Any:
+    """Hydra's own sweeper, from the module that its search for plugins loads anew."""
+    Plugins.instance()
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    return BasicSweeper
 
 
-def planned_jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job of a multirun."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+def use_sweeper(sweeper: type) -> None:
+    """Puts a class in the place of Hydra's own sweeper: it takes plugins from its own packages alone."""
+    own = hydras_sweeper()
+    Plugins.instance().class_name_to_class[f"{own.__module__}.{own.__name__}"] = sweeper
+
+
+def joblib_job(launcher: Any, overrides: Sequence[str], number: int) -> Callable[[], JobReturn]:
+    """A job as Hydra's launcher for joblib does it, for any process."""
+    from hydra_plugins.hydra_joblib_launcher._core import execute_job
+
+    context, config, task = launcher.hydra_context, launcher.config, launcher.task_function
+    return partial(execute_job, number, list(overrides), context, config, task, Singleton.get_state())
+
+
+def pickled(value: Any) -> bytes:
+    """Functions as well that stand in no module."""
+    import cloudpickle
+
+    return cloudpickle.dumps(value)
+
+
+unpickled = pickle.loads
 
 
 def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     """Runs the task in a folder of its own, as Hydra runs the job of a command, without its log."""
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
     return run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+
+
+def journal(file: Path, heartbeat: int, stale: Callable[..., None]) -> Any:
+    """Optuna's journal with the heartbeat that it lacks: a file a trial, touched every so many seconds."""
+    from optuna.storages import JournalStorage
+    from optuna.storages._heartbeat import BaseHeartbeat
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    beats = file.with_name(f".{file.name}.beats")
+    beats.mkdir(parents=True, exist_ok=True)
+
+    def beat(name: object) -> float:
+        (beats / str(name)).touch()
+        return (beats / str(name)).stat().st_mtime  # by the disk's clock, which is the same for all
+
+    class Journal(JournalStorage, BaseHeartbeat):
+        def record_heartbeat(self, trial_id: int) -> None:
+            beat(trial_id)
+
+        def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+            running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+            files, now = {trial._trial_id: beats / str(trial._trial_id) for trial in running}, beat("now")
+            return [n for n, one in files.items() if one.exists() and now - one.stat().st_mtime > 2 * heartbeat]
+
+        def get_heartbeat_interval(self) -> int:
+            return heartbeat
+
+        def get_heartbeat_stale_trial_callback(self) -> Callable[..., None]:
+            return stale
+
+    return Journal(JournalFileBackend(str(file)))
 
 
 def failure(job: JobReturn) -> Any:

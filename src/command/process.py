@@ -63,19 +63,6 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-@contextmanager
-def loading() -> Iterator[None]:
-    """Says on a terminal why nothing happens for some seconds, as long as they last."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    print("loading PyTorch …", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     """What stood at `file` stays until all of `content` is on the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +203,7 @@ def load_lightning() -> None:
         sys.modules["scipy.signal"] = types.SimpleNamespace(hamming=None)  # type: ignore[assignment]
     gc.disable()
     try:
-        with loading():
-            import lightning  # noqa: F401
+        import lightning  # noqa: F401
     finally:
         gc.enable()
         if renamed:
@@ -259,6 +245,6 @@ def refuse_processes_within_multirun(trainer: "L.Trainer") -> None:
         return
     if not trainer.strategy.cluster_environment.creates_processes_externally:  # type: ignore[attr-defined]
         raise UserError(
-            f"trainer.devices={trainer.num_devices}: a multirun trains on one device a job; leave out -m and start "
-            "the runs one by one, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
+            f"trainer.devices={trainer.num_devices}: a sweep or a search trains on one device a job; leave out -m and "
+            "start the runs one by one, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
         )

@@ -25,6 +25,7 @@ OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{o
 WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir"
 ELSEWHERE = "trainer.accelerator="  # a run may be continued on a machine that lacks its GPU
 MAX_BYTES = 1_000_000
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
 
 
 def resuming(arguments: list[str], resumed: str) -> list[str]:
@@ -53,9 +54,9 @@ def read_yaml(file: Path) -> Any:
         if file.stat().st_size > MAX_BYTES or not file.is_file():
             raise UserError(f"{file} cannot be read: it is no file of a run")
         content = file.read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content)):
+        if "*" in content and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=LOADER)):
             raise UserError(f"{file} cannot be read: it refers to its own parts")
-        return yaml.safe_load(content)
+        return yaml.load(content, Loader=LOADER)
     except (OSError, ValueError, RecursionError, YAMLError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 

@@ -36,6 +36,8 @@ KEYS: dict[str, Any] = {
     "resume": Text | None,
     "trials": Count,
     "study": Text,
+    "storage": Text | None,
+    "heartbeat": Count,
 }
 _UNLIMITED = Count | Literal[-1]
 _BATCHES = Whole | Fraction | None

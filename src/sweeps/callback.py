@@ -1,9 +1,8 @@
 """What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
 
-import os
-import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,27 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from src.command.entry import FAILED
 from src.command.explain import explain
-from src.command.internals import failure, planned_jobs
+from src.command.internals import failure, use_sweeper
 from src.errors import UserError, say
 from src.sweeps.jobs import flat, plain_yaml, refuse_other
-from src.sweeps.watch import Watch, tell
+from src.sweeps.launch import Grid
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
-watches: list[Watch] = []  # not of the Sweep, which launchers send to other processes
 
 
 class Sweep(Callback):
     """Works with every launcher: the jobs may run in other processes, or on other machines.
 
     A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: src.command.entry skips the jobs that
-    have a metrics.json there, and resumes the others.
+    have a metrics.json there, and resumes the others. `zip` is for src.sweeps.launch, `fail_fast` for the function.
     """
 
+    def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None: ...
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        use_sweeper(Grid)
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
         overrides = OverridesParser.create().parse_overrides(arguments)
@@ -50,11 +52,8 @@ class Sweep(Callback):
                 refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
-        jobs = planned_jobs(arguments)
-        place = os.path.relpath(folder)
-        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
-        tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
-        watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
+        (folder / FAILED).unlink(missing_ok=True)
+        print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -71,14 +70,12 @@ class Sweep(Callback):
             return
         if job_return.status == JobStatus.FAILED:
             record_failure(Path(config.hydra.runtime.output_dir), failure(job_return))
+            fail_fast(config)
             # Else the sweeper would raise the first failure, and nothing could be said about the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         self.lock.release()
-        for watch in watches:  # where the jobs run in its own process
-            watch.look()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        watches.pop().__exit__()
         # Here, because Hydra imports this file before it has read the command line to its end.
         from src.sweeps.report import report
 
@@ -93,8 +90,24 @@ class Sweep(Callback):
             sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
 
 
+def fail_fast(config: DictConfig) -> None:
+    """Keeps the jobs that have not begun from beginning, if that was asked for."""
+    if config.hydra.callbacks.sweep.fail_fast:
+        Path(config.hydra.sweep.dir, FAILED).touch()
+
+
+def record_loss(config: DictConfig, folder: Path, why: str) -> None:
+    """Names a job whose process ended, and leaves error.txt in its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ERROR_FILE).write_text(f"lost: {why}\n\nThe same command continues the sweep.\n")
+    print(f"failed: {folder.name}: lost: {why}", file=sys.stderr, flush=True)
+    fail_fast(config)
+
+
 def record_failure(folder: Path, error: BaseException) -> None:
-    """error.txt says why in its first line, for a bug with the traceback below."""
+    """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
     line = explain(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
     (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
+    reason = text.partition("\n")[0] if line is None else line
+    print(f"failed: {folder.name}: {reason}", file=sys.stderr, flush=True)

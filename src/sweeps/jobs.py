@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.command.internals import planned_jobs
 from src.command.resume import read_yaml
 from src.errors import UserError
+from src.sweeps.launch import planned_jobs
 
 STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
 # Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
@@ -26,14 +27,18 @@ class Job:
     folder: Path
     status: str
     overrides: list[str]
-    config: DictConfig
+    config: dict[str, Any]  # plain: ten thousand of OmegaConf's take minutes
     results: dict[str, Any] = field(default_factory=dict)  # metrics.json
     error: str = ""
 
     def value(self, key: str) -> str:
         """What the job's config has for the key, or the chosen option if the key is a config group."""
-        value = OmegaConf.select(self.config, key)
-        if value is None or isinstance(value, DictConfig):
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if "${" in str(value):
+            value = OmegaConf.select(OmegaConf.create(self.config), key)
+        if value is None or isinstance(value, dict | DictConfig):
             return parse(self.overrides).get(key, "")
         return text(value)
 
@@ -59,8 +64,13 @@ def command(jobs: Sequence[Job]) -> str:
 
 
 def parse(overrides: Sequence[str]) -> dict[str, str]:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return {one.key_or_group: text(one.value()) for one in parsed}
+    return dict(map(_key_and_value, overrides))
+
+
+@cache  # of ten thousand jobs few are different
+def _key_and_value(override: str) -> tuple[str, str]:
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group, text(parsed.value())
 
 
 def text(value: Any) -> str:
@@ -75,21 +85,21 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder; runs and sweeps lie under outputs/")
         for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-            jobs.setdefault(file.parent.parent.resolve(), read_job(file.parent.parent))
+            jobs.setdefault(file.parent.parent.resolve(), _read_job(file.parent.parent))
         for sweep in sorted(folder.rglob("multirun.yaml")):
             begun = {frozenset(parse(job.overrides).items()) for job in jobs.values()}
             for overrides in _planned(sweep):
                 if frozenset(parse(overrides).items()) not in begun:
                     place = sweep.parent / " ".join(overrides)
-                    jobs[place] = Job(place, NOT_BEGUN, overrides, OmegaConf.create())
+                    jobs[place] = Job(place, NOT_BEGUN, overrides, {})
     if not jobs:
         raise UserError(f"{', '.join(map(str, folders))}: there are no runs in here; name the folder of a sweep")
     return list(jobs.values())
 
 
-def read_job(folder: Path) -> Job:
+def _read_job(folder: Path) -> Job:
     overrides, config = plain_yaml(folder / ".hydra/overrides.yaml"), plain_yaml(folder / ".hydra/config.yaml")
-    job = Job(folder, UNFINISHED, overrides or [], OmegaConf.create(config or {}))
+    job = Job(folder, UNFINISHED, overrides or [], config or {})
     if (folder / "metrics.json").exists():
         job.status, job.results = FINISHED, json.loads((folder / "metrics.json").read_text())
     elif (folder / "error.txt").exists():
@@ -111,7 +121,8 @@ def _planned(multirun: Path) -> list[list[str]]:
     hydra = (plain_yaml(multirun) or {}).get("hydra", {})
     params = hydra.get("sweeper", {}).get("params") or {}
     return planned_jobs(
-        [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", [])
+        [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", []),
+        hydra.get("callbacks", {}).get("sweep", {}).get("zip") or (),
     )
 
 
@@ -195,17 +206,19 @@ def _metric(jobs: list[Job]) -> tuple[str | None, bool, str]:
             return None, False, f"the runs differ in {key}"
     config = finished[0].config
     why_not = next((why for job in finished if (why := unfit_to_choose_by(job.config))), "")
-    return (None, False, why_not) if why_not else (config.optimized_metric, config.get("optimized_mode") == "min", "")
+    return (
+        (None, False, why_not) if why_not else (config["optimized_metric"], config.get("optimized_mode") == "min", "")
+    )
 
 
-def unfit_to_choose_by(config: DictConfig) -> str:
+def unfit_to_choose_by(config: dict[str, Any] | DictConfig) -> str:
     """Why no run may be chosen by the config's optimized_metric; empty if it may."""
     metric = config.get("optimized_metric")
     if metric is None:
         return "optimized_metric is null"
     if metric.startswith("test/"):
         return f"{metric} is a score on the test images, by which nothing may be chosen"
-    if OmegaConf.select(config, "data.val_on_test"):
+    if (config.get("data") or {}).get("val_on_test"):
         return "with data.val_on_test the validation images are the test images, by which nothing may be chosen"
     return ""
 

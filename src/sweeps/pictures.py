@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from src.sweeps.jobs import FINISHED, Comparison, Group
 from src.sweeps.tables import score
 
+LINES, NUMBERS = 100, 400  # a picture shows no more runs, or writes in no more cells
 CURVES = 10  # with a colour and a line in the legend; further ones are grey
 
 
@@ -85,11 +86,13 @@ def heat_map(comparison: Comparison) -> Figure:
         groups[place], grid[place] = group, scale * group.mean(comparison.metric)
 
     low, high, extend = _colour_range(grid, comparison.lower_is_better)
-    figure, axes = plt.subplots(figsize=(2.4 + 1.3 * len(columns), 1.6 + 0.8 * len(rows)), layout="constrained")
+    written = len(groups) <= NUMBERS
+    size = (2.4 + 1.3 * len(columns), 1.6 + 0.8 * len(rows)) if written else (12, 9)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     colours = "viridis_r" if comparison.lower_is_better else "viridis"
     image = axes.imshow(grid, cmap=colours, aspect="auto", vmin=low, vmax=high)
     figure.colorbar(image, extend=extend)
-    for (y, x), group in groups.items():
+    for (y, x), group in groups.items() if written else ():
         shown = score(group, comparison.metric).replace(" ± ", "\n± ") or group.status
         if math.isnan(grid[y, x]):
             axes.text(x, y, shown, ha="center", va="center", color="firebrick")
@@ -99,8 +102,10 @@ def heat_map(comparison: Comparison) -> Figure:
         axes.text(x, y, shown, ha="center", va="center", color="white" if dark else "black")
         if group is comparison.best:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3))
+    across_by, down_by = (1, 1) if written else (-(-len(columns) // 12), -(-len(rows) // 20))
     axes.set(
-        xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows,
+        xticks=range(0, len(columns), across_by), xticklabels=columns[::across_by],
+        yticks=range(0, len(rows), down_by), yticklabels=rows[::down_by],
         xlabel=across, ylabel=down, title=_title(comparison),
     )  # fmt: skip
     return figure
@@ -149,8 +154,9 @@ def line(comparison: Comparison) -> Figure:
 
 
 def loss_curves(comparison: Comparison) -> Figure | None:
-    """Training and validation losses of all runs, from what they logged for TensorBoard; None if they logged none."""
-    curves = {job.folder: _losses(job.folder) for job in comparison.jobs if job.folder.is_dir()}
+    """Training and validation losses of the best LINES runs, as logged for TensorBoard; None if they logged none."""
+    ranked = [job.folder for group in comparison.groups for job in group.jobs if job.folder.is_dir()]
+    curves = {folder: _losses(folder) for folder in ranked[:LINES]}
     points: dict[str, int] = {}
     for found in curves.values():
         for tag, (steps, _) in found.items():

@@ -1,5 +1,6 @@
-"""An Optuna study over the configs of src.train: its storage, its search space, its trials."""
+"""An Optuna study over the configs of src.train: its storage, its search space, its trials, who does them."""
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,37 +10,58 @@ import optuna
 from filelock import FileLock
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from src.command.entry import checked
-from src.command.internals import run_as_job
+from src.command.internals import journal, run_as_job
+from src.command.process import alone_in
 from src.errors import Diverged, UserError
 from src.sweeps.callback import ERROR_FILE, record_failure
 from src.sweeps.jobs import PRUNED, flat, refuse_other, text, unfit_to_choose_by
 
 # The keys of conf/tune.yaml that conf/train.yaml lacks.
-OWN = "trials", "study", "sampler", "pruner", "search"
+OWN = "trials", "study", "storage", "heartbeat", "sampler", "pruner", "search"
 COUNTED = TrialState.COMPLETE, TrialState.PRUNED
+ALIVE = *COUNTED, TrialState.RUNNING, TrialState.WAITING
+# A trial whose process was killed no longer beats; whoever notices enqueues it once more.
+with warnings.catch_warnings(action="ignore"):
+    RETRY = RetryHeartbeatStaleTrialCallback()
+
+
+class Surplus(Exception):
+    """A trial that others, which began at the same moment, have made one too many."""
+
+
+def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage:
+    """SQLite in the study's folder, a journal if `place` is a file, else what SQLAlchemy makes of the URL.
+
+    Raises UserError where it cannot be reached.
+    """
+    if place is not None and "://" not in place:
+        return journal(Path(place), heartbeat, RETRY)
+    url = place or f"sqlite:///{folder / 'study.db'}"
+    patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    try:
+        return RDBStorage(url, patience, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=RETRY)
+    except ImportError as error:
+        raise UserError(f"storage: {error} (of PostgreSQL: pip install psycopg, postgresql+psycopg://…)") from error
+    except Exception as error:  # each database has its own
+        raise UserError(f"storage: {str(error).splitlines()[0]}") from error
 
 
 def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
-    """The study in `folder`/study.db, begun or continued. Raises UserError if it was begun with other settings."""
+    """The study of the config, begun or continued. Raises UserError if it was begun with other settings."""
     if why_not := unfit_to_choose_by(cfg):
         raise UserError(f"{why_not}; set optimized_metric=val/acc and data.val_on_test=false")
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it answers a mistake with a traceback; see tell
-    # A trial whose process was killed no longer beats; the study takes it up again later.
-    retry = RetryHeartbeatStaleTrialCallback()
     with FileLock(folder / ".study.lock"):  # of processes that begin together one makes the tables
-        storage = RDBStorage(
-            f"sqlite:///{folder / 'study.db'}", heartbeat_interval=30, heartbeat_stale_trial_callback=retry
-        )
+        storage = open_storage(cfg.storage, cfg.heartbeat, folder)
         study = optuna.create_study(
             storage=storage,
             study_name=cfg.study,
@@ -47,13 +69,52 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
             pruner=instantiate(cfg.pruner),
             load_if_exists=True,
         )
-    settings = {key: str(leaf) for key, leaf in flat(cfg).items() if key.split(".")[0] not in OWN[:-1]}
-    fix = "continue it with the same settings, or begin another with study=NAME"
-    refuse_other(study.user_attrs.get("settings", settings), settings, f"the study in {folder}", fix)
-    study.set_user_attr("settings", settings)
-    # With one seed for every start, a continued study would draw its first trials once more.
-    study.sampler = instantiate(cfg.sampler, seed=cfg.seed + len(study.trials))
+        settings = {key: str(leaf) for key, leaf in flat(cfg).items() if key.split(".")[0] not in OWN[:-1]}
+        fix = "continue it with the same settings, or begin another with study=NAME"
+        refuse_other(study.user_attrs.get("settings", settings), settings, f"the study in {folder}", fix)
+        study.set_user_attr("settings", settings)
+        # With one seed for every start, a continued study, or a second process, would draw its first trials once more.
+        starts = study.user_attrs.get("starts", 0)
+        study.set_user_attr("starts", starts + 1)
+    study.sampler = instantiate(cfg.sampler, seed=cfg.seed + starts)
     return study
+
+
+def count(study: optuna.Study, *states: TrialState) -> int:
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int, folder: Path) -> None:
+    """Runs trials until `target` of them are counted, however many processes do: not one more.
+
+    Where the others' trials are enough, waits for them to end: one of them may be killed or fail.
+    """
+    claim = FileLock(folder / ".study.lock")  # SQLite gives two that ask at once the same trial
+
+    def claimed(trial: optuna.Trial) -> float:
+        claim.release()
+        # For a disk whose locks do not hold: storages number trials in one order for all; the first `target` go on.
+        if sum(one.number < trial.number for one in study.get_trials(deepcopy=False, states=ALIVE)) >= target:
+            raise Surplus
+        return objective(trial)
+
+    while count(study, *COUNTED) < target:
+        fail_stale_trials(study)
+        with claim:
+            if count(study, *COUNTED, TrialState.RUNNING) < target:
+                study.optimize(claimed, n_trials=1, callbacks=[tell], catch=(Surplus,))
+                continue
+        time.sleep(1)
+
+
+def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+    """A line a trial, for study.optimize to call."""
+    if trial.state == TrialState.FAIL:  # Surplus; other failures are raised
+        return
+    outcome = f"{trial.value:.4f}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
+    print(f"trial {trial.number}: {outcome}{best}", flush=True)
 
 
 def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -69,8 +130,7 @@ def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str
         if kind not in ("float", "int", "categorical"):
             raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
         try:
-            value = getattr(trial, f"suggest_{kind}")(key, **space)
-            values[key] = float(text(value)) if kind == "float" else value  # 0.15, where steps of 0.05 add up to more
+            values[key] = getattr(trial, f"suggest_{kind}")(key, **space)
         except (TypeError, ValueError) as error:
             raise UserError(f"search.{key}: {error}") from error
     return values
@@ -85,19 +145,26 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     shared = [
         one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0].split(".")[0] not in OWN
     ]
-    name = "_".join([f"{trial.number:03d}", *(f"{key}={text(value)}" for key, value in values.items())])
+    first = RETRY.retried_trial_number(trial.study.trials[trial.number])  # of a trial that was cut short; it goes on
+    number = trial.number if first is None else first
+    name = "_".join([f"{number:03d}", *(f"{key}={text(value)}" for key, value in values.items())])
     config = compose(
         "train", overrides=[*shared, *(f"{key}={value}" for key, value in values.items())], return_hydra_config=True
     )
-    print(f"trial {trial.number}: {' '.join(f'{key}={text(value)}' for key, value in values.items())}", flush=True)
     with read_write(config):
-        config.hydra.mode = RunMode.MULTIRUN  # one run of several
         config.hydra.run.dir = str(study_folder / name.replace("/", "-"))
 
     def task(cfg: DictConfig) -> Any:
         try:
             cfg = checked(cfg)
-            return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
+            if first is not None:
+                cfg.resume = cfg.output_dir
+            with alone_in(Path(cfg.output_dir)):
+                return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
+        except SystemExit:  # a signal: not to be waited for
+            trial.study.tell(trial, state=TrialState.FAIL)
+            RETRY(trial.study, trial.study.trials[trial.number])
+            raise
         except Exception as error:
             return error
 
