@@ -1,3 +1,5 @@
+from __future__ import annotations  # a Python that is too old gets as far as this
+
 import math
 import os
 import signal
@@ -28,6 +30,11 @@ def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> l
 def printable(text: object) -> str:
     """In one line and without control codes: the names of files may have both."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def shown(name: str, value: float, digits: int = 3) -> str:
+    """A score as people read it: an accuracy in percent, all else with so many digits."""
+    return f"{100 * value:.2f} %" if name.endswith("acc") else f"{value:#.{digits}g}".rstrip(".")
 
 
 def say(line: str) -> int:

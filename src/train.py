@@ -30,7 +30,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     from src.runs.build import build, build_parts, build_several
     from src.runs.checkpoints import resume
     from src.runs.console import print_results, quiet
-    from src.runs.results import Record, collect, finish_loggers, log_hyperparameters, metric, one_run, write_metrics
+    from src.runs.results import Record, collect, finish_loggers, metric, one_run, write_metrics
 
     quiet()
     keep_freed_memory()
@@ -46,7 +46,6 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     module, data = build_parts(cfg)
     try:
         checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
-        log_hyperparameters(trainer, cfg)
         stop_while_meeting(trainer)
         started = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
@@ -60,7 +59,7 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
         results = collect(cfg, trainer, record, metrics, seconds)
         if trainer.is_global_zero:
             write_metrics(Path(cfg.output_dir), results)
-            print_results(results, Path(cfg.output_dir))
+            print_results(results, Path(cfg.output_dir), reads=hasattr(data, "spec"))
         return metric(results, cfg.optimized_metric)
     finally:
         finish_loggers(trainer)

@@ -1,5 +1,6 @@
 """Searches instead of sweeping a grid: python -m src.tune. The keys are in conf/tune.yaml and conf/train.yaml."""
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.command.entry import entry
@@ -15,14 +16,16 @@ def tune(cfg: DictConfig) -> None:
     from src.runs.console import quiet
     from src.sweeps.report import report
     from src.sweeps.study import COUNTED, count, open_study, optimize, run_trial
+    from src.sweeps.watch import Watch
 
     quiet()
     if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
         raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
-    print(f"{count(study, *COUNTED)} of {cfg.trials} trials are done")
-    optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.trials, folder)
+    print(f"{count(study, *COUNTED)} of {cfg.trials} trials are done, told by {cfg.optimized_metric}")
+    with Watch(folder, cfg.trials, HydraConfig.get().overrides.task) as watch:
+        optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.trials, folder, watch.look)
     report([folder], folder)
 
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from src.command.rules import ROOT
+from src.errors import shown
 
 PAGE = (ROOT / "docs/own.md").read_text()
 # What a step needs a second for: a command that only has to work is told to do less.
@@ -256,7 +257,7 @@ def test_a_task_of_ones_own_is_chosen_by_its_metric(regression):
     done = regression.run(tune, "trainer.max_epochs=1", "callbacks.dashboard=null", "hydra.run.dir=tuned")
     assert done.code == 0, done.err
     found = [json.loads(file.read_text())["metrics"]["val/rmse"] for file in regression.folder.glob("tuned/*/metr*")]
-    assert len(found) == 3 and f"best so far {min(found):.4f}" in done.out.splitlines()[-1] + done.out
+    assert len(found) == 3 and f"best {shown('val/rmse', min(found))}" in done.out
 
 
 # Ends the run once, before a batch in the middle of the second epoch.

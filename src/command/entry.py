@@ -3,13 +3,14 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -19,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
+from src.command.internals import hydra_parser
 from src.command.process import alone_in, counted, first_process, isolated, lasting_output, stoppable, write_whole
 from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
@@ -78,6 +80,8 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
         try:
             with stoppable(), lasting_output():
+                if {"--help", "-h"} & {*arguments}:
+                    return _help(config_name, arguments[1:])
                 if config_name == "tune":  # several processes are as many workers on the study, each for itself
                     for name in SEVERAL:
                         os.environ.pop(name, None)
@@ -95,9 +99,16 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
     return program
 
 
+def _help(config_name: str, arguments: list[str]) -> None:
+    from src.command.help import show  # here, because a run needs none of it
+
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    show(config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word])
+
+
 def parsed(arguments: list[str]) -> list[str]:
     """Arguments as a shell completes them, made such that Hydra understands them."""
-    arguments = [_quoted(argument) for argument in arguments]
+    arguments = _flags_first([_quoted(argument) for argument in arguments])
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if resumed:
         return resuming(arguments, resumed[0])
@@ -111,6 +122,25 @@ def parsed(arguments: list[str]) -> list[str]:
     if several and not named:
         raise UserError("several processes write into one run folder; set hydra.run.dir=… to the same for each")
     return arguments
+
+
+def _flags_first(arguments: list[str]) -> list[str]:
+    """Hydra takes no overrides on both sides of a flag. Raises UserError for a flag that it has not."""
+    parser = hydra_parser()
+    parser.error = _refuse  # type: ignore[method-assign, assignment]
+    found, others = parser.parse_known_args(arguments)
+    if unknown := next((other for other in others if other.startswith("-")), None):
+        key, given, value = unknown.lstrip("-").partition("=")
+        meant = unknown_key(key, known_keys([]), given + value).partition("; ")[2]
+        raise UserError(f"{unknown}: there is no such flag, and keys have no dashes; {meant}")
+    if not others:
+        return arguments
+    overrides = {*found.overrides, *others}
+    return sorted(arguments, key=overrides.__contains__)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; python -m src.train --hydra-help shows the flags")
 
 
 def _named_folder(arguments: list[str]) -> Path:
@@ -152,10 +182,10 @@ def _check_added() -> None:
 
 
 def _remove_unbegun(folder: Path) -> None:
-    """Of a run that never began, what Hydra has written: its config and an empty log. All else stays."""
-    with suppress(OSError):
-        for file in [*folder.glob(".hydra/*.yaml"), *folder.glob("*.log")]:
-            if file.parent != folder or not file.stat().st_size:
-                file.unlink()
-        (folder / ".hydra").rmdir()
-        folder.rmdir()
+    """Removes the folder of a run that never began, where nothing but Hydra's config and an empty log is in it."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    if all(file.parent.name == ".hydra" or (file.suffix == ".log" and not file.stat().st_size) for file in files):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.parent == Path("outputs").absolute():
+            with suppress(OSError):
+                folder.parent.rmdir()

@@ -1,6 +1,7 @@
 """Users' mistakes in one line."""
 
 import errno
+import shlex
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -59,6 +60,14 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         guess = nearest(option, list(error.options))
         meant = f"did you mean {guess}? " if guess else ""
         return f"{group}={option}: there is no such option; {meant}there are {', '.join(error.options)}"
+    if isinstance(error, ConfigCompositionException) and text.startswith("Ambiguous value for argument"):
+        key, _, values = text.split("'")[1].partition("=")
+        return f"{key}={values}: several values are a run each with -m; a list is {key}=[{values}]"
+    if isinstance(error, OverrideParseException) and error.override.count("[") != error.override.count("]"):
+        argument = error.override
+        for part in sys.argv[sys.argv.index(argument) + 1 :] if argument in sys.argv else []:
+            argument += f" {part}" * (argument.count("[") != argument.count("]"))
+        return f"{error.override}: a bracket is open; a value with spaces needs quotes: {shlex.quote(argument)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, ValueError) and text.startswith("Config group override must be"):
@@ -98,8 +107,9 @@ def known_keys(overrides: list[str], config_name: str = "train") -> list[str]:
     return keys + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 
-def unknown_key(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: list[str], value: str = "") -> str:
+    """`value`: with the = before it, to be said with the key that is meant."""
     guess = nearest(key, known)
     return f"{key}: there is no such key; " + (
-        f"did you mean {guess}?" if guess else "python -m src.train --cfg job shows all keys"
+        f"did you mean {guess}{value}?" if guess else "python -m src.train --help shows all keys"
     )

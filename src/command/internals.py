@@ -4,12 +4,14 @@ A new version of one of them breaks this file first; nothing else here uses a na
 """
 
 import pickle
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
@@ -19,6 +21,11 @@ from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     import lightning as L
+
+
+def hydra_parser() -> ArgumentParser:
+    """Of Hydra's own flags; what is left over are overrides."""
+    return get_args_parser()
 
 
 def hydras_sweeper() -> Any:

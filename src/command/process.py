@@ -63,6 +63,19 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Says on a terminal why nothing happens for some seconds, as long as they last."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print("loading PyTorch …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     """What stood at `file` stays until all of `content` is on the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +216,8 @@ def load_lightning() -> None:
         sys.modules["scipy.signal"] = types.SimpleNamespace(hamming=None)  # type: ignore[assignment]
     gc.disable()
     try:
-        import lightning  # noqa: F401
+        with loading():
+            import lightning  # noqa: F401
     finally:
         gc.enable()
         if renamed:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -302,13 +302,20 @@ def download_mnist(root: Path, timeout: float = 10.0) -> None:
 @contextmanager
 def _downloading(name: str, root: Path, fix: str, timeout: float = 10.0) -> Iterator[None]:
     """One process at a time; what goes wrong is a UserError that names the fix."""
-    before = socket.getdefaulttimeout()
+    before, lock = socket.getdefaulttimeout(), root / f".{name.lower()}.lock"
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    there = set(root.iterdir()) if root.is_dir() else set()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name.lower()}.lock"):
+        with FileLock(lock):
             socket.setdefaulttimeout(timeout)
             yield
     except (RuntimeError, OSError) as error:
+        with suppress(OSError):  # where it came to nothing, nothing stays
+            lock.unlink(missing_ok=True)
+            begun = [folder for own in set(root.iterdir()) - there for folder in (own, *own.rglob("*"))]
+            for folder in [*sorted(begun, reverse=True), *made]:
+                folder.rmdir()
         # torchvision raises a bare RuntimeError once every mirror has failed.
         raise UserError(f"{name} is not in {root} and could not be downloaded ({_reason(error)}); {fix}") from error
     finally:

@@ -1,5 +1,6 @@
 """From a config to what it describes."""
 
+import re
 from collections.abc import Callable
 from inspect import Parameter, signature
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain
+from src.command.rules import nearest
 from src.errors import UserError
 from src.models.optimizers import Schedule
 
@@ -25,6 +27,11 @@ def build(key: str, node: Any, **further: Any) -> Any:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if isinstance(cause, UserError):
             raise cause from error
+        if unexpected := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
+            name, target = unexpected[1], node["_target_"]
+            guess = nearest(name, list(signature(get_object(target)).parameters))
+            meant = f"; did you mean {key}.{guess}?" if guess else ""
+            raise UserError(f"{key}.{name}: {target} has no such argument{meant}") from error
         line = explain(cause) or " ".join((str(cause) or type(cause).__name__).split())
         raise UserError(line if line.startswith(key) else f"{key}: {line}") from error
 

@@ -1,18 +1,28 @@
 """What a person sees while a run goes on: the layer table, progress, the scores at the end."""
 
 import logging
+import math
 import os
+import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 
 import lightning as L
 import torchinfo
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+
+from src.errors import shown
 
 
 def quiet() -> None:
@@ -40,6 +50,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
 
 
+def launcher() -> str | None:
+    """What starts this run and others beside it, a sweep's or a study's; None for a run of its own."""
+    several = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return str(HydraConfig.get().launcher._target_).rpartition(".")[2] if several else None
+
+
+def _speaks() -> bool:
+    """Whether a run tells of itself: alone, or into a file of its own. Of several, src.sweeps.watch does."""
+    return launcher() in (None, "SlurmLauncher", "LocalLauncher")
+
+
 class LayerTable(Callback):
     """Prints torchinfo's table of layers, output shapes and parameters; keeps it as layers.txt in the run folder."""
 
@@ -51,51 +72,145 @@ class LayerTable(Callback):
             cast(nn.Module, getattr(pl_module, "net", pl_module)),
             input_data=example,
             col_names=("num_params",) if example is None else ("output_size", "num_params"),
+            col_width=20,
             row_settings=("var_names",),
             device=pl_module.device,
             verbose=0,
         )
-        print(table)
-        Path(trainer.default_root_dir, "layers.txt").write_text(f"{table}\n")
+        text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # as Python before 3.11 printed the member of an Enum
+        if _speaks():
+            print(text)
+        Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n")
 
 
 def progress() -> ProgressBar:
-    """Rich's bar on a terminal; elsewhere a line an epoch, without control codes."""
-    return RichProgressBar(leave=True) if sys.stdout.isatty() else EpochLines()
+    return RunProgress()
 
 
-class EpochLines(ProgressBar):
+def bar(total: float | None, enabled: bool = True) -> Progress:
+    """A bar that is gone when it is stopped; nothing but on a terminal that this process has for itself."""
+    end = [TimeElapsedColumn()] if total is None else [TaskProgressColumn(), TimeRemainingColumn(compact=True)]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),  # leaves room for the rest at 80 columns
+        *end,
+        *([] if total is None else [TextColumn("left")]),
+        transient=True,
+        refresh_per_second=4,
+        speed_estimate_period=600,  # seconds: validation, and a teacher's answers, belong to an epoch
+        disable=not (enabled and sys.stdout.isatty() and launcher() in (None, "BasicLauncher")),
+    )
+
+
+class RunProgress(ProgressBar):
+    """On a terminal one bar for the whole run, with the time left of it; everywhere a line for each finished epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.bar: Progress | None = None
+        self.drawn = 0.0  # when
+
     def disable(self) -> None:  # Lightning calls it on every process but the first
-        self._print = lambda trainer: None  # type: ignore[method-assign]
+        self.enabled = False
+
+    def _start(self, description: str, total: float | None, completed: int = 0) -> None:
+        self.bar = bar(total, self.enabled)
+        self.task = self.bar.add_task(description, total=total, completed=completed)
+        self.bar.start()
+
+    def _stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+        self.bar = None
+
+    def _describe(self, more: str = "") -> None:
+        if self.bar:
+            counted = launcher() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
+            job = f"job {HydraConfig.get().job.num + 1}, " if counted else ""
+            self.bar.update(self.task, description=f"{job}{_epoch(self.trainer, 1)}{more}")
 
     def _print(self, trainer: L.Trainer) -> None:
-        scores = sorted(trainer.progress_bar_metrics.items())
-        parts = [f"{name} {value:.4f}" for name, value in scores if name != "v_num"]
-        print(f"epoch {trainer.current_epoch}/{trainer.max_epochs}", *parts, sep="  ", flush=True)
+        parts: dict[str, list[str]] = {}
+        for name, value in sorted(trainer.progress_bar_metrics.items()):
+            stage, _, score = name.rpartition("/")
+            parts.setdefault(stage, []).append(f"{score} {shown(name, float(value)):<6}")  # type: ignore[arg-type]
+        parts.pop("v_num", None)
+        if self.enabled and _speaks():
+            told = [" ".join([stage, *scores]).strip() for stage, scores in parts.items()]
+            print("  ".join([_epoch(trainer), *told]).rstrip(), flush=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.epochs = trainer.current_epoch  # that have their line
+        epochs, steps = (math.inf if n in (None, -1) else n for n in (trainer.max_epochs, trainer.max_steps))
+        total = min(epochs * trainer.num_training_batches, steps * trainer.accumulate_grad_batches)
+        done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        self._start(_epoch(trainer, 1), total if math.isfinite(total) else None, done)
 
     # The module logs its training scores after the callbacks' own end of the epoch, so the line waits for what
     # comes next: the following epoch or the end.
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        if trainer.callback_metrics and trainer.current_epoch:
+        if trainer.current_epoch > self.epochs:
             self._print(trainer)
+        self.epochs = trainer.current_epoch
+        self._describe()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if self.bar and monotonic() - self.drawn > 0.25:
+            self.drawn = monotonic()
+            self.bar.update(self.task, completed=trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe(", validation")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._describe()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._print(trainer)
+        self._stop()
+        if trainer.current_epoch > self.epochs:
+            self._print(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        batches = sum(trainer.num_test_batches)
+        self._start("test", batches if math.isfinite(batches) else None)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if self.bar:
+            self.bar.advance(self.task)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop()
 
 
-def print_results(results: dict[str, Any], folder: Path) -> None:
-    """A panel on a terminal, plain lines elsewhere; accuracies in percent."""
-    title = f"{results['name']} on {results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
+def _epoch(trainer: L.Trainer, further: int = 0) -> str:
+    of = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+    return f"epoch {trainer.current_epoch + further}{of}"
+
+
+def print_results(results: dict[str, Any], folder: Path, reads: bool) -> None:
+    """A panel on a terminal, plain lines elsewhere, and what to do next, for a network that `reads` images."""
+    if not _speaks():
+        return
+    title = f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
     rows = {
-        name: f"{100 * value:.2f} %" if name.endswith("/acc") else f"{value:.4g}"
+        name: shown(name, value, digits=4)
         for name, value in results["metrics"].items()
         if "/" in name and not name.endswith("_step")
     }
-    rows["folder"] = os.path.relpath(folder)
-    lines = [f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()]
+    lines = [f"{name:<{max(map(len, rows), default=0)}}  {value}" for name, value in rows.items()]
     if sys.stdout.isatty():
         Console().print(Panel("\n".join(lines), title=title, expand=False, highlight=True))
     else:
-        print(title, *lines, sep="\n", flush=True)
+        print(title, *lines, sep="\n")
+    place = shlex.quote(os.path.relpath(folder))
+    doors = [f"python -m src.{door} {place}" for door in ("evaluate", "draw") if reads]
+    board = [f"tensorboard --logdir {place}"] if list(folder.glob("events.out.tfevents.*")) else []
+    print(f"folder  {place}", *(f"next    {command}" for command in [*doors, *board]), sep="\n", flush=True)

@@ -48,13 +48,14 @@ class Record(Callback):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.metric, self.digest = cfg.optimized_metric, digest(cfg)
+        self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, digest(cfg)
         self.seconds, self.since = 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.digest
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        log_hyperparameters(trainer, self.cfg)  # not before: a start that fails leaves no folder
         self.since = perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,6 +117,9 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))
+            logger.hparams.update(plain)
+            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # Lightning has written an empty one
+            logger.save()
         else:
             logger.log_hyperparams(plain)
 

@@ -1,5 +1,7 @@
 """What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
 
+import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,9 +20,11 @@ from src.command.explain import explain
 from src.command.internals import failure, use_sweeper
 from src.errors import UserError, say
 from src.sweeps.jobs import flat, plain_yaml, refuse_other
-from src.sweeps.launch import Grid
+from src.sweeps.launch import ZIP, Grid, planned_jobs
+from src.sweeps.watch import Watch, tell
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
+watches: list[Watch] = []  # not of the Sweep, which launchers send to other processes
 
 
 class Sweep(Callback):
@@ -50,10 +54,14 @@ class Sweep(Callback):
             if before is not None:
                 fix = "continue it by its own command, or begin another folder"
                 refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
+            jobs = planned_jobs(arguments, OmegaConf.select(config, ZIP) or ())
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
-        print(f"sweep in {folder}; if it stops early, the same command with hydra.sweep.dir={folder} continues it")
+        place = os.path.relpath(folder)
+        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
+        tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
+        watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -74,8 +82,11 @@ class Sweep(Callback):
             # Else the sweeper would raise the first failure, and nothing could be said about the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         self.lock.release()
+        for watch in watches:  # where the jobs run in its own process
+            watch.look()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        watches.pop().__exit__()
         # Here, because Hydra imports this file before it has read the command line to its end.
         from src.sweeps.report import report
 
@@ -100,14 +111,11 @@ def record_loss(config: DictConfig, folder: Path, why: str) -> None:
     """Names a job whose process ended, and leaves error.txt in its place."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR_FILE).write_text(f"lost: {why}\n\nThe same command continues the sweep.\n")
-    print(f"failed: {folder.name}: lost: {why}", file=sys.stderr, flush=True)
     fail_fast(config)
 
 
 def record_failure(folder: Path, error: BaseException) -> None:
-    """Names the failed job on stderr; error.txt says why in its first line, for a bug with the traceback below."""
+    """error.txt says why in its first line, for a bug with the traceback below."""
     line = explain(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
     (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
-    reason = text.partition("\n")[0] if line is None else line
-    print(f"failed: {folder.name}: {reason}", file=sys.stderr, flush=True)

@@ -85,7 +85,7 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder; runs and sweeps lie under outputs/")
         for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-            jobs.setdefault(file.parent.parent.resolve(), _read_job(file.parent.parent))
+            jobs.setdefault(file.parent.parent.resolve(), read_job(file.parent.parent))
         for sweep in sorted(folder.rglob("multirun.yaml")):
             begun = {frozenset(parse(job.overrides).items()) for job in jobs.values()}
             for overrides in _planned(sweep):
@@ -97,7 +97,7 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
     return list(jobs.values())
 
 
-def _read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> Job:
     overrides, config = plain_yaml(folder / ".hydra/overrides.yaml"), plain_yaml(folder / ".hydra/config.yaml")
     job = Job(folder, UNFINISHED, overrides or [], config or {})
     if (folder / "metrics.json").exists():

@@ -10,11 +10,12 @@ import optuna
 from filelock import FileLock
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, read_write
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from src.command.entry import checked
@@ -84,10 +85,16 @@ def count(study: optuna.Study, *states: TrialState) -> int:
     return len(study.get_trials(deepcopy=False, states=states))
 
 
-def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int, folder: Path) -> None:
+def optimize(
+    study: optuna.Study,
+    objective: Callable[[optuna.Trial], float],
+    target: int,
+    folder: Path,
+    ended: Callable[[], None],
+) -> None:
     """Runs trials until `target` of them are counted, however many processes do: not one more.
 
-    Where the others' trials are enough, waits for them to end: one of them may be killed or fail.
+    `ended` is called after each. Where the others' trials are enough, waits for their end: one may be killed or fail.
     """
     claim = FileLock(folder / ".study.lock")  # SQLite gives two that ask at once the same trial
 
@@ -102,19 +109,9 @@ def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], ta
         fail_stale_trials(study)
         with claim:
             if count(study, *COUNTED, TrialState.RUNNING) < target:
-                study.optimize(claimed, n_trials=1, callbacks=[tell], catch=(Surplus,))
+                study.optimize(claimed, n_trials=1, callbacks=[lambda *_: ended()], catch=(Surplus,))
                 continue
         time.sleep(1)
-
-
-def tell(study: optuna.Study, trial: FrozenTrial) -> None:
-    """A line a trial, for study.optimize to call."""
-    if trial.state == TrialState.FAIL:  # Surplus; other failures are raised
-        return
-    outcome = f"{trial.value:.4f}" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    best = f", best so far {study.best_value:.4f} of trial {study.best_trial.number}" if done else ""
-    print(f"trial {trial.number}: {outcome}{best}", flush=True)
 
 
 def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -130,7 +127,8 @@ def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str
         if kind not in ("float", "int", "categorical"):
             raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
         try:
-            values[key] = getattr(trial, f"suggest_{kind}")(key, **space)
+            value = getattr(trial, f"suggest_{kind}")(key, **space)
+            values[key] = float(text(value)) if kind == "float" else value  # 0.15, where steps of 0.05 add up to more
         except (TypeError, ValueError) as error:
             raise UserError(f"search.{key}: {error}") from error
     return values
@@ -151,7 +149,9 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     config = compose(
         "train", overrides=[*shared, *(f"{key}={value}" for key, value in values.items())], return_hydra_config=True
     )
+    print(f"trial {trial.number}: {' '.join(f'{key}={text(value)}' for key, value in values.items())}", flush=True)
     with read_write(config):
+        config.hydra.mode = RunMode.MULTIRUN  # one run of several
         config.hydra.run.dir = str(study_folder / name.replace("/", "-"))
 
     def task(cfg: DictConfig) -> Any:

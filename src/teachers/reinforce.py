@@ -18,6 +18,7 @@ from src.data.batches import generator_for
 from src.data.spec import ImageSpec
 from src.errors import UserError
 from src.runs.checkpoints import load_plain
+from src.runs.console import bar
 from src.runs.results import device_name
 from src.values import Seed, Text
 
@@ -82,12 +83,12 @@ class Reinforcement:
         self, images: Tensor, augment: RandomAffine, draws: Draws, spec: ImageSpec, progress: float, epoch: int
     ) -> Tensor:
         print(f"asking the teacher about epoch {epoch + 1}; kept in {self.folder} for further runs", file=sys.stderr)
-        teacher = self.teacher.to(images.device)
-        with torch.inference_mode():
+        teacher, parts = self.teacher.to(images.device), torch.arange(len(images), device=images.device).split(AT_ONCE)
+        with torch.inference_mode(), bar(len(parts)) as shown:
             return torch.cat(
                 [
                     teacher(spec.normalize(augment.apply(images[some].float(), draws.of(some), progress)))
-                    for some in torch.arange(len(images), device=images.device).split(AT_ONCE)
+                    for some in shown.track(parts, description=f"the teacher's answers for epoch {epoch + 1}")
                 ]
             )
 
