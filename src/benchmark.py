@@ -14,6 +14,9 @@ scoring is not timed.
 
 --side-by-side starts whole runs, one and then two at once, with the cores divided among them, as they do by themselves,
 and with a thread on every core for each: images per second of the training, together.
+
+On a GPU (trainer.accelerator=gpu) all of these come in one go, of less than eight minutes, each with and without
+trainer=graph: the ratios, batches of 64 to 2048, short recipes with ten seeds, a whole command, runs side by side.
 """
 
 import argparse
@@ -56,6 +59,7 @@ from src.errors import UserError
 from src.models.cnn import CNN
 from src.runs.build import build, build_parts, build_several, facts
 from src.runs.console import quiet
+from src.runs.results import device_name
 
 RUN_IN = 10  # batches at the start of each turn that are not timed: they are slowed down by the turn before
 
@@ -109,7 +113,9 @@ def timed(run: Iterator[None], count: int, device: torch.device) -> float:
 
 def inputs(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch of what the network is trained on, from the same tensors as ours."""
-    for step, (images, labels) in enumerate(data.train_dataloader()):
+    assert data.sets and isinstance(data.sets.train, Images)
+    for step, batch in enumerate(data.train_dataloader()):
+        images, labels = batch if len(batch) == 2 else (part[batch[0]] for part in data.sets.train)  # trainer=graph
         if data.augment:
             images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
         yield data.spec.normalize(images), labels
@@ -198,12 +204,15 @@ def speed(cfg: DictConfig, data: ImageData, count: int, rounds: int, device: tor
     print(f"the data pipeline takes {100 * seconds['data'] / seconds['b']:.1f} % of a step of b")
 
 
-def fast(cfg: DictConfig, data: ImageData) -> tuple[float, float]:
-    """Seconds that `experiment=fast` trains, and the percent of the test images that it then reads."""
+def fast(cfg: DictConfig, data: ImageData, seed: int) -> tuple[float, float, float]:
+    """Seconds that a recipe trains and is tested, and the percent of the test images that it then reads."""
+    cfg.seed = data.seed = seed
+    L.seed_everything(seed, verbose=False)
     started = perf_counter()
     with fitted(cfg, data) as trainer:
-        seconds = perf_counter() - started
-        return seconds, 100 * trainer.test(trainer.lightning_module, data, verbose=False)[0]["test/acc"]
+        trained = perf_counter()
+        percent = 100 * trainer.test(trainer.lightning_module, data, verbose=False)[0]["test/acc"]
+        return trained - started, perf_counter() - trained, percent
 
 
 def source_to(target: float, data: ImageData, device: torch.device) -> tuple[float, float, int]:
@@ -227,9 +236,7 @@ def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds:
     for turn in range(rounds):
         own = []
         for seed in range(first + turn * seeds, first + (turn + 1) * seeds):
-            cfg.seed = data.seed = seed
-            L.seed_everything(seed, verbose=False)
-            seconds, accuracy = fast(cfg, data)
+            seconds, _, accuracy = fast(cfg, data, seed)
             print(f"b  seed {seed}  {accuracy:.2f} % at the end, {seconds:.1f} s", flush=True)
             own.append(seconds)
             accuracies.append(accuracy)
@@ -242,29 +249,99 @@ def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds:
     print(f"c/b  {statistics.median(ratios):.1f}  ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
+def at_once(overrides: list[str], runs: int, environment: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """metrics.json of each of so many runs, started together as a user would start them."""
+    with tempfile.TemporaryDirectory() as folder:
+        each = [Path(folder, str(run)) for run in range(runs)]
+        command = [sys.executable, "-m", "src.train", *overrides]
+        started = [
+            subprocess.Popen([*command, f"hydra.run.dir={run}"], env=environment, stdout=subprocess.DEVNULL)
+            for run in each
+        ]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            raise UserError("a run failed; its line stands above")
+        return [json.loads((run / "metrics.json").read_text()) for run in each]
+
+
 def side_by_side(overrides: list[str], rounds: int) -> None:
-    """Trains alone and two at once, as a user would start them, with the cores divided and with all for each."""
+    """Trains alone and two at once, with the cores divided and with all for each."""
     cores, bare = str(torch.get_num_threads()), {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     ways = {"divided": bare, f"{cores} threads each": {**bare, "OMP_NUM_THREADS": cores}}
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(rounds):
         for (way, environment), runs in itertools.product(ways.items(), (1, 2)):
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, "-m", "src.train", *overrides, "test=false"]
-                each = [Path(folder, str(run)) for run in range(runs)]
-                started = [
-                    subprocess.Popen([*command, f"hydra.run.dir={run}"], env=environment, stdout=subprocess.DEVNULL)
-                    for run in each
-                ]
-                codes = [process.wait() for process in started]
-                if any(codes):
-                    raise UserError("a run failed; its line stands above")
-                speeds = [json.loads((run / "metrics.json").read_text())["samples_per_second"] for run in each]
-                found.setdefault((way, runs), []).append(sum(speeds))
+            results = at_once([*overrides, "test=false"], runs, environment)
+            found.setdefault((way, runs), []).append(sum(result["samples_per_second"] for result in results))
     alone = statistics.mean(found["divided", 1])
     for (way, runs), sums in found.items():
         text = f"{statistics.mean(sums):8,.0f} images/s  {statistics.mean(sums) / alone:5.2f}"
         print(f"{runs} at once, {way:<15}  {text}  ({min(sums):,.0f} to {max(sums):,.0f})")
+
+
+WAYS: dict[str, list[str]] = {"eager": [], "graph": ["trainer=graph"]}
+LARGE = "data.batch_size=512", "optimizer.lr=0.3", "trainer.max_steps=-1"
+RECIPES: dict[str, list[str]] = {
+    "fast": [],
+    "512, 3 epochs": [*LARGE, "trainer.max_epochs=3"],
+    "512, 2 epochs": [*LARGE, "trainer.max_epochs=2"],
+}
+
+
+def on_gpu(overrides: list[str], batches: int, rounds: int, seeds: int, runs: int, device: torch.device) -> None:
+    """All figures of a GPU, the quick ones first, each printed once it is known."""
+    for way, further in WAYS.items():
+        print(f"the default recipe, {way}", flush=True)
+        cfg = composed([*further, *overrides])
+        speed(cfg, prepared(cfg), batches, rounds, device)
+    recipe = ["experiment=fast", "callbacks.dashboard=null", *overrides]
+    started = perf_counter()
+    data = prepared(composed(recipe))
+    synchronize(device)
+    print(f"data    {perf_counter() - started:.2f} s to read and to bring to the GPU", flush=True)
+    for size, (way, further) in itertools.product((64, 128, 256, 512, 1024, 2048), WAYS.items()):
+        turns, data.batch_size = Turns({}, batches, rounds), size
+        with fitted(
+            composed([*recipe, *further]), data, turns, max_steps=(RUN_IN + batches) * rounds + 1, max_epochs=-1
+        ):
+            step = sum(turns.seconds["b"]) / (batches * rounds)
+        print(f"fast, batch {size:>4}, {way}  {size / step:10,.0f} images/s  {1000 * step:7.3f} ms a step", flush=True)
+    for (name, own), (way, further) in itertools.product(RECIPES.items(), WAYS.items()):
+        cfg = composed([*recipe, *own, *further])
+        data.batch_size = cfg.data.batch_size
+        fit, test, percents = zip(*(fast(cfg, data, cfg.seed + turn) for turn in range(seeds)), strict=True)
+        scatter = f" ± {statistics.stdev(percents):.2f}" if seeds > 1 else ""
+        figures = f"{statistics.mean(percents):.2f}{scatter} %  ({min(percents):.2f} to {max(percents):.2f})"
+        seconds = (
+            f"{statistics.mean(fit):.2f} s  ({min(fit):.2f} to {max(fit):.2f}), test {statistics.mean(test):.2f} s"
+        )
+        print(f"{name}, {way}  {figures}  after {seconds}", flush=True)
+    for together in (1, *(n for n in (2, 4) if n <= runs)):
+        started = perf_counter()
+        results = at_once(recipe, together)
+        inside = statistics.mean(result["seconds"]["fit"] for result in results)
+        print(
+            f"{together} at once  {perf_counter() - started:.1f} s as commands, {inside:.1f} s of them fit", flush=True
+        )
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("train", overrides=[*overrides, "output_dir=."])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    check(resolved(cfg))
+    return cfg
+
+
+def prepared(cfg: DictConfig) -> ImageData:
+    """The data of a config, on its device."""
+    data = build("data", cfg.data)
+    data.trainer = build("trainer", cfg.trainer, callbacks=[], logger=False)
+    data.prepare_data()
+    data.setup("fit")
+    return data
 
 
 def count(text: str) -> int:
@@ -282,11 +359,12 @@ def main() -> None:
     parser.add_argument(
         "--rounds",
         type=count,
-        help="turns of each (default: 20, two epochs of MNIST; with --time-to: 1, with --side-by-side: 3)",
+        help="turns of each (default: 20, two epochs of MNIST; on a GPU 6; with --time-to 1, with --side-by-side 3)",
     )
     parser.add_argument("--time-to", type=float, metavar="PERCENT", help="the longer mode")
     parser.add_argument("--side-by-side", action="store_true", help="one run against two at once, in processes")
     parser.add_argument("--seeds", type=count, default=10, help="of b in a round of --time-to (default: 10)")
+    parser.add_argument("--runs", type=count, default=4, help="most runs at once on a GPU (default: 4)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     chosen = parser.parse_intermixed_args()
     if chosen.side_by_side:
@@ -294,23 +372,17 @@ def main() -> None:
     quiet()
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*val_dataloader")
-    experiment = ["experiment=fast"] if chosen.time_to else []
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = hydra.compose("train", overrides=[*experiment, *chosen.overrides, "output_dir=."])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-    check(resolved(cfg))
+    cfg = composed([*["experiment=fast"] * bool(chosen.time_to), *chosen.overrides])
     if cfg.data.get("reinforce"):
         raise UserError("the bare loop learns from no teacher; add data=mnist")
-    data = build("data", cfg.data)
-    data.trainer = build("trainer", cfg.trainer, callbacks=[], logger=False)
+    data = prepared(cfg)
+    assert data.trainer
     device = data.trainer.strategy.root_device
-    data.prepare_data()
-    data.setup("fit")
-    print(f"{data.spec.name}, {device}, {torch.get_num_threads()} threads, batch {batch_size_of(data)}", flush=True)
+    print(f"{data.spec.name}, {device_name(device)}, batch {batch_size_of(data)}", flush=True)
     if chosen.time_to:
         time_to(chosen.time_to, cfg, data, chosen.rounds or 1, chosen.seeds, device)
+    elif device.type == "cuda":
+        on_gpu(chosen.overrides, chosen.batches, chosen.rounds or 6, chosen.seeds, chosen.runs, device)
     else:
         speed(cfg, data, chosen.batches, chosen.rounds or 20, device)
 

@@ -344,3 +344,24 @@ def test_the_generator_of_mps_is_in_the_checkpoint(monkeypatch):
         recovery._restore(trainer, on_mps)
         assert len(restored) == times
     assert restored[0] is state
+
+
+@pytest.mark.slow
+def test_the_benchmark_gives_all_figures_of_a_gpu(on_stub):
+    script = f"""
+import sys
+from src import benchmark
+from src.models import classifier
+classifier.gives_log_probabilities = lambda *_: True
+benchmark.at_once = lambda overrides, runs: [{{"seconds": {{"fit": 1.0}}}}] * runs
+short = ["--batches", "3", "--rounds", "1", "--seeds", "2", "--runs", "2"]
+sys.argv = ["benchmark.py", *{list(TINY[:1] + TINY[-2:])}, "scheduler=none", "trainer.accelerator=gpu", *short]
+benchmark.main()
+"""
+    done = on_stub("-c", script)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith(("b/a", "b/c")) for line in lines) == 4
+    assert sum(line.startswith("fast, batch") for line in lines) == 12
+    assert sum(" after " in line and "test" in line for line in lines) == 6
+    assert lines[-1].startswith("2 at once")

@@ -83,6 +83,7 @@ class ImageData(L.LightningDataModule):
         if self.sets is None:
             self._read()
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        self.progress = 0.0
         if device != self.generator.device:
             self.generator = torch.Generator(device)
         if device != self.device and self.sets and not self.workers:
