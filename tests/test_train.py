@@ -39,6 +39,7 @@ def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["data"] == "digits" and metrics["epochs"] == 2 and metrics["seed"] == 0
+    assert metrics["samples_per_second"] > 0
     assert metrics["parameters"] == 1_788 and metrics["best_epoch"] in (1, 2)
     assert {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")} <= set(
         metrics["metrics"]

@@ -49,7 +49,7 @@ class Record(Callback):
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, digest(cfg)
-        self.seconds, self.since = 0.0, 0.0
+        self.seconds, self.since, self.samples = 0.0, 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.digest
@@ -69,6 +69,10 @@ class Record(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds += perf_counter() - self.since
+        loader = trainer.train_dataloader  # gone once the run is tested
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):  # a stream cannot tell
+            images = len(loader.dataset) / len(loader)
+            self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images
 
 
 def metric(results: dict[str, Any], name: str | None) -> float | None:
@@ -156,11 +160,6 @@ def collect(
 ) -> dict[str, Any]:
     """The contents of metrics.json: scores of the final epoch, and where they come from. Epochs count from 1."""
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    loader = trainer.train_dataloader
-    images = 0.0  # a batch; a stream cannot tell
-    if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
-        images = len(loader.dataset) / len(loader)
-    samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images
     checkpoints = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
     best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
     return {
@@ -173,7 +172,7 @@ def collect(
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "samples_per_second": round(samples / record.seconds, 1) if record.seconds else 0.0,
+        "samples_per_second": round(record.samples / record.seconds, 1) if record.seconds else 0.0,
         **_surroundings(trainer.strategy.root_device),
     }
 
