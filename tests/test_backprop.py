@@ -16,8 +16,8 @@ from conftest import Killed, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.backprop import formulas, workbook
-from src.backprop.__main__ import RATES, draw_lesson, first_row
 from src.backprop.__main__ import main as lesson
+from src.backprop.lesson import RATES, draw_lesson, first_row
 from src.backprop.network import (
     COLUMNS,
     INPUTS,
@@ -414,7 +414,7 @@ def test_lesson_says_what_its_command_prints(tmp_path, capsys):
 
 
 def test_help_only_helps(program, monkeypatch):
-    monkeypatch.setattr("src.backprop.__main__.draw_lesson", lambda folder: pytest.fail("it draws"))
+    monkeypatch.setattr("src.backprop.lesson.draw_lesson", lambda folder: pytest.fail("it draws"))
     result = program("--help", main=lesson)
     assert result.code == 0 and "docs/backprop.md" in result.out
     result = program("docs", main=lesson)

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import benchmark
+from src.benchmark import speed
+from src.benchmark.__main__ import main
 
 CPU = torch.device("cpu")
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "--batches", 2, "--rounds", 1
 
 
 def test_the_ratios_are_those_of_the_speeds(program):
-    result = program(*TINY, main=benchmark.main)
+    result = program(*TINY, main=main)
     assert result.code == 0, result.err
     speeds = {
         name: float(value.replace(",", "")) for name, value in re.findall(r"^([abc]) +([\d,]+) i", result.out, re.M)
@@ -28,8 +29,8 @@ def test_the_ratios_are_those_of_the_speeds(program):
 def test_the_runs_take_turns(monkeypatch):
     turns, seen = [], []
     others = {name: iter(lambda name=name: seen.append(name), 0) for name in "ca"}
-    monkeypatch.setattr(benchmark, "RUN_IN", 1)
-    callback = benchmark.Turns(others, count=2, rounds=2)
+    monkeypatch.setattr(speed, "RUN_IN", 1)
+    callback = speed.Turns(others, count=2, rounds=2)
     for step in range(2 * 3 + 1):
         callback.on_train_batch_start(SimpleNamespace(global_step=step), SimpleNamespace(device=CPU), None, step)
         turns.append("".join(seen))
@@ -40,9 +41,7 @@ def test_the_runs_take_turns(monkeypatch):
 
 
 def test_the_time_to_a_score_is_that_of_whole_runs(program):
-    result = program(
-        "--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=benchmark.main
-    )
+    result = program("--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=main)
     assert result.code == 0, result.err
     *own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
     assert float(re.search(r"^c  seed 3  ([\d.]+) %", result.out, re.M)[1]) >= 30
@@ -64,7 +63,7 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
     ],
 )
 def test_a_mistake_is_one_line(program, arguments, words):
-    result = program(*arguments, main=benchmark.main)
+    result = program(*arguments, main=main)
     assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
 
 
@@ -87,8 +86,8 @@ def test_side_by_side_adds_up_what_runs_at_once_have(monkeypatch, program):
                 Run.begun = Run.ended = 0
             return 0
 
-    monkeypatch.setattr(benchmark.subprocess, "Popen", Run)
-    result = program("--side-by-side", "--rounds", 1, main=benchmark.main)
+    monkeypatch.setattr(speed.subprocess, "Popen", Run)
+    result = program("--side-by-side", "--rounds", 1, main=main)
     rows = re.findall(r"^(\d) at once, (\w+).*? (\d+) images/s +([\d.]+)", result.out, re.M)
     assert rows == [
         *(("1", "divided", "100", "1.00"), ("2", "divided", "120", "1.20")),

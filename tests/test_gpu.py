@@ -17,7 +17,8 @@ from filelock import FileLock
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from src import benchmark, tune
+from src import tune
+from src.benchmark import speed
 from src.command.explain import explain
 from src.command.rules import ROOT
 from src.models.classifier import on_device
@@ -313,7 +314,7 @@ def test_mps_is_told_apart_from_the_cpu(monkeypatch):
     device, calls = torch.device("mps"), []
     module = SimpleNamespace(synchronize=lambda: calls.append("synchronize"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
-    benchmark.synchronize(device)
+    speed.synchronize(device)
     assert calls == ["synchronize"]
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
     assert device_name(device) == "Apple M4, mps"
@@ -350,13 +351,14 @@ def test_the_generator_of_mps_is_in_the_checkpoint(monkeypatch):
 def test_the_benchmark_gives_all_figures_of_a_gpu(on_stub):
     script = f"""
 import sys
-from src import benchmark
+from src.benchmark import speed
+from src.benchmark.__main__ import main
 from src.models import classifier
 classifier.gives_log_probabilities = lambda *_: True
-benchmark.at_once = lambda overrides, runs: [{{"seconds": {{"fit": 1.0}}}}] * runs
+speed.at_once = lambda overrides, runs: [{{"seconds": {{"fit": 1.0}}}}] * runs
 short = ["--batches", "3", "--rounds", "1", "--seeds", "2", "--runs", "2"]
 sys.argv = ["benchmark.py", *{list(TINY[:1] + TINY[-2:])}, "scheduler=none", "trainer.accelerator=gpu", *short]
-benchmark.main()
+main()
 """
     done = on_stub("-c", script)
     assert done.returncode == 0, done.stderr
