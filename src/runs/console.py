@@ -137,7 +137,7 @@ class RunProgress(ProgressBar):
             parts.setdefault(stage, []).append(f"{score} {shown(name, float(value)):<6}")  # type: ignore[arg-type]
         parts.pop("v_num", None)
         if self.enabled and _speaks():
-            told = [" ".join([stage, *scores]).strip() for stage, scores in parts.items()]
+            told = [" ".join([stage, *scores]).lstrip() for stage, scores in parts.items()]
             print("  ".join([_epoch(trainer), *told]).rstrip(), flush=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
