@@ -9,7 +9,7 @@ from src.command.arguments import Parser, entry
 
 
 @entry
-def main() -> None:
+def main() -> int:
     parser = Parser(prog="python -m src.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or what holds them")
     parser.add_argument(
@@ -20,7 +20,7 @@ def main() -> None:
     from src.sweeps.report import report
 
     alone = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
-    report(arguments.folders, arguments.output or alone)
+    return report(arguments.folders, arguments.output or alone)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ Seed = Annotated[int, Rule("a whole number from 0 to 4294967295", lambda n: type
 Positive = Annotated[float, _number("above 0", lambda x: x > 0)]
 NotNegative = Annotated[float, _number("of 0 or more", lambda x: x >= 0)]
 Fraction = Annotated[float, _number("from 0 to 1", lambda x: 0 <= x <= 1)]
+Part = Annotated[float, _number("above 0, and at most 1", lambda x: 0 < x <= 1)]
 Share = Annotated[float, _number("from 0 up to, but not including, 1", lambda x: 0 <= x < 1)]
 Quarter = Annotated[float, _number("from 0 to 0.25", lambda x: 0 <= x <= 0.25)]
 Text = Annotated[str, Rule("a text", lambda x: type(x) is str and x != "")]
+Name = Annotated[str, Rule("a name without ? or #", lambda x: type(x) is str and bool(x) and not {*x} & {*"?#"})]

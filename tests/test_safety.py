@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,13 +13,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src import predict
+from src import predict, report
 from src.command.process import alone_in
+from src.command.resume import finished
 from src.command.rules import check, resolved
 from src.data import sources
 from src.errors import UserError
-from src.runs.checkpoints import newest_sound
+from src.runs.checkpoints import PARTS, newest_sound
 from src.runs.weights import load
+from src.sweeps.jobs import read_jobs
 
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.limit_train_batches=6", "trainer.max_epochs=1"
 
@@ -230,6 +233,22 @@ def edited(folder: Path, text: str) -> None:
         "{logger: {tensorboard: {save_dir: http://127.0.0.1:9/}}}",
         "{callbacks: {best: {dirpath: 's3://bucket/x'}}}",
         "{logger: {x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: 'http://127.0.0.1:9'}}}",
+        "{callbacks: {best: {filename: ../../best}}}",
+        "{callbacks: {best: {filename: /somewhere/else}}}",
+        "{logger: {tensorboard: {name: ../other}}}",
+        "{logger: {tensorboard: {version: /somewhere}}}",
+        "{logger: {tensorboard: {sub_dir: ../../other}}}",
+        "{callbacks: {x: {_target_: lightning.pytorch.callbacks.OnExceptionCheckpoint, dirpath: '${output_dir}/..'}}}",
+        "{callbacks: {x: {_target_: lightning.pytorch.callbacks.SpikeDetection, exclude_batches_path: mine.json}}}",
+        "{trainer: {profiler: {_target_: lightning.pytorch.profilers.SimpleProfiler, filename: ../x}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: 'sqlite:////tmp/x.db'}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.MLFlowLogger, artifact_location: 'file:/tmp/x'}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.CometLogger, api_key: theirs}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.WandbLogger, settings: {base_url: 'HTTP://127.0.0.1:9'}}}}",
+        "{model: {_target_: torch.nn.Sequential, _args_: [{_target_: torch.serialization.load, f: x}]}}",
+        "{model: {_target_: torch.nn.utils.rnn.os.system}}",
+        "{data: {source: {_target_: src.data.sources.Digits.__init__.__globals__}}}",
+        "{model: {_target_: src.models.cnn.CNN, _partial_: true, _convert_: {_target_: os.system}}}",
         "{allowed: [os], model: {_target_: os.system}}",
         "{allowed: [subprocess], callbacks: {x: {_target_: subprocess.run}}}",
     ],
@@ -241,6 +260,70 @@ def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, st
     result = program(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "secret" not in result.err + result.out
     assert content(stopped) == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder, other: (folder / "layers.txt").unlink() or (folder / "layers.txt").symlink_to(other / "file"),
+        lambda folder, other: (folder / "mine").symlink_to(other),
+        lambda folder, other: (folder / "mine").symlink_to("nowhere"),
+        lambda folder, other: os.mkfifo(folder / "mine"),
+        lambda folder, other: (folder / "train.log").unlink() or os.mkfifo(folder / "train.log"),
+        lambda folder, other: (folder / "checkpoints/mine").symlink_to(other),
+    ],
+)
+def test_a_strangers_folder_leads_nowhere_else(program, stopped, tmp_path, make):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("mine")
+    make(stopped, tmp_path / "other")
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "no links" in result.err
+    assert (tmp_path / "other/file").read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_changed_is_not_used(stopped):
+    """Written again, a part of it emptied, or the same part of another checkpoint."""
+    newest, before = stopped / "checkpoints/last.ckpt", stopped / "checkpoints/previous.ckpt"
+    right, other = (torch.load(file, weights_only=True) for file in (newest, before))
+    for part in PARTS:
+        for wrong in right[part], type(right[part])(), other[part]:
+            torch.save(right | {part: wrong}, newest)
+            assert newest_sound(stopped) == before
+
+
+def test_a_network_that_does_not_fit_its_weights_takes_no_memory(small_weights, tmp_path):
+    content = torch.load(small_weights, weights_only=True)
+    model = {"_target_": "torch.nn.Linear", "in_features": 10**6, "out_features": 10**6}  # four terabytes
+    torch.save(content | {"model": model}, tmp_path / "large.pt")
+    with pytest.raises(UserError, match="do not fit the model"):
+        load(tmp_path / "large.pt")
+
+
+NOT_RESULTS = (
+    *("", "[]", "3", "null", "{", '{"metrics": 1}', '{"metrics": {}}', '{"metrics": {"a": "b"}, "seconds": {}}'),
+    *('{"metrics": {"a": null}, "seconds": {}}', '{"metrics": [], "seconds": []}', "[" * 9999, "\xff"),
+    '{"metrics": {"a": 1' + "0" * 400 + '}, "seconds": {}}',
+)
+
+
+def test_a_damaged_job_is_named_and_the_others_are_reported(program, stopped):
+    sweep = stopped.parent / "sweep"
+    for name in "ab":
+        shutil.copytree(stopped, sweep / name)
+        results = {"data": "digits", "epochs": 1, "metrics": {"val/acc": 0.5}, "seconds": {"fit": 1.0}}
+        (sweep / name / "metrics.json").write_text(json.dumps(results))
+    for text in NOT_RESULTS:
+        (sweep / "b/metrics.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="delete it, and the run can be finished"):
+            finished(sweep / "b")
+        assert [job.status for job in read_jobs([sweep])] == ["finished", "damaged"]
+    result = program(sweep, main=report.main)
+    assert result.code == 1 and len(result.err.splitlines()) == 1 and "b/metrics.json" in result.err
+    assert "1 run: 1 finished" in result.out and "Damaged: 1" in result.out
+    shutil.rmtree(sweep / "a")
+    result = program(sweep, main=report.main)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "b/metrics.json" in result.err
 
 
 def test_a_config_that_grows_without_end_is_refused(program, stopped):

@@ -56,7 +56,14 @@ def test_damaged_answers_are_one_line(tmp_path):
     arguments = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), RandomAffine(), MNIST_SPEC, 0, 0.0
     Reinforcement(Loudest(), tmp_path).view(*arguments)
     file = next(tmp_path.glob("*.pt"))
-    file.write_bytes(file.read_bytes()[:100])
+    whole, answers = file.read_bytes(), torch.load(file, weights_only=True)
+    Reinforcement(Loudest(), tmp_path, seed=1).view(*arguments)
+    (other,) = set(tmp_path.glob("*.pt")) - {file}
+    for wrong in whole[:100], whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:], other.read_bytes():
+        file.write_bytes(wrong)
+        with pytest.raises(UserError, match="damaged; delete it"):
+            Reinforcement(Loudest(), tmp_path).view(*arguments)
+    torch.save(answers.flip(0), file)
     with pytest.raises(UserError, match="damaged; delete it"):
         Reinforcement(Loudest(), tmp_path).view(*arguments)
 

@@ -31,6 +31,10 @@ def entry(task: Callable[[], int | None]) -> Callable[[], None]:
         except BrokenPipeError:  # the reader has seen enough, as `head` has; spare Python's complaint at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
+        except OSError as error:
+            if error.filename is None:
+                raise
+            code = say(f"{error.filename}: {error.strerror}")
         except KeyboardInterrupt:
             code = 130
         sys.exit(code)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.command.explain import explain, known_keys, lost_process, unknown_key
 from src.command.internals import hydra_parser
 from src.command.process import alone_in, counted, first_process, isolated, lasting_output, stoppable, write_whole
-from src.command.resume import OWN_CONFIG, own_config, portable, resuming, say_how_to_continue
+from src.command.resume import OWN_CONFIG, finished, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
@@ -44,7 +44,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         try:
             config = checked(own_config(config) if resumed else config, None if not resumed else project_allows())
             if mode == RunMode.MULTIRUN:
-                if (folder / "metrics.json").exists():
+                if finished(folder):
                     print(f"finished before: {folder.name}", flush=True)
                     return None
                 if Path(HydraConfig.get().sweep.dir, FAILED).exists():

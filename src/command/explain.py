@@ -35,7 +35,10 @@ FIXES = {
 # What devices say: PyTorch's allocators, CUDA, cuBLAS and cuDNN, the CPU's.
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
 # The disk says these; what to do about them is the same everywhere.
-DISK = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
 
 
@@ -80,9 +83,20 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         return f"{where}{error.strerror}; make room, or set hydra.run.dir=… to a folder that can be written"
     if "Error(s) in loading state_dict" in text:
         return "the checkpoint does not fit the network of the config; use the two as they were written together"
-    if type(error).__name__ == "MisconfigurationException":  # by name: Lightning may not be imported yet
+    if type(error).__module__ in ("sqlalchemy.exc", "optuna.exceptions"):  # by name: not everyone has them
+        return f"the study cannot be used ({text.partition(' (Background')[0]}); begin another with study=NAME"
+    # By name: Lightning may not be imported yet.
+    if type(error).__name__ == "MisconfigurationException" or (type(error) is ValueError and _by_lightning(error)):
         return text
     return None
+
+
+def _by_lightning(error: BaseException) -> bool:
+    """Whether a function of Lightning's raised it: of a setting that it found out late."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__", "").startswith("lightning.pytorch.")
 
 
 def lost_process(error: BaseException) -> str | None:

@@ -1,5 +1,6 @@
 """Continuing a run or a sweep: what to type for it, and what is then read."""
 
+import json
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ OWN_CONFIG = ".hydra/config.yaml"
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # What a run's config may refer to: its own keys, and what conf/ itself looks up.
 OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
-WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir"
+WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir", "dir", "exclude_batches_path"
 ELSEWHERE = "trainer.accelerator="  # a run may be continued on a machine that lacks its GPU
 MAX_BYTES = 1_000_000
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
@@ -39,7 +40,8 @@ def resuming(arguments: list[str], resumed: str) -> list[str]:
         raise UserError(f"resume=… continues with the run's own config; leave out {' '.join(others)}")
     if not (folder / OWN_CONFIG).is_file():
         raise UserError(f"resume={value}: not the folder of a run ({OWN_CONFIG} is not there)")
-    if (folder / "metrics.json").exists():
+    check_files(folder)
+    if finished(folder):
         print(f"{value} is finished: its scores are in metrics.json")
         sys.exit()
     if any(argument.startswith("hydra.run.dir=") for argument in arguments):  # DDP's other processes have it
@@ -48,20 +50,73 @@ def resuming(arguments: list[str], resumed: str) -> list[str]:
     return [*arguments, run_dir, "hydra.output_subdir=null"]
 
 
+def check_files(folder: Path) -> None:
+    """Raises UserError where a run that goes on would write elsewhere, or wait for a pipe."""
+    for part in folder.rglob("*"):
+        if "wandb" in part.relative_to(folder).parts[:-1]:  # its links lead to its cache
+            continue
+        if not (part.is_file() or part.is_dir()) or not part.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{part}: a run folder has files of its own alone, and no links to others; take it away")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has its scores. Raises UserError where they are damaged."""
+    file = folder / "metrics.json"
+    if not file.exists():
+        return False
+    try:
+        read_results(file)
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the run can be finished again") from error
+    return True
+
+
+def read_text(file: Path) -> str:
+    """Raises UserError for what is no text, or no file of a run's size."""
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            raise UserError(f"{file} cannot be read: it is no file of a run")
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """A metrics.json. Raises UserError for anything else."""
+    try:
+        results = json.loads(read_text(file))
+        for part in "metrics", "seconds":
+            numbers = results[part]
+            if not all(type(number) in (int, float) for number in numbers.values()):
+                raise ValueError(f"{part} are not numbers")
+            results[part] = {name: float(number) for name, number in numbers.items()}
+        return results
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: {type(error).__name__} {error}") from error
+
+
 def read_yaml(file: Path) -> Any:
     """Plain values. Raises UserError, also for a file that refers to its own parts: it could grow without end."""
+    content = read_text(file)
     try:
-        if file.stat().st_size > MAX_BYTES or not file.is_file():
-            raise UserError(f"{file} cannot be read: it is no file of a run")
-        content = file.read_text()
         if "*" in content and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=LOADER)):
             raise UserError(f"{file} cannot be read: it refers to its own parts")
         return yaml.load(content, Loader=LOADER)
-    except (OSError, ValueError, RecursionError, YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, YAMLError) as error:  # TypeError: a list as a key
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def read_config(file: Path) -> DictConfig:
+def texts(file: Path, *keys: str) -> list[str]:
+    """The list of texts in a file of Hydra's, below some keys. Raises UserError for anything else."""
+    found = read_yaml(file)
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise UserError(f"{file} is damaged: {'.'.join(keys)} is no list of texts")
+    return found
+
+
+def plain_config(file: Path) -> dict[str, Any]:
     """A run's config as it was written. Raises UserError, also where it would have anything looked up elsewhere."""
     plain = read_yaml(file)
     if not isinstance(plain, dict):
@@ -70,8 +125,13 @@ def read_config(file: Path) -> DictConfig:
         for text in (key, value):
             if isinstance(text, str) and "${" in text and not OWN_REFERENCE.fullmatch(text):
                 raise UserError(f"{file}: {key}={value}: the config of a run looks nothing up elsewhere")
+    return plain
+
+
+def read_config(file: Path) -> DictConfig:
+    """The same as an object."""
     try:
-        config = OmegaConf.create(plain)
+        config = OmegaConf.create(plain_config(file))
     except OmegaConfBaseException as error:
         raise UserError(f"{file} is damaged: {' '.join(str(error).split())}") from error
     assert isinstance(config, DictConfig)
@@ -110,10 +170,14 @@ def own_config(config: DictConfig) -> DictConfig:
         own.trainer.accelerator = config.trainer.accelerator
     folder = Path(config.output_dir).resolve()
     for key, value in walk(OmegaConf.to_container(own, resolve=True)):
-        written = key.rpartition(".")[2] in WRITTEN and isinstance(value, str)
-        if written and not Path(value).resolve().is_relative_to(folder):
+        if not isinstance(value, str):
+            continue
+        place, last = Path(re.sub("^(sqlite:///|file:(//)?)", "", value)), key.rpartition(".")[2]
+        leads = place.is_absolute() or {"..", "~"} & set(place.parts)
+        written = last in WRITTEN or (leads and key.startswith(("callbacks.", "logger.", "trainer.")))
+        if written and not place.resolve().is_relative_to(folder):
             raise UserError(f"{file}: {key}={value}: a run that is continued writes into its own folder alone")
-        if isinstance(value, str) and re.match(r"(?!sqlite|file)[a-z][\w+.-]*://", value, re.IGNORECASE):
+        if last == "api_key" or re.match(r"(?!sqlite|file)[a-z][\w+.-]*://", value, re.IGNORECASE):
             raise UserError(f"{file}: {key}={value}: a run that is continued sends nothing to an address of its config")
     return own
 
@@ -130,9 +194,8 @@ def say_how_to_continue(folder: Path, signal: str) -> None:
 
 def continue_command(multirun: Path) -> str:
     """The command that the sweep was started with, and the switch that makes it continue."""
-    overrides = yaml.safe_load(multirun.read_text())["hydra"]["overrides"]
+    task, hydra = (texts(multirun, "hydra", "overrides", part) for part in ("task", "hydra"))
     own = ("hydra.mode=", "hydra.sweep.dir=", "hydra.job.config.override_dirname.exclude_keys=")
-    hydra = [one for one in overrides["hydra"] if not one.startswith(own)]
-    flag = ["-m"] if "hydra.mode=MULTIRUN" in overrides["hydra"] else []
-    folder = f"hydra.sweep.dir={multirun.parent}"
-    return shlex.join(["python", "-m", "src.train", *flag, *overrides["task"], *hydra, folder])
+    flag = ["-m"] if "hydra.mode=MULTIRUN" in hydra else []
+    further = [*(one for one in hydra if not one.startswith(own)), f"hydra.sweep.dir={multirun.parent}"]
+    return shlex.join(["python", "-m", "src.train", *flag, *task, *further])

@@ -19,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from src import values
 from src.errors import UserError
-from src.values import Count, Fraction, NotNegative, Positive, Seed, Share, Text, Whole
+from src.values import Count, Fraction, Name, NotNegative, Part, Positive, Seed, Share, Text, Whole
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -35,7 +35,7 @@ KEYS: dict[str, Any] = {
     "allowed": Sequence[Text],
     "resume": Text | None,
     "trials": Count,
-    "study": Text,
+    "study": Name,  # SQLite's address of its file would end there
     "storage": Text | None,
     "heartbeat": Count,
 }
@@ -55,14 +55,14 @@ LIBRARIES: dict[str, dict[str, Any]] = {
         "max_epochs": _UNLIMITED,
         "max_steps": _UNLIMITED,
         "num_nodes": Count,
-        "limit_train_batches": _BATCHES,
+        "limit_train_batches": Count | Part | None,
         "limit_val_batches": _BATCHES,
         "limit_test_batches": _BATCHES,
         "gradient_clip_val": NotNegative | None,
         "log_every_n_steps": Count,
         "accumulate_grad_batches": Count,
         "check_val_every_n_epoch": Count | None,
-        "val_check_interval": Count | Fraction | None,
+        "val_check_interval": Count | Part | None,
     },
 }
 # What a config may name of other packages. Classes alone, at the places they are documented at: a longer path would

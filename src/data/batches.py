@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, TensorDataset
 
 from src.errors import UserError
 
 
-class IndexBatches(Sampler[Tensor]):
+class IndexBatches(SequentialSampler):  # any other Lightning replaces for trainer.overfit_batches
     """Yields index tensors that cover `range(size)` once an epoch, over all `world_size` processes together.
 
     With a `seed` the order is a permutation that depends on the seed and the epoch alone; Lightning sets the
@@ -46,7 +46,7 @@ class IndexBatches(Sampler[Tensor]):
     def __len__(self) -> int:
         return ceil((self.size - self.joined) / self.global_batch_size)
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         if self.seed is None:
             order = torch.arange(self.size)
         else:

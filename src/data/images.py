@@ -155,7 +155,9 @@ class ImageData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
         size = self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
-        return self._loader(self.sets.train, size, self.seed, self._gives_places or self.reinforce is not None)
+        overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
+        seed = None if overfit else self.seed  # the same batches in every epoch
+        return self._loader(self.sets.train, size, seed, self._gives_places or self.reinforce is not None)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if _count(self.val) else []

@@ -129,6 +129,8 @@ def ink(image: Image.Image) -> NDArray[np.float32]:
     if distance.max() < MIN_CONTRAST:
         raise UserError("nothing on it: all of one colour")
     marks = distance > _otsu(distance)
+    if marks.all():
+        raise UserError("nothing stands out from its border")
     blank, drawn = distance[~marks], distance[marks].mean()
     grain = min(blank.mean() + 2 * blank.std(), drawn / 2)
     return ((distance - grain) / (drawn - grain)).clip(0, 1).astype(np.float32)

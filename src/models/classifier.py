@@ -110,6 +110,8 @@ class Classifier(L.LightningModule):
 
     def _step(self, batch: tuple[Tensor, ...], scores: Scores) -> Tensor:
         images, labels, *answers = batch
+        if labels.is_floating_point():
+            raise UserError("module: Classifier learns classes, and the data has none; set another data= or model=")
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
         scores.update(loss, log_probabilities, labels)

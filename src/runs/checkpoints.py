@@ -1,6 +1,7 @@
 """The files of a run folder that let it continue: whole checkpoints, and TensorBoard's curve up to one of them."""
 
 import csv
+import hashlib
 import io
 import sys
 import zipfile
@@ -19,6 +20,7 @@ from src.command.process import write_whole
 from src.errors import UserError
 
 FOLDER, NEWEST, BEFORE = "checkpoints", "last.ckpt", "previous.ckpt"
+SEAL_BYTES = 32
 PARTS = {"state_dict", "loops", "callbacks", "optimizer_states", "lr_schedulers", "recovery"}
 
 
@@ -26,14 +28,33 @@ class WholeFiles(TorchCheckpointIO):
     """Writes beside and renames. Lightning writes to /tmp and moves, which copies where that is another disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        write_whole(Path(path), content.getbuffer())
+        write_whole(Path(path), sealed(checkpoint, str(checkpoint.get("run"))))
+
+
+def sealed(value: Any, of: str) -> bytes:
+    """What torch.save writes, and as that zip archive's comment a digest of it and of what it belongs to."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    content = stream.getvalue()
+    return content[:-2] + SEAL_BYTES.to_bytes(2, "little") + _seal(content, of)
+
+
+def _seal(content: bytes, of: str) -> bytes:
+    return hashlib.sha256(content + of.encode()).digest()
+
+
+def _check_seal(file: Path, of: str) -> None:
+    data = file.read_bytes()
+    if data[-SEAL_BYTES:] != _seal(data[: -SEAL_BYTES - 2] + bytes(2), of):
+        raise UserError("it was changed after it was written, or is of another run")
 
 
 def resume(run: Path, trainer: L.Trainer, digest: str) -> Path | None:
     """The checkpoint to continue from; clears what was logged of the steps after it. `digest` is that of the config."""
     file = newest_sound(run, digest)
+    best = run / FOLDER / "best.ckpt"
+    if best.exists() and (problem := _problem(best, digest)):  # it would be asked for its epoch when all is done
+        raise UserError(f"{best} cannot be used: {problem}; delete it, and the run goes on without")
     if trainer.is_global_zero:
         step = torch.load(file, map_location="cpu", weights_only=True)["global_step"] if file else 0
         drop_events(run, step)
@@ -73,22 +94,28 @@ def newest_sound(run: Path, digest: str | None = None) -> Path | None:
 def _problem(file: Path, digest: str | None) -> str | None:
     try:
         checkpoint = load_plain(file)
+        missing = PARTS - set(checkpoint) if isinstance(checkpoint, dict) else PARTS
+        if missing:
+            return f"it lacks {', '.join(sorted(missing))}"
+        if digest is not None and checkpoint.get("run") != digest:
+            return "it is of a run with another config"
+        _check_seal(file, str(checkpoint.get("run")))
     except UserError as error:
         return str(error)
-    missing = PARTS - set(checkpoint) if isinstance(checkpoint, dict) else PARTS
-    if missing:
-        return f"it lacks {', '.join(sorted(missing))}"
-    if digest is not None and checkpoint.get("run") != digest:
-        return "it is of a run with another config"
     return None if finite(checkpoint["state_dict"]) else "its weights are not finite"
 
 
-def load_plain(file: Path) -> Any:
+def load_plain(file: Path, of: str | None = None) -> Any:
     """What torch.save wrote, tensors and plain values alone. Raises UserError for anything else.
 
     Neither a wrong checksum, which PyTorch does not look at, nor what would unpack to more than its size is accepted.
+    `of` is what `sealed` was given, if that wrote it.
     """
     try:
+        if not file.is_file():
+            raise UserError("it is not a file")
+        if of is not None:
+            _check_seal(file, of)
         with zipfile.ZipFile(file) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 raise UserError("it is packed, as PyTorch packs nothing")

@@ -65,11 +65,10 @@ class Dashboard(Callback):
         example = pl_module.example_input_array
         if isinstance(example, Tensor) and isinstance(own := getattr(pl_module, "net", None), nn.Module):
             # A copy, because the trace of a network in training would move its running averages.
-            net = deepcopy(own).cpu().float().eval()
             with warnings.catch_warnings(action="ignore"):  # add_graph's own way is deprecated; tracers warn of much
                 try:
-                    writer.add_graph(net, example.cpu())
-                except Exception as error:  # what cannot be traced can be trained all the same
+                    writer.add_graph(deepcopy(own).cpu().float().eval(), example.cpu())
+                except Exception as error:  # what cannot be copied or traced can be trained all the same
                     print(f"warning: no graph in TensorBoard: {str(error).splitlines()[0]}", file=sys.stderr)
         folder = Path(trainer.default_root_dir)
         for tag, file in {"config": folder / ".hydra/config.yaml", "layers": folder / "layers.txt"}.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,7 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.command.internals import add_summary, name_run
-from src.command.resume import portable
+from src.command.resume import portable, read_yaml, texts
 from src.command.rules import walk
 from src.errors import UserError
 
@@ -55,6 +55,11 @@ class Record(Callback):
         checkpoint["run"] = self.digest
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if str(self.metric).startswith("val/") and not validates(trainer):
+            raise UserError(
+                f"optimized_metric={self.metric}: this run ends before its first validation; let it validate sooner "
+                "or train longer, or set optimized_metric=null"
+            )
         log_hyperparameters(trainer, self.cfg)  # not before: a start that fails leaves no folder
         self.since = perf_counter()
 
@@ -73,6 +78,18 @@ class Record(Callback):
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):  # a stream cannot tell
             images = len(loader.dataset) / len(loader)
             self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images
+
+
+def validates(trainer: L.Trainer) -> bool:
+    """Whether a training comes to a validation, as far as can be told when it begins."""
+    none_loaded = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+    if none_loaded or not trainer.enable_validation:
+        return False
+    epoch, wait = trainer.num_training_batches, trainer.check_val_every_n_epoch or 1
+    first = (wait - 1) * epoch + trainer.val_check_batch  # type: ignore[operator]
+    ends: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps != -1 else []
+    ends += [trainer.max_epochs * epoch] if trainer.max_epochs not in (None, -1) else []  # type: ignore[operator]
+    return first == math.inf or first <= min(ends, default=math.inf)
 
 
 def metric(results: dict[str, Any], name: str | None) -> float | None:
@@ -95,8 +112,8 @@ def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
     given, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
     own = Path(cfg.output_dir, ".hydra/hydra.yaml")
     if cfg.resume and own.is_file():  # the command that continues a run names none of its choices
-        before = yaml.safe_load(own.read_text())["hydra"]
-        given, choices = before["overrides"]["task"], before["runtime"]["choices"]
+        given = texts(own, "hydra", "overrides", "task")
+        choices = read_yaml(own)["hydra"].get("runtime", {}).get("choices", {})
     overrides = OverridesParser.create().parse_overrides(given)
     leaves = {key: x for key, x in walk(OmegaConf.to_container(cfg)) if not isinstance(x, dict)}
     plain: dict[str, bool | int | float | str] = {}

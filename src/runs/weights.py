@@ -98,6 +98,10 @@ def load(path: Path | str | None = None) -> Reader:
     state = {name.removeprefix(prefix): x for name, x in content["state_dict"].items() if name.startswith(prefix)}
     try:
         spec = ImageSpec.of(plain)
+        with torch.device("meta"):  # no memory for what does not fit the weights that are there
+            empty = build("model", config["model"], **facts(config["model"], spec))
+        if isinstance(empty, nn.Module):
+            empty.load_state_dict(state, assign=True)
         net = build("model", config["model"], **facts(config["model"], spec))
         if not isinstance(net, nn.Module):
             raise UserError(f"model {config['model']['_target_']}: not a network")

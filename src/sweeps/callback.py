@@ -14,10 +14,12 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.command.entry import FAILED
 from src.command.explain import explain
 from src.command.internals import failure, use_sweeper
+from src.command.resume import check_files, read_text
 from src.errors import UserError, say
 from src.sweeps.jobs import flat, plain_yaml, refuse_other
 from src.sweeps.launch import ZIP, Grid, planned_jobs
@@ -36,6 +38,13 @@ class Sweep(Callback):
 
     def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None: ...
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            if "study" in config:
+                check_files(Path(config.hydra.run.dir))
+        except UserError as error:  # Hydra would make a warning of it
+            sys.exit(say(str(error)))
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         use_sweeper(Grid)
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
@@ -51,11 +60,12 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         before = plain_yaml(folder / "multirun.yaml")  # None as well where Hydra was killed while it wrote it
         try:
-            if before is not None:
+            check_files(folder)
+            if isinstance(before, dict):
                 fix = "continue it by its own command, or begin another folder"
                 refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
             jobs = planned_jobs(arguments, OmegaConf.select(config, ZIP) or ())
-        except UserError as error:  # Hydra would make a warning of it
+        except (UserError, OmegaConfBaseException) as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
         place = os.path.relpath(folder)
@@ -92,13 +102,17 @@ class Sweep(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         try:
-            report([folder], folder)
-        except Exception:  # Hydra would make a warning of it
+            code = report([folder], folder)
+            errors = [read_text(file).splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
+        except Exception as error:  # Hydra would make a warning of it
+            if line := explain(error):
+                sys.exit(say(line))
             traceback.print_exc()
             sys.exit(1)
-        errors = [file.read_text().splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
         if errors:
             sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
+        if code:
+            sys.exit(code)
 
 
 def fail_fast(config: DictConfig) -> None:

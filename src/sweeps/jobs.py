@@ -1,6 +1,5 @@
 """The runs below some folders: read, compared, grouped over seeds, ranked."""
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -11,12 +10,16 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from src.command.resume import read_yaml
+from src.command.resume import OWN_CONFIG, plain_config, read_results, read_text, read_yaml, texts
+from src.command.rules import KEYS, fits
 from src.errors import UserError
 from src.sweeps.launch import planned_jobs
 
+DAMAGED = "damaged"
 STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
 # Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
 APART = "seed", "sweep", "output_dir"
@@ -98,13 +101,29 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
 
 
 def read_job(folder: Path) -> Job:
-    overrides, config = plain_yaml(folder / ".hydra/overrides.yaml"), plain_yaml(folder / ".hydra/config.yaml")
-    job = Job(folder, UNFINISHED, overrides or [], config or {})
-    if (folder / "metrics.json").exists():
-        job.status, job.results = FINISHED, json.loads((folder / "metrics.json").read_text())
-    elif (folder / "error.txt").exists():
-        job.error = (folder / "error.txt").read_text().partition("\n")[0]
-        job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
+    job = Job(folder, UNFINISHED, [], {})
+    try:
+        if (folder / "metrics.json").exists():
+            job.status = FINISHED
+            job.results = read_results(folder / "metrics.json")
+        elif (folder / "error.txt").exists():
+            job.status = FAILED
+            job.error = read_text(folder / "error.txt").partition("\n")[0]
+            job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
+        job.overrides = texts(folder / ".hydra/overrides.yaml")
+        keys = parse(job.overrides)
+        job.config = plain_config(folder / OWN_CONFIG) | {"output_dir": str(folder)}  # Hydra's to say
+        wrong = [
+            key for key in ("optimized_metric", "optimized_mode") if not fits(job.config.get(key, "max"), KEYS[key])
+        ]
+        if wrong or not isinstance(job.config.get("data") or {}, dict):
+            raise UserError(f"{folder / OWN_CONFIG} is damaged: {', '.join(wrong) or 'data'}")
+        for key in keys:
+            job.value(key)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if job.status == UNFINISHED:  # Hydra was killed while it wrote these
+            return Job(folder, UNFINISHED, [], {})
+        job.status, job.error = DAMAGED, " ".join(str(error).split())
     return job
 
 
@@ -118,12 +137,13 @@ def plain_yaml(file: Path) -> Any:
 
 def _planned(multirun: Path) -> list[list[str]]:
     """The overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
-    hydra = (plain_yaml(multirun) or {}).get("hydra", {})
-    params = hydra.get("sweeper", {}).get("params") or {}
-    return planned_jobs(
-        [f"{key}={value}" for key, value in params.items()] + hydra.get("overrides", {}).get("task", []),
-        hydra.get("callbacks", {}).get("sweep", {}).get("zip") or (),
-    )
+    try:
+        hydra = read_yaml(multirun)["hydra"]
+        params = hydra.get("sweeper", {}).get("params") or {}
+        given = [f"{key}={value}" for key, value in params.items()] + texts(multirun, "hydra", "overrides", "task")
+        return planned_jobs(given, hydra.get("callbacks", {}).get("sweep", {}).get("zip") or ())
+    except (UserError, HydraException, TypeError, KeyError, AttributeError):
+        return []  # Hydra was killed while it wrote it
 
 
 @dataclass
@@ -167,6 +187,7 @@ class Comparison:
     metric: str | None  # what they are ranked by
     lower_is_better: bool
     why_not: str = ""  # they are not ranked
+    damaged: list[Job] = field(default_factory=list)  # apart from the jobs
 
     @property
     def best(self) -> Group | None:
@@ -177,7 +198,11 @@ class Comparison:
         return sum(job.status == status for job in self.jobs)
 
 
-def compare(jobs: list[Job]) -> Comparison:
+def compare(found: list[Job]) -> Comparison:
+    """Raises UserError if no run is sound."""
+    jobs, damaged = ([job for job in found if (job.status == DAMAGED) == wanted] for wanted in (False, True))
+    if not jobs:
+        raise UserError(f"no run in here can be read: {damaged[0].error}")
     mentioned = dict.fromkeys(key for job in jobs for key in parse(job.overrides))
     apart = [key for key in mentioned if key not in APART]
     keys = [key for key in apart if len({job.value(key) for job in jobs}) > 1]
@@ -186,7 +211,7 @@ def compare(jobs: list[Job]) -> Comparison:
         values = tuple(job.value(key) for key in keys)
         groups.setdefault(values, Group(dict(zip(keys, values, strict=True)), [])).jobs.append(job)
     metric, lower, why_not = _metric(jobs)
-    comparison = Comparison(jobs, keys, list(groups.values()), metric, lower, why_not)
+    comparison = Comparison(jobs, keys, list(groups.values()), metric, lower, why_not, damaged)
 
     def order(group: Group) -> tuple[bool, float]:
         mean = group.mean(metric) if metric else math.nan

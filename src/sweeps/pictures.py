@@ -1,9 +1,12 @@
 """A comparison drawn: a heat map or a line over what was swept, and the loss curves on top of each other."""
 
+import io
 import logging
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from src.command.process import write_whole
+from src.errors import printable
 from src.sweeps.jobs import FINISHED, Comparison, Group
 from src.sweeps.tables import score
 
@@ -32,16 +37,26 @@ def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
     if comparison.best and len(comparison.keys) == 1:
         pictures["line.png"] = _save(line(comparison), folder / "line.png", comparison)
     if curves := loss_curves(comparison):
-        curves.savefig(folder / "losses.png", dpi=150)
-        plt.close(curves)
+        _write(curves, folder / "losses.png")
         pictures["losses.png"] = "loss curves"
     return pictures
 
 
 def _save(figure: Figure, file: Path, comparison: Comparison) -> str:
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    _write(figure, file)
     return f"{comparison.metric} over {' and '.join(comparison.keys)}"
+
+
+def _write(figure: Figure, file: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150)
+    plt.close(figure)
+    write_whole(file, content.getbuffer())
+
+
+def _plain(text: object) -> str:
+    """As matplotlib writes it, which takes what stands between two $ for a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _sorted(values: Iterable[str]) -> list[str]:
@@ -65,12 +80,12 @@ def _title(comparison: Comparison) -> str:
     """The metric and where it comes from: data, epochs, seeds."""
     done = [job for job in comparison.jobs if job.status == FINISHED]
     facts = {
-        "": {str(job.results["data"]) for job in done},
-        " epochs": {str(job.results["epochs"]) for job in done},
+        "": {str(job.results.get("data")) for job in done},
+        " epochs": {str(job.results.get("epochs")) for job in done},
         " seeds a setting": {str(len(group.finished)) for group in comparison.groups if group.finished},
     }
     parts = [f"{'/'.join(_sorted(values))}{unit}" for unit, values in facts.items()]
-    title = f"{_label(comparison)} ({', '.join(parts)})"
+    title = _plain(f"{_label(comparison)} ({', '.join(parts)})")
     return title.replace(" 1 epochs", " 1 epoch").replace(" 1 seeds", " 1 seed")
 
 
@@ -104,8 +119,8 @@ def heat_map(comparison: Comparison) -> Figure:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3))
     across_by, down_by = (1, 1) if written else (-(-len(columns) // 12), -(-len(rows) // 20))
     axes.set(
-        xticks=range(0, len(columns), across_by), xticklabels=columns[::across_by],
-        yticks=range(0, len(rows), down_by), yticklabels=rows[::down_by],
+        xticks=range(0, len(columns), across_by), xticklabels=map(_plain, columns[::across_by]),
+        yticks=range(0, len(rows), down_by), yticklabels=map(_plain, rows[::down_by]),
         xlabel=across, ylabel=down, title=_title(comparison),
     )  # fmt: skip
     return figure
@@ -141,7 +156,7 @@ def line(comparison: Comparison) -> Figure:
     xs, ys, errors = zip(*sorted(means), strict=True)
     axes.errorbar(xs, ys, np.nan_to_num(errors), fmt="o-" if numeric else "o", color="C0", capsize=4)
     if not numeric:
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), list(map(_plain, names)))
     elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axes.set_xscale("log")
         axes.set_xticks(numbers, names)
@@ -182,22 +197,29 @@ def _panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, tuple]
                 steps,
                 losses,
                 color=f"C{rank}" if rank < CURVES else "lightgrey",
-                label=group.name if number == 0 and rank < CURVES else None,
+                label=_plain(group.name) if number == 0 and rank < CURVES else None,
                 marker="o" if len(steps) < 10 else None,
                 markersize=4,
                 zorder=CURVES - min(rank, CURVES),  # the best on top
             )
-    axes.set(xlabel="step", ylabel=tag, title=tag, yscale="log")
+    axes.set(xlabel="step", ylabel=_plain(tag), title=_plain(tag), yscale="log")
     axes.grid(alpha=0.3, which="both")
 
 
 def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and finite values of each scalar with "loss" in its name; the last value logged for a step counts."""
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it opens
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+    scalars: dict[str, list[Any]] = {}
+    try:
+        if odd := next((file for file in folder.glob("*tfevents*") if not file.is_file()), None):
+            raise ValueError(f"{odd.name} is not a file")
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
+        scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    except Exception as error:  # damaged bytes raise whatever they like
+        print(printable(f"warning: {folder}: its curves cannot be read ({error})"), file=sys.stderr)
     found = {}
-    for tag in events.Tags()["scalars"]:
-        points = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
+    for tag, logged in scalars.items():
+        points = {event.step: event.value for event in logged if math.isfinite(event.value)}
         if "loss" in tag and not tag.startswith("test/") and points:
             found[tag] = (list(points), list(points.values()))
     return found

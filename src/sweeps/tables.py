@@ -1,7 +1,9 @@
 """A comparison as sweep.csv, as report.md, and on the terminal."""
 
 import csv
+import io
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from src.command.process import write_whole
 from src.command.resume import continue_command
-from src.errors import printable
+from src.errors import UserError, printable
 from src.sweeps.jobs import (
     FAILED,
     FINISHED,
@@ -40,10 +43,11 @@ def write_csv(comparison: Comparison, file: Path) -> None:
                 "folder": job.folder,
             }
             rows.append({**start, **facts, **scores, **end})
-    with file.open("w", newline="") as stream:
-        sheet = csv.DictWriter(stream, rows[0], lineterminator="\n")
-        sheet.writeheader()
-        sheet.writerows(rows)
+    stream = io.StringIO()
+    sheet = csv.DictWriter(stream, rows[0], lineterminator="\n")
+    sheet.writeheader()
+    sheet.writerows(rows)
+    write_whole(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
 def score(group: Group, metric: str) -> str:
@@ -93,11 +97,16 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
     if failed := [job for job in comparison.jobs if job.status == FAILED]:
         lines = [line for job in failed for line in (f"{job.folder.name}: {job.error}", f"    {command([job])}")]
         said.append((f"Failed: {len(failed)}", lines))
+    if damaged := comparison.damaged:
+        said.append((f"Damaged: {len(damaged)}", [f"{job.folder.name}: {job.error}" for job in damaged]))
     missing = [job for job in comparison.jobs if job.status in (UNFINISHED, NOT_BEGUN)]
     if missing:
         lines = [f"{' '.join(f'{key}={job.value(key)}' for key in comparison.keys)}: {job.status}" for job in missing]
         sweeps = {job.folder.parent / "multirun.yaml": None for job in missing}
-        commands = [f"    {continue_command(sweep)}" for sweep in sweeps if sweep.exists()]
+        commands = []
+        for sweep in sweeps:
+            with suppress(UserError):  # Hydra was killed while it wrote it, or before
+                commands.append(f"    {continue_command(sweep)}")
         said.append((f"Not finished: {len(missing)}", [*lines, *(["continue with", *commands] if commands else [])]))
     return said
 

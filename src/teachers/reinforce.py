@@ -1,7 +1,6 @@
 """Training images with what larger networks say of them, asked once for all runs (https://arxiv.org/abs/2303.08983)."""
 
 import hashlib
-import io
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from src.data.augment import Draws, RandomAffine
 from src.data.batches import generator_for
 from src.data.spec import ImageSpec
 from src.errors import UserError
-from src.runs.checkpoints import load_plain
+from src.runs.checkpoints import load_plain, sealed
 from src.runs.console import bar
 from src.runs.results import device_name
 from src.values import Seed, Text
@@ -67,13 +66,9 @@ class Reinforcement:
         with FileLock(file.with_suffix(".lock")):  # of runs side by side, one asks
             if not file.exists():
                 answers = self._ask(images, augment, draws, spec, progress, epoch)
-                content = io.BytesIO()
-                torch.save(answers.cpu(), content)
-                write_whole(file, content.getbuffer())
+                write_whole(file, sealed(answers.cpu(), key.hexdigest()))
         try:
-            answers = load_plain(file)
-            if not isinstance(answers, Tensor) or len(answers) != len(images):
-                raise UserError("it holds no answers to these images")
+            answers = load_plain(file, key.hexdigest())
         except UserError as error:
             raise UserError(f"{file}: damaged; delete it, and the teacher is asked again ({error})") from error
         answers = answers.to(images.device)
