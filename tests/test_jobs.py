@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from src.command import process
-from src.command.process import isolated
+from src.command.process import end_with_first, isolated
 from src.command.rules import CONF
 
 TINY = (
@@ -107,6 +108,26 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
         assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
         Recovery("nowhere").setup(trainer, None, "fit")
         assert not environment.auto_requeue
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
+def test_the_processes_of_a_run_end_with_the_first():
+    reading, writing = os.pipe()
+    first = os.fork()
+    if not first:
+        os.environ.pop("DIGITLAB_FIRST", None)
+        end_with_first()
+        if not os.fork():
+            os.environ["LOCAL_RANK"] = "1"
+            end_with_first()
+            os.write(writing, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # both have ended
 
 
 @pytest.mark.slow

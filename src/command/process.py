@@ -225,6 +225,15 @@ def load_lightning() -> None:
     gc.freeze()
 
 
+def end_with_first() -> None:
+    """Ends the processes that Lightning starts for a run together with the first, which starts them, on Linux."""
+    first = int(os.environ.setdefault("DIGITLAB_FIRST", str(os.getpid())))
+    if "LOCAL_RANK" in os.environ and first != os.getpid() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != first:  # it ended before
+            os._exit(1)
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Gives the next job of a multirun the process as this one found it. The seed each job sets itself."""
@@ -238,6 +247,7 @@ def isolated() -> Iterator[None]:
     flags = cudnn.benchmark, cudnn.deterministic
     precision, detect = torch.get_float32_matmul_precision(), torch.is_anomaly_enabled()
     try:
+        end_with_first()
         with warnings.catch_warnings():
             yield
     finally:
