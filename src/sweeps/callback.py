@@ -69,7 +69,8 @@ class Sweep(Callback):
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
         place = os.path.relpath(folder)
-        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
+        metric = f", told by {config.optimized_metric}" if config.get("optimized_metric") else ""
+        tell(f"{len(jobs)} jobs in {place}{metric}")
         tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
         watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
