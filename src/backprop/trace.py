@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from src.backprop.formulas import worked_step
 from src.backprop.network import COLUMNS, BackpropModule
-from src.runs.console import speaks
 
 
 class Trace(Callback):
@@ -46,9 +45,8 @@ class Trace(Callback):
             sheet.writeheader()
             sheet.writerows({"step": step, **row} for step, row in enumerate(self.rows, start=1))
         plots.save(plots.all_losses({f"{self.first_lr:g}": losses}), folder / "losses.png")
-        if speaks():
-            print(f"η = {self.first_lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
-            print("trace.csv has every number of every step, losses.png the curve")
+        print(f"η = {self.first_lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
+        print("trace.csv has every number of every step, losses.png the curve")
         text = worked_step(self.rows[0], self.first_lr, pl_module.gradients)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

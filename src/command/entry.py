@@ -53,7 +53,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
             # Several processes may work on a study; its runs have folders of their own.
             with alone_in(folder) if config_name == "train" else nullcontext(), counted(), isolated():
-                if not resumed and (folder / OWN_CONFIG).exists():
+                if not resumed and first_process() and (folder / OWN_CONFIG).exists():
                     # With the values that it has now: whoever continues the run looks nothing up.
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
                 return task(config)
@@ -121,7 +121,7 @@ def parsed(arguments: list[str]) -> list[str]:
     named = any(argument.startswith(("hydra.run.dir=", "-m", "--multirun", "--cfg")) for argument in arguments)
     if several and not named:
         raise UserError("several processes write into one run folder; set hydra.run.dir=… to the same for each")
-    return arguments
+    return arguments if first_process() else [*arguments, "hydra.output_subdir=null"]  # the first writes the config
 
 
 def _flags_first(arguments: list[str]) -> list[str]:

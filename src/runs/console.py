@@ -56,7 +56,7 @@ def launcher() -> str | None:
     return str(HydraConfig.get().launcher._target_).rpartition(".")[2] if several else None
 
 
-def speaks() -> bool:
+def _speaks() -> bool:
     """Whether a run tells of itself: alone, or into a file of its own. Of several, src.sweeps.watch does."""
     return launcher() in (None, "SlurmLauncher", "LocalLauncher")
 
@@ -78,7 +78,7 @@ class LayerTable(Callback):
             verbose=0,
         )
         text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # as Python before 3.11 printed the member of an Enum
-        if speaks():
+        if _speaks():
             print(text)
         Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n")
 
@@ -136,7 +136,7 @@ class RunProgress(ProgressBar):
             stage, _, score = name.rpartition("/")
             parts.setdefault(stage, []).append(f"{score} {shown(name, float(value)):<6}")  # type: ignore[arg-type]
         parts.pop("v_num", None)
-        if self.enabled and speaks():
+        if self.enabled and _speaks():
             told = [" ".join([stage, *scores]).lstrip() for stage, scores in parts.items()]
             print("  ".join([_epoch(trainer), *told]).rstrip(), flush=True)
 
@@ -197,7 +197,7 @@ def _epoch(trainer: L.Trainer, further: int = 0) -> str:
 
 def print_results(results: dict[str, Any], folder: Path, reads: bool) -> None:
     """A panel on a terminal, plain lines elsewhere, and what to do next, for a network that `reads` images."""
-    if not speaks():
+    if not _speaks():
         return
     title = f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
     rows = {

@@ -45,6 +45,9 @@ class Sweep(Callback):
         except UserError as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
 
+    def __getstate__(self) -> dict[str, Any]:  # submitit pickles a job within it, to put it into the queue again
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         use_sweeper(Grid)
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
@@ -69,8 +72,7 @@ class Sweep(Callback):
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
         place = os.path.relpath(folder)
-        metric = f", told by {config.optimized_metric}" if config.get("optimized_metric") else ""
-        tell(f"{len(jobs)} jobs in {place}{metric}")
+        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
         tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
         watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
