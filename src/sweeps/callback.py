@@ -74,6 +74,8 @@ class Sweep(Callback):
         place = os.path.relpath(folder)
         tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
         tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
+        while watches:  # of a sweep that a signal ended in this process
+            watches.pop().stopped.set()
         watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
