@@ -188,6 +188,34 @@ def test_a_missing_metric_is_said_after_the_first_validation(train):
     assert "epoch 1/50" not in result.out and not (folder / "metrics.json").exists()
 
 
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        (["trainer.val_check_interval=1000"], "val_check_interval"),
+        (["data.val_size=0"], "ends before its first validation"),
+        (["trainer.limit_val_batches=0"], "ends before its first validation"),
+        (["trainer.max_steps=1"], "ends before its first validation"),
+        (["trainer.check_val_every_n_epoch=9"], "ends before its first validation"),
+        (["data=backprop", "optimized_metric=null"], "the data has none"),
+        (["-m", "seed=range(0)"], "seed=range(0)"),
+    ],
+)
+def test_what_turns_out_where_training_begins_is_one_line(program, tmp_path, mistake, words):
+    result = program(
+        *mistake,
+        *(one for one in TINY if "data=" not in one or len(mistake) < 2),
+        f"hydra.{'sweep' if '-m' in mistake else 'run'}.dir={tmp_path / 'run'}",
+    )
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("error: ") and words in result.err.splitlines()[-1]
+
+
+def test_some_batches_can_be_overfitted(train):
+    result, folder = train("trainer.overfit_batches=2", "trainer.max_epochs=2")
+    assert result.code == 0, result.err
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_too_few_steps_for_the_schedule_are_one_line(train):
     result, _ = train("trainer.max_epochs=1", "trainer.limit_train_batches=5")
     assert result.code == 2 and "5 steps are too few for the scheduler" in result.err.splitlines()[-1]

@@ -62,7 +62,7 @@ def check_files(folder: Path) -> None:
 def finished(folder: Path) -> bool:
     """Whether a run has its scores. Raises UserError where they are damaged."""
     file = folder / "metrics.json"
-    if not file.exists():
+    if not os.path.lexists(file):
         return False
     try:
         read_results(file)

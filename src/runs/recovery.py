@@ -163,9 +163,8 @@ class Recovery(Checkpoint):
         here = str(self.folder)
         for state in checkpoint["callbacks"].values():  # ModelCheckpoint's paths, of where the folder was then
             there = str(state.get("dirpath")) if isinstance(state, dict) else ""
-            for key, value in list(state.items()) if there else []:
-                if isinstance(value, str) and value.startswith(there):
-                    state[key] = here + value[len(there) :]
+            if there:
+                state.update(_moved(state, there, here))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored:
@@ -223,3 +222,10 @@ class Recovery(Checkpoint):
 
 def _metrics(module: L.LightningModule) -> list[tuple[str, Metric]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, Metric)]
+
+
+def _moved(value: Any, there: str, here: str) -> Any:
+    """Plain values with every path below `there` as one below `here`."""
+    if isinstance(value, dict):
+        return {_moved(key, there, here): _moved(each, there, here) for key, each in value.items()}
+    return here + value[len(there) :] if isinstance(value, str) and value.startswith(there) else value

@@ -68,6 +68,8 @@ class Sweep(Callback):
                 fix = "continue it by its own command, or begin another folder"
                 refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
             jobs = planned_jobs(arguments, OmegaConf.select(config, ZIP) or ())
+            if not jobs:
+                raise UserError(f"{' '.join(arguments)}: a sweep of no jobs")
         except (UserError, OmegaConfBaseException) as error:  # Hydra would make a warning of it
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)

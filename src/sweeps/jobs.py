@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os.path import lexists
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -87,8 +88,8 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: there is no such folder; runs and sweeps lie under outputs/")
-        for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-            jobs.setdefault(file.parent.parent.resolve(), read_job(file.parent.parent))
+        for own in sorted(folder.rglob(".hydra")):
+            jobs.setdefault(own.parent.resolve(), read_job(own.parent))
         for sweep in sorted(folder.rglob("multirun.yaml")):
             begun = {frozenset(parse(job.overrides).items()) for job in jobs.values()}
             for overrides in _planned(sweep):
@@ -103,7 +104,7 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
 def read_job(folder: Path) -> Job:
     job = Job(folder, UNFINISHED, [], {})
     try:
-        if (folder / "metrics.json").exists():
+        if lexists(folder / "metrics.json"):
             job.status = FINISHED
             job.results = read_results(folder / "metrics.json")
         elif (folder / "error.txt").exists():
