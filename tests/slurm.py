@@ -146,6 +146,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with cluster(Path(sys.argv[1]).resolve()) as up, suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={up.environment['SLURM_CONF']} MASTER_ADDR=127.0.0.1", flush=True)
         signal.pause()
