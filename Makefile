@@ -48,7 +48,7 @@ backprop: $(VENV)/.installed  ## the 2-2-2 network at six learning rates: 20 sec
 ##@ Look, and use: the shipped network, or ARGS=outputs/mnist/FOLDER
 
 dashboard: $(VENV)/.installed  ## TensorBoard on outputs/
-	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
+	$(RUN) -m src.dashboard $(ARGS)
 
 report: $(VENV)/.installed  ## compare runs: ARGS=outputs/mnist/…_multirun, all of outputs/ without
 	$(RUN) -m src.report $(if $(ARGS),,outputs) $(ARGS)

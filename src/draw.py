@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from src import load
 from src.command.arguments import Parser, entry
+from src.command.process import open_page
 from src.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
-        print(f"Draw at http://{HOST}:{server.server_port} (Ctrl-C ends it)", flush=True)
+        address = f"http://{HOST}:{server.server_port}"
+        print(f"Draw at {address} (Ctrl-C ends it)", flush=True)
+        open_page(address)
         server.serve_forever()
 
 

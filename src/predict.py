@@ -35,13 +35,12 @@ def read_all(reader: "Reader", files: list[Path]) -> Iterator[tuple[dict[str, An
             except UserError as error:
                 seen.append(error)
         images = [image for image in seen if not isinstance(image, UserError)]
-        with torch.inference_mode():
-            answers: Iterator[Tensor] = iter(reader(torch.stack(images)).exp() if images else [])
+        answers = iter(reader.answers(torch.stack(images)) if images else [])
         for file, image in zip(batch, seen, strict=True):
             if isinstance(image, UserError):
                 yield {"file": str(file), "error": str(image)}, None
             else:
-                yield {"file": str(file), **reader.answer(next(answers))}, image
+                yield {"file": str(file), **next(answers)}, image
 
 
 @entry
@@ -77,7 +76,8 @@ def main() -> int:
         if not arguments.json:
             answer = f"{result[noun]:>{width}}  {result['probability']:11.2%}"
             second = f"{result['runner_up']!s:<{width - 4}} {result['runner_up_probability']:7.2%}"
-            print(answer, second, printable(result["file"]), sep="  ")
+            doubt = ["not sure: unlike what it was trained on"] if result["sure"] is False else []
+            print(answer, second, printable(result["file"]), *doubt, sep="  ")
     if arguments.json:
         print(json.dumps(results, indent=1))
     if arguments.show and images:

@@ -117,3 +117,39 @@ def test_the_page_says_when_the_server_is_gone(page):
     page.route("**/read", lambda route: route.abort())
     page.mouse.click(*[side + 100 for side in page.locator("#page").bounding_box().values()][:2])
     page.wait_for_function("document.querySelector('#note').textContent.includes('start it again')")
+
+
+@pytest.mark.browser
+def test_a_stroke_is_taken_back_and_a_dot_is_not_sure(page):
+    drawing = runpy.run_path(str(IMAGES / "draw.py"))
+    answer = page.locator("#answer")
+    draw_strokes(page, drawing["STROKES"][7], drawing["smooth"])
+    page.wait_for_function("document.querySelector('#answer').textContent === '7' && !asking")
+    seen = "seen.getImageData(0, 0, 28, 28).data.join()"
+    before, box = page.evaluate(seen), page.locator("#page").bounding_box()
+    page.mouse.click(box["x"] + 300, box["y"] + 300)
+    page.wait_for_function(f"before => {seen} !== before", arg=before)
+    page.click("#undo")
+    page.wait_for_function(f"before => {seen} === before", arg=before)
+    for _ in range(2):
+        page.keyboard.press("Control+z")
+    assert answer.text_content() == ""
+    page.mouse.click(box["x"] + 100, box["y"] + 100)
+    page.wait_for_function("document.querySelector('#note').textContent.startsWith('not sure')")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, height", [(1280, 700), (375, 667), (320, 568), (667, 375)])
+def test_all_of_it_is_in_sight(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    low = page.locator(".row >> nth=-1").bounding_box()
+    assert low["y"] + low["height"] <= height or (width > height and height < 400)
+    drawing = runpy.run_path(str(IMAGES / "draw.py"))
+    box = page.locator("#page").bounding_box()
+    for x, y in drawing["smooth"](drawing["STROKES"][0][0])[::2]:
+        place = box["x"] + box["width"] * (0.25 + 0.7 * x), box["y"] + box["height"] * (0.15 + 0.7 * y)
+        page.mouse.move(*place)
+        page.mouse.down()
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('#answer').textContent === '0'")

@@ -1,9 +1,11 @@
 """Sweeps: their report, their failures, how they go on after an interruption, and how they run in parallel."""
 
 import csv
+import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,18 +14,23 @@ import time
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from src import report, tune
 from src.command.resume import continue_command
 from src.command.rules import CONF
+from src.runs.dashboard import tag as board_tag
+from src.sweeps import tables
 from src.sweeps.jobs import command, compare, read_jobs
 from src.sweeps.pictures import heat_map, line
 from src.sweeps.report import report as write_report
+from src.sweeps.significance import LEVEL, differences, interval, seeds_needed
 
 TINY = (
     "model.channels=[4,4,4,4,4,4]",
@@ -126,7 +133,7 @@ def test_tensorboard_shows_a_filled_column_for_each_swept_key_and_metric(swept):
     keys = [info["name"] for info in experiment["hparamInfos"]]
     assert keys[:3] == ["model.dropout", "optimizer.lr", "seed"]  # what differs comes first
     metrics = [info["name"] for info in experiment["metricInfos"]]
-    assert {"val/acc", "val/loss", "test/acc", "test/loss", "train/acc", "train/loss"} <= {m["tag"] for m in metrics}
+    assert {"val/acc %", "val/loss", "test/acc %", "test/loss", "train/loss"} <= {m["tag"] for m in metrics}
     assert "hp_metric" not in {m["tag"] for m in metrics}
 
     asked = {
@@ -141,7 +148,7 @@ def test_tensorboard_shows_a_filled_column_for_each_swept_key_and_metric(swept):
         found = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
         name = group["sessions"][0]["name"]
         for tag, value in json.loads((swept / name / "metrics.json").read_text())["metrics"].items():
-            assert found[tag] == pytest.approx(value)
+            assert found[board_tag(tag)] == pytest.approx(value * (100 if tag.endswith("/acc") else 1))
         parts = dict(part.split("=") for part in name.replace("_seed", ",seed").replace("_opt", ",opt").split(","))
         assert {key: group["hparams"][key] for key in parts} == {key: float(value) for key, value in parts.items()}
 
@@ -158,6 +165,91 @@ def test_equal_settings_are_averaged_over_seeds_and_ranked_by_validation_alone(t
     ]
     assert found.best.mean("val/acc") == pytest.approx(0.96)
     assert found.best.std("val/acc") == pytest.approx(0.0141421356)
+
+
+def five_seeds(folder: Path, gap: float, seed: int) -> None:
+    """A sweep of three learning rates, two of them equally good; 0.9 is worse by `gap`, the spread is 0.0005."""
+    draw = np.random.default_rng(seed)
+    for lr, mean in ("0.1", 0.993), ("0.3", 0.993), ("0.9", 0.993 - gap):
+        for number, score in enumerate(draw.normal(mean, 0.0005, 5)):
+            pretend(folder / f"{lr}_{number}", f"optimizer.lr={lr}", f"seed={number}", metrics={"val/acc": score})
+
+
+def test_the_report_says_what_the_seeds_allow_to_say(tmp_path, capsys):
+    five_seeds(tmp_path, gap=0.003, seed=0)
+    write_report([tmp_path], tmp_path)
+    out, page = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    for said in out, page:
+        assert "different from the best: optimizer.lr=0.9\n" in said
+        assert re.search(r"cannot be told apart from the best: optimizer.lr=0\.[13]\n", said)
+        assert re.search(
+            r"to find the 0\.\d+ points to optimizer.lr=0.[13], 80% of the time, takes (about|more than) [\d,]+", said
+        )
+    assert [row.split()[5] for row in out.splitlines() if row.startswith(("  1", "  2", "  3"))] == [
+        "maybe",
+        "maybe",
+        "no",
+    ]
+    for file in tmp_path.glob("*_[1-4]/metrics.json"):
+        file.unlink()
+    write_report([tmp_path], tmp_path)
+    assert "of one run a setting nobody can tell how much is noise" in capsys.readouterr().out
+
+
+def test_the_rates_are_those_that_the_report_promises():
+    draw = np.random.default_rng(0)
+    covered = wrong = equal = found = 0
+    for _ in range(1000):
+        samples = [draw.normal(mean, 1, 5) for mean in (0, 0, -3)]
+        covered += interval(samples[0])[0] < 0 < interval(samples[0])[1]
+        places = sorted(range(3), key=lambda place: -samples[place].mean())
+        different = {places[0]: False} | {
+            place: p <= LEVEL
+            for place, p in zip(places[1:], differences([samples[place] for place in places]), strict=True)
+        }
+        found, wrong = found + different[2], wrong + (different[0] or different[1])
+        alike = sorted((draw.normal(0, 1, 5) for _ in range(3)), key=fmean)
+        equal += min(differences(alike)) <= LEVEL
+    assert 930 <= covered <= 970 and wrong <= 60 and equal <= 60 and found >= 900, (covered, wrong, equal, found)
+
+
+def test_as_many_seeds_as_it_says_find_the_difference():
+    draw, found = np.random.default_rng(0), 0
+    known = np.sqrt(0.5) * np.array([-1, 1])  # of standard deviation 1
+    seeds = seeds_needed(known, known + 1.5, settings=3)
+    for _ in range(500):
+        samples = [draw.normal(mean, 1, seeds) for mean in (1.5, 0, 0.75)]
+        found += differences(samples)[0] <= LEVEL
+    assert 0.75 < found / 500 < 0.87
+    assert seeds_needed([1, 1.1], [1.05, 1.0501], 3) is None
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_word_of_the_table_is_broken(tmp_path, monkeypatch, width):
+    five_seeds(tmp_path, gap=0.003, seed=0)
+    for file in tmp_path.glob("*/metrics.json"):
+        results = json.loads(file.read_text())
+        results["metrics"] |= {"val/loss": 0.012345, "test/acc": 0.99, "test/loss": 1 / 3}
+        file.write_text(json.dumps(results))
+    for seed in range(5):
+        overrides = "optimizer.lr=0.2", "model=separable", "model.dropout=0.25", f"seed={seed}"
+        pretend(tmp_path / f"other_{seed}", *overrides, metrics={"val/acc": 0.5 + seed / 1000, "val/loss": 123456.0})
+    out = io.StringIO()
+    monkeypatch.setattr(tables, "Console", lambda **how: Console(file=out, width=width, force_terminal=True, **how))
+    tables.show(compare(read_jobs([tmp_path])), "title")
+    said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+    table = said[: said.index("Best:")].splitlines()
+    assert max(map(len, table[1:])) <= width
+    for words in "separable", "0.25", " ± ", "maybe", "99.30":
+        assert any(words in line for line in table), said
+
+
+def test_an_option_that_others_name_is_shown_by_its_default(tmp_path):
+    for name in "source", "":
+        pretend(tmp_path / f"run{name}", *[f"experiment={name}"] * bool(name), metrics={"val/acc": 0.5})
+        hydra = {"hydra": {"runtime": {"choices": {"experiment": name or None}}}}
+        (tmp_path / f"run{name}/.hydra/hydra.yaml").write_text(yaml.safe_dump(hydra))
+    assert {group.settings["experiment"] for group in compare(read_jobs([tmp_path])).groups} == {"source", "null"}
 
 
 def test_a_loss_is_better_the_lower(tmp_path):
@@ -394,6 +486,11 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
     rows = [row for row in sheet(tmp_path) if row["status"] == "finished"]
     complete = [trial.value for trial in trials() if trial.state.name == "COMPLETE"]
     assert sorted(float(row["val/acc"]) for row in rows) == pytest.approx(sorted(complete))
+
+    assert all(len(key.split("=")[1]) <= 11 for trial in tmp_path.glob("0*") for key in trial.name.split("_")[1:])
+    page = (tmp_path / "report.md").read_text()
+    for picture in "history.png", "parallel.png", "importance.png":
+        assert f"]({picture})" in page and plt.imread(tmp_path / picture).std() > 0.05
 
     result = program(*arguments, "trials=13", "optimizer.momentum=0.5", main=tune.main)
     assert result.code == 2 and "begun with optimizer.momentum=0.9, here it is 0.5" in result.err.splitlines()[-1]

@@ -51,8 +51,8 @@ def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
     assert OmegaConf.load(folder / ".hydra/config.yaml").trainer.max_epochs == 2
     assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == metrics["best_epoch"] - 1
     events = EventAccumulator(str(folder)).Reload()
-    assert len(events.Scalars("val/acc")) == 2
-    assert events.Scalars("val/acc")[-1].value == pytest.approx(metrics["metrics"]["val/acc"])
+    assert len(events.Scalars("val/acc %")) == 2
+    assert events.Scalars("val/acc %")[-1].value == pytest.approx(100 * metrics["metrics"]["val/acc"])
     assert {"train/loss", "train/acc", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
 
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import types
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -272,3 +273,9 @@ def refuse_processes_within_multirun(trainer: "L.Trainer") -> None:
             f"trainer.devices={trainer.num_devices}: a sweep or a search trains on one device a job; leave out -m and "
             "start the runs one by one, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
         )
+
+
+def open_page(address: str) -> None:
+    """In the browser, where there is a screen to show it on."""
+    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(address)

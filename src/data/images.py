@@ -152,12 +152,17 @@ class ImageData(L.LightningDataModule):
             return in_memory_loader([places], batches)
         return in_memory_loader((*part, places) if index else part, batches)
 
+    @property
+    def train_batch_size(self) -> int:
+        assert self.sets is not None
+        return self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
+
     def train_dataloader(self) -> DataLoader:
         assert self.sets is not None
-        size = self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
         overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
         seed = None if overfit else self.seed  # the same batches in every epoch
-        return self._loader(self.sets.train, size, seed, self._gives_places or self.reinforce is not None)
+        index = self._gives_places or self.reinforce is not None
+        return self._loader(self.sets.train, self.train_batch_size, seed, index)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._loader(self.val, self.eval_batch_size) if _count(self.val) else []

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
@@ -23,9 +24,25 @@ from src.values import Count
 CURVES = {
     "training and validation": {
         "loss": ["Multiline", ["train/loss$", "val/loss$"]],
-        "accuracy": ["Multiline", ["train/acc$", "val/acc$"]],
+        "accuracy": ["Multiline", ["train/acc %$", "val/acc %$"]],
     }
 }
+
+
+def tag(name: str) -> str:
+    """What TensorBoard calls a metric: accuracies are shown in percent."""
+    return f"{name} %" if name.endswith("/acc") else name
+
+
+class Curves(TensorBoardLogger):
+    """Lightning's, with accuracies in percent, and without a curve that says which epoch each step was of."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        kept = {name: value for name, value in metrics.items() if name != "epoch"}
+        super().log_metrics(
+            {tag(name): value * (100 if tag(name) != name else 1) for name, value in kept.items()}, step
+        )
 
 
 @contextmanager
@@ -104,7 +121,7 @@ class Dashboard(Callback):
             writer.add_image("first layer", nn.functional.interpolate(picture[None], scale_factor=16)[0], step)
 
         def see(name: str) -> Any:
-            return lambda _layer, _inputs, output: writer.add_histogram(f"activations/{name}", output, step)
+            return lambda _layer, _inputs, output: writer.add_histogram(f"watched activations/{name}", output, step)
 
         net.eval()
         with ExitStack() as hooks, torch.no_grad():
@@ -139,7 +156,9 @@ class Dashboard(Callback):
             self.seen["labels"].append(batch[1])
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        from src.runs.figures import confusion, mistakes  # here, because they bring matplotlib
+        import matplotlib  # here, because it takes long
+
+        from src.runs.figures import confusion, mistakes
 
         self.hooks.close()
         writer, spec = self._writer(trainer), self._spec(trainer)
@@ -159,6 +178,9 @@ class Dashboard(Callback):
         if "features" in found and found["features"].ndim == 2:
             few = slice(self.embedded)
             pairs = [[classes[label], classes[other]] for label, other in zip(labels[few], read[few], strict=True)]
-            shown = images[few] / 255 if images.shape[1] == 3 else images[few].expand(-1, 3, -1, -1) / 255
+            shown = images[few] / 255
+            if shown.shape[1] == 1:  # grey ones are coloured by their class, as the projector itself does not
+                colours = torch.tensor(matplotlib.color_sequences["tab10"])[labels[few] % 10]
+                shown = shown * colours[:, :, None, None]
             features = found["features"][few].float()
             writer.add_embedding(features, pairs, shown, step, tag="test", metadata_header=[spec.noun, "read as"])

@@ -135,6 +135,9 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
     """
     folder = Path(cfg.output_dir)
     plain = hyperparameters(cfg)
+    data: Any = getattr(trainer, "datamodule", None)
+    if hasattr(data, "train_batch_size"):  # the config may leave it to the data
+        plain["data.batch_size"] = data.train_batch_size
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))

@@ -1,5 +1,6 @@
 """Trained networks from files. Nothing in a file is ever run: weights alone are read, into what a config may name."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from src.data.pictures import read_digit, resized
 from src.data.spec import ImageSpec
 from src.errors import UserError
 from src.models.classifier import gives_log_probabilities
+from src.models.familiar import Familiar, fingerprint
 from src.runs.build import build, facts
 from src.runs.checkpoints import finite, load_plain
 
@@ -26,8 +28,10 @@ class Reader(nn.Module):
     """A trained network with what it knows of its images: in evaluation mode, on the CPU.
 
     `net` maps normalised images to logits or log-probabilities; `file` is where it is from; `data` is the config of
-    what it was trained on, None for a .pt file.
+    what it was trained on, None for a .pt file; `familiar` is what it knows, if src.familiar has measured that.
     """
+
+    familiar: Familiar | None = None
 
     def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: dict[str, Any] | None) -> None:
         super().__init__()
@@ -51,22 +55,48 @@ class Reader(nn.Module):
         return read_digit(source) if self.spec.preprocess == "digit" else resized(source, self.spec.shape)
 
     def read(self, picture: str | Path | bytes) -> dict[str, Any]:
-        """What the picture shows; see `answer`."""
-        source = Path(picture) if isinstance(picture, str) else picture
-        with torch.inference_mode():
-            return self.answer(self(self.picture(source)[None])[0].exp())
+        """What the picture shows; see `answers`."""
+        return self.answers(self.picture(Path(picture) if isinstance(picture, str) else picture)[None])[0]
 
-    def answer(self, probabilities: Tensor) -> dict[str, Any]:
-        """Plain values, of one image's probabilities. Digits are numbers, other classes names."""
+    def answers(self, images: Tensor) -> list[dict[str, Any]]:
+        """Of [N, C, H, W] pixels from 0 to 255, plain values. Digits are numbers, other classes names.
+
+        `sure` is False for what is unlike all that the network was trained on, None where that is not known.
+        """
+        with torch.inference_mode():
+            found, sure = self(images).exp(), [None] * len(images)
+            if self.familiar:
+                distances = self.familiar.distances(self.net, self.spec.normalize(images))
+                sure = (distances <= self.familiar.limit).tolist()
+        return [self._answer(*each) for each in zip(found, sure, strict=True)]
+
+    def _answer(self, probabilities: Tensor, sure: bool | None) -> dict[str, Any]:
         (first, second), best = (top.tolist() for top in probabilities.topk(2))
         named: list[Any] = best if self.spec.noun == "digit" else [self.spec.classes[i] for i in best]
         return {
             self.spec.noun: named[0],
             "probability": first,
+            "sure": sure,
             "runner_up": named[1],
             "runner_up_probability": second,
             "probabilities": probabilities.tolist(),
         }
+
+
+def beside(file: Path) -> Path:
+    """Where what a network knows is kept."""
+    return file.with_suffix(".familiar.pt")
+
+
+def _familiar(net: nn.Module, file: Path) -> Familiar | None:
+    """None as well for what was measured of other weights, as before a run went on."""
+    if not beside(file).is_file():
+        return None
+    try:
+        familiar = Familiar(**load_plain(beside(file)))
+        return familiar if math.isclose(familiar.of, fingerprint(net), rel_tol=1e-6) else None
+    except (UserError, TypeError) as error:
+        raise UserError(f"{beside(file)}: damaged ({error}); python -m src.familiar writes it anew") from error
 
 
 def load(path: Path | str | None = None) -> Reader:
@@ -106,10 +136,12 @@ def load(path: Path | str | None = None) -> Reader:
         if not isinstance(net, nn.Module):
             raise UserError(f"model {config['model']['_target_']}: not a network")
         net.load_state_dict(state)
-        return Reader(net, spec, file, data)
+        reader = Reader(net, spec, file, data)
     except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: its weights do not fit the model it names ({reason})") from error
+    reader.familiar = _familiar(net, file)
+    return reader
 
 
 def _read(file: Path) -> dict[str, Any]:

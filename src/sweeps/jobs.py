@@ -39,12 +39,17 @@ class Job:
         """What the job's config has for the key, or the chosen option if the key is a config group."""
         value: Any = self.config
         for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+            value = value.get(part, "") if isinstance(value, dict) else ""
         if "${" in str(value):
             value = OmegaConf.select(OmegaConf.create(self.config), key)
-        if value is None or isinstance(value, dict | DictConfig):
-            return parse(self.overrides).get(key, "")
-        return text(value)
+        if value not in ("", None) and not isinstance(value, dict | DictConfig):
+            return text(value)
+        if given := parse(self.overrides).get(key):
+            return given
+        # Of those that leave it as it is: the group's default option.
+        hydra = (plain_yaml(self.folder / ".hydra/hydra.yaml") or {}).get("hydra", {})
+        choices = hydra.get("runtime", {}).get("choices", {})
+        return text(choices[key]) if key in choices else "default" if value else text(value)
 
     @property
     def seed(self) -> Any:
@@ -79,6 +84,8 @@ def _key_and_value(override: str) -> tuple[str, str]:
 
 def text(value: Any) -> str:
     """One spelling for equal values: 0, 0.0 and 0e0 are one setting."""
+    if value is None:
+        return "null"
     return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogFormatter
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from src.command.process import write_whole
@@ -39,6 +42,29 @@ def draw(comparison: Comparison, folder: Path) -> dict[str, str]:
     if curves := loss_curves(comparison):
         _write(curves, folder / "losses.png")
         pictures["losses.png"] = "loss curves"
+    return pictures
+
+
+def draw_studies(folders: Iterable[Path], output: Path) -> dict[str, str]:
+    """Optuna's own pictures of the searches among the folders: what mattered, how it went, what went together."""
+    pictures: dict[str, str] = {}
+    for folder in (folder for folder in folders if (folder / "study.db").is_file()):
+        import optuna
+        from optuna.visualization import matplotlib as own
+
+        study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
+        done = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        plots: dict[str, Any] = {"history": own.plot_optimization_history, "parallel": own.plot_parallel_coordinate}
+        if len({trial.value for trial in done}) > 1:  # else it has nothing to explain
+            plots["importance"] = own.plot_param_importances
+        for name, plot in plots.items() if done else ():
+            with warnings.catch_warnings(action="ignore"):  # all three are experimental
+                axes = plot(study)
+            axes.figure.set_size_inches(8, 5)
+            file = f"{name}.png" if not pictures.get(f"{name}.png") else f"{folder.name}_{name}.png"
+            axes.figure.set_layout_engine("constrained")
+            _write(axes.figure, output / file)
+            pictures[file] = f"{name} of the search {study.study_name}"
     return pictures
 
 
@@ -163,6 +189,7 @@ def line(comparison: Comparison) -> Figure:
         axes.minorticks_off()
     if comparison.lower_is_better and min(ys) > 0 and max(ys) >= 10 * min(ys):
         axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.set(xlabel=key, ylabel=_label(comparison), title=_title(comparison))
     return figure
@@ -189,6 +216,12 @@ def loss_curves(comparison: Comparison) -> Figure | None:
     return figure
 
 
+def plain_ticks(axis: Axis) -> None:
+    """Labels of a logarithmic axis as one writes numbers: 0.2, not 2×10⁻¹."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+
+
 def _panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, tuple]], axes: Axes) -> None:
     for rank, group in enumerate(comparison.groups):
         drawn = [curves[job.folder][tag] for job in group.jobs if tag in curves.get(job.folder, {})]
@@ -203,6 +236,7 @@ def _panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, tuple]
                 zorder=CURVES - min(rank, CURVES),  # the best on top
             )
     axes.set(xlabel="step", ylabel=_plain(tag), title=_plain(tag), yscale="log")
+    plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3, which="both")
 
 

@@ -16,7 +16,7 @@ def report(folders: list[Path], output: Path) -> int:
     title = ", ".join(folder.resolve().name for folder in folders)
     output.mkdir(parents=True, exist_ok=True)
     tables.write_csv(comparison, output / "sweep.csv")
-    drawn = pictures.draw(comparison, output)
+    drawn = pictures.draw(comparison, output) | pictures.draw_studies(folders, output)
     write_whole(output / "report.md", tables.markdown(comparison, title, drawn).encode(errors="backslashreplace"))
     tables.show(comparison, title)
     print(f"report in {os.path.relpath(output)}:", *["report.md", "sweep.csv", *drawn])

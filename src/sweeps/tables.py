@@ -10,21 +10,17 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from src.command.process import write_whole
 from src.command.resume import continue_command
 from src.errors import UserError, printable
-from src.sweeps.jobs import (
-    FAILED,
-    FINISHED,
-    NOT_BEGUN,
-    STATUSES,
-    UNFINISHED,
-    Comparison,
-    Group,
-    command,
-)
+from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Group, command
+from src.sweeps.significance import LEVEL, MOST, POWER, differences, interval, seeds_needed
+
+NAMED = 10  # settings that a finding has room to name
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:
@@ -50,38 +46,76 @@ def write_csv(comparison: Comparison, file: Path) -> None:
     write_whole(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
+def number(value: float, metric: str, digits: str = ".4g") -> str:
+    """Accuracies in percent, without their unit."""
+    return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:{digits}}"
+
+
 def score(group: Group, metric: str) -> str:
-    """Mean ± standard deviation over the group's seeds; accuracies in percent."""
-    percent = metric.endswith("acc")
-    mean, std = (100 * x if percent else x for x in (group.mean(metric), group.std(metric)))
+    """Mean ± standard deviation over the group's seeds."""
+    mean, std = group.mean(metric), group.std(metric)
     if math.isnan(mean):
         return "nan" if group.values(metric) else ""
-    form = ".2f" if percent else ".4g"
-    return f"{mean:{form}}" + ("" if math.isnan(std) else f" ± {std:{form if percent else '.2g'}}")
+    return number(mean, metric) + ("" if math.isnan(std) else f" ± {number(std, metric, '.2g')}")
+
+
+def judged(comparison: Comparison) -> dict[int, float]:
+    """By their places among the groups, the p-value of each setting against the best; 1 for the best itself.
+
+    Of those with two finite scores or more; empty where the best has not, or stands alone.
+    """
+    if not comparison.best:
+        return {}
+    samples = {place: group.values(comparison.metric or "") for place, group in enumerate(comparison.groups)}
+    several = {place: x for place, x in samples.items() if len(x) > 1 and all(map(math.isfinite, x))}
+    if 0 not in several or len(several) == 1:
+        return {}
+    return dict(zip(several, [1.0, *differences(list(several.values()))], strict=True))
 
 
 def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the table that people see: a line a setting, the best first."""
+    """Heads and cells of the table that people see: a line a setting, the best first; what is the same in all is not.
+
+    The first columns are what nobody can do without: the place, the settings, the score, whether it may be the best.
+    """
     there = {name for job in comparison.jobs for name in job.metrics}
     others = ("val/acc", "val/loss", "test/acc", "test/loss", "train/loss")
-    metrics = [comparison.metric] if comparison.metric else []
-    metrics += [name for name in others if name in there and name not in metrics][: 3 - len(metrics)]
-    heads = ["", *(comparison.keys or ["run"])]
-    heads += [f"{name} %" if name.endswith("acc") else name for name in metrics] + ["runs", "seconds", "status"]
-    rows = []
-    for rank, group in enumerate(comparison.groups, 1):
-        done, seconds = group.finished, [job.seconds for job in group.finished]
-        rows.append(
-            [
-                str(rank) if comparison.metric and group.values(comparison.metric) else "",
-                *(group.settings.values() or [group.name]),
-                *(score(group, name) for name in metrics),
-                str(len(done)) if len(done) == len(group.jobs) else f"{len(done)} of {len(group.jobs)}",
-                f"{sum(seconds) / len(seconds):.1f}" if seconds else "",
-                group.status,
-            ]
-        )
-    return heads, rows
+    metric = comparison.metric or ""
+    further = [name for name in others if name in there and name != metric][: 3 - bool(metric)]
+    p, ranked = judged(comparison), [bool(group.values(metric)) for group in comparison.groups]
+    columns: dict[str, list[str]] = {"": [str(place) if there else "" for place, there in enumerate(ranked, 1)]}
+    for key in comparison.keys:
+        columns[key] = [group.settings[key] for group in comparison.groups]
+    if not comparison.keys:
+        columns["run"] = [group.name for group in comparison.groups]
+    if metric:
+        columns[head(metric)] = [score(group, metric) for group in comparison.groups]
+    if p:
+        worse = {place for place, value in p.items() if value <= LEVEL}
+        first = "yes" if len(worse) == len(p) - 1 else "maybe"
+        columns["best?"] = [
+            first if place == 0 else "" if place not in p else "no" if place in worse else "maybe"
+            for place in range(len(comparison.groups))
+        ]
+        columns["mean, 95 %"] = [
+            " to ".join(number(x, metric) for x in interval(group.values(metric))) if place in p else ""
+            for place, group in enumerate(comparison.groups)
+        ]
+    counts = [(len(group.finished), len(group.jobs)) for group in comparison.groups]
+    columns["runs"] = [str(done) if done == jobs else f"{done} of {jobs}" for done, jobs in counts]
+    columns["status"] = [group.status for group in comparison.groups]
+    for key, usual in ("runs", columns["runs"][0]), ("status", FINISHED):
+        if set(columns[key]) == {usual}:
+            del columns[key]
+    for name in further:
+        columns[head(name)] = [score(group, name) for group in comparison.groups]
+    seconds = [[job.seconds for job in group.finished] for group in comparison.groups]
+    columns["seconds"] = [f"{sum(each) / len(each):.1f}" if each else "" for each in seconds]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def head(metric: str) -> str:
+    return f"{metric} %" if metric.endswith("acc") else metric
 
 
 def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
@@ -92,6 +126,8 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
         unit = " %" if comparison.metric.endswith("acc") else ""
         line = f"{best.name}: {comparison.metric} {score(best, comparison.metric)}{unit}, chosen by {comparison.metric}"
         said.append(("Best", [line, f"    {command(best.finished)}"]))
+        if len(comparison.groups) > 1:
+            said.append(("What the seeds say", seeds(comparison)))
     else:
         said.append(("Best", [f"not ranked: {comparison.why_not or 'no score is a number'}"]))
     if failed := [job for job in comparison.jobs if job.status == FAILED]:
@@ -111,6 +147,32 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
     return said
 
 
+def seeds(comparison: Comparison) -> list[str]:
+    """Which settings differ from the best, and how many seeds would tell of the others."""
+    groups, metric, p = comparison.groups, comparison.metric or "", judged(comparison)
+    if not p:
+        return ["Nothing: of one run a setting nobody can tell how much is noise; add 'seed=range(5)' to the sweep."]
+    worse = [groups[place].name for place, value in p.items() if value <= LEVEL]
+    alike = {place: groups[place] for place, value in p.items() if value > LEVEL and place}
+    lines = [f"different from the best: {listed(worse)}"] * bool(worse)
+    lines += [f"cannot be told apart from the best: {listed([group.name for group in alike.values()])}"] * bool(alike)
+    if alike:
+        second = next(iter(alike.values()))
+        needed = seeds_needed(groups[0].values(metric), second.values(metric), len(p))
+        apart = abs(groups[0].mean(metric) - second.mean(metric))
+        size = f"{100 * apart:.2g} points" if metric.endswith("acc") else f"{apart:.2g}"
+        count = f"about {needed}" if needed else f"more than {MOST:,}"
+        lines.append(f"to find the {size} to {second.name}, {POWER:.0%} of the time, takes {count} seeds a setting")
+    if unknown := len([group for group in groups if group.finished]) - len(p):
+        lines.append(f"{unknown} without two scores: not compared")
+    lines.append(f"(Welch's t-test at {LEVEL:.0%}, Holm's correction for all pairs of the {len(p)} settings)")
+    return lines
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 def markdown(comparison: Comparison, title: str, pictures: dict[str, str]) -> str:
     """`pictures` are file names with what they show."""
     heads, rows = summary(comparison)
@@ -119,7 +181,8 @@ def markdown(comparison: Comparison, title: str, pictures: dict[str, str]) -> st
         lines.append(f"| {' | '.join(printable(cell).replace('|', '&#124;') for cell in cells)} |")
     lines += [
         "",
-        "A score is the mean ± the standard deviation over the seeds of equal settings, at the last epoch.",
+        "A score is the mean ± the standard deviation over the seeds of equal settings, at the last epoch; the true "
+        "mean lies within its interval in 95 of 100 sweeps.",
         "",
     ]
     for heading, said in findings(comparison):
@@ -144,14 +207,32 @@ def show(comparison: Comparison, title: str) -> None:
         console.width = 200  # a file has no edge to break lines at
     heads, rows = summary(comparison)
     console.print(f"{title} ({counted(comparison)})", soft_wrap=True, markup=False)
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("run", "status") else "right", overflow="fold")
-    for number, cells in enumerate(rows):
-        table.add_row(
-            *map(escape, map(printable, cells)), style="bold green" if number == 0 and comparison.best else None
-        )
+    needed = 1 + max(1, len(comparison.keys)) + (comparison.metric is not None)
+    shown, short = len(heads), [name.rpartition(".")[2] for name in heads]
+    table = _table(comparison, heads, rows)
+    while console.measure(table, options=console.options.update(width=1000)).maximum > console.width and shown > needed:
+        if heads[:shown] != short[:shown] and len(set(short)) == len(short):
+            heads = short  # what the keys have in common goes first
+        else:
+            shown -= 1
+        table = _table(comparison, heads[:shown], rows)
     console.print(table)
+    if shown < len(heads):
+        console.print(f"{', '.join(heads[shown:])}: in report.md", soft_wrap=True, markup=False)
     for heading, said in findings(comparison):
-        # Commands must survive a copy from the terminal, so nothing here is wrapped.
-        console.print(f"{heading}:", *said, sep="\n  ", soft_wrap=True, markup=False)
+        console.print(f"{heading}:", markup=False)
+        for line in said:
+            if line.startswith(" "):  # a command must survive a copy from the terminal
+                console.print(f"  {line}", soft_wrap=True, markup=False)
+            else:
+                console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+
+
+def _table(comparison: Comparison, heads: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in heads:
+        table.add_column(name, justify="left" if name in ("run", "status", "best?") else "right", overflow="fold")
+    for place, cells in enumerate(rows):
+        style = "bold green" if place == 0 and comparison.best else None
+        table.add_row(*map(escape, map(printable, cells[: len(heads)])), style=style)
+    return table

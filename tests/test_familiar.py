@@ -1,0 +1,125 @@
+"""Not sure: letters, scribbles, two digits and dots are no digits; MNIST's test images are."""
+
+import json
+import runpy
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from src import familiar, predict
+from src.models.familiar import learn
+from src.runs import weights
+from src.runs.weights import SHIPPED, beside, load
+
+drawing = runpy.run_path(str(Path(__file__).parent / "images/draw.py"))
+LETTERS = "ACDEFGHJKLMNPQRTUVWXYadefhkmnprtuvwxy"  # not B, I, O, S, Z, b, g, i, j, l, o, q, s, z: they can be digits
+
+
+def strokes(lines, pen: float) -> Image.Image:
+    image = Image.new("L", (280, 280), 255)
+    canvas = ImageDraw.Draw(image)
+    for line in lines:
+        points = [tuple(point) for point in line]
+        canvas.line(points, fill=0, width=round(pen), joint="curve")
+        for x, y in points:
+            canvas.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=0)
+    return image
+
+
+def letter(draw: np.random.Generator) -> Image.Image:
+    """In the font that Pillow brings, of any weight, turned by up to 10 degrees."""
+    image, font = Image.new("L", (300, 300), 255), ImageFont.load_default(draw.uniform(120, 200))
+    weight = int(draw.integers(0, 7))
+    ImageDraw.Draw(image).text((150, 150), draw.choice(list(LETTERS)), 0, font, "mm", stroke_width=weight)
+    return image.rotate(draw.uniform(-10, 10), fillcolor=255)
+
+
+def scribble(draw: np.random.Generator) -> Image.Image:
+    """A smooth line through 6 to 15 places."""
+    points = draw.uniform(30, 250, (draw.integers(6, 16), 2))
+    return strokes([drawing["smooth"]([tuple(point) for point in points])], draw.uniform(8, 24))
+
+
+def two_digits(draw: np.random.Generator) -> Image.Image:
+    digits = enumerate(draw.integers(0, 10, 2))
+    lines = [
+        drawing["smooth"](stroke) * [110, 150] + [30 + 130 * place, 60]
+        for place, digit in digits
+        for stroke in drawing["STROKES"][digit]
+    ]
+    return strokes(lines, draw.uniform(8, 20))
+
+
+def dots(draw: np.random.Generator) -> Image.Image:
+    """One, two or three."""
+    return strokes(draw.uniform(40, 240, (draw.integers(1, 4), 1, 2)), draw.uniform(10, 40))
+
+
+def png(image: Image.Image) -> bytes:
+    content = BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
+def test_what_is_no_digit_is_told():
+    reader, draw = load(SHIPPED), np.random.default_rng(0)
+    told = {}
+    for kind in letter, scribble, two_digits, dots:
+        images = torch.stack([reader.picture(png(kind(draw))) for _ in range(150)])
+        told[kind.__name__] = sum(answer["sure"] is False for answer in reader.answers(images)) / 150
+    print(told)  # pytest -s
+    assert sum(told.values()) / 4 >= 0.8
+    assert told["letter"] >= 0.5 and min(told["scribble"], told["two_digits"], told["dots"]) >= 0.8
+    paths = sorted((Path(__file__).parent / "images").glob("[0-9].*"))
+    assert all(reader.read(path)["sure"] for path in paths)
+
+
+@pytest.mark.mnist
+def test_at_most_one_in_a_hundred_test_images_is_doubted():
+    reader = load(SHIPPED)
+    images, _ = zip(*weights.test_images(reader).test_dataloader(), strict=True)
+    doubted = sum(answer["sure"] is False for some in images for answer in reader.answers(some))
+    assert doubted / sum(map(len, images)) <= 0.01
+
+
+def test_predict_says_so_and_ends_as_ever(program, tmp_path):
+    dots(np.random.default_rng(0)).save(tmp_path / "dot.png")
+    result = program(tmp_path / "dot.png", main=predict.main)
+    assert result.code == 0 and result.out.splitlines()[1].endswith("not sure: unlike what it was trained on")
+    (answer,) = json.loads(program(tmp_path / "dot.png", "--json", main=predict.main).out)
+    assert answer["sure"] is False
+
+
+def test_any_network_can_learn_what_it_knows(program, small_weights, tmp_path):
+    content, own, picture = torch.load(small_weights, weights_only=True), tmp_path / "own.pt", tmp_path / "two.png"
+    content["data"]["name"] = "digits"
+    torch.save(content, own)
+    two_digits(np.random.default_rng(0)).save(picture)
+    assert load(own).read(picture)["sure"] is None
+    result = program(own, main=familiar.main)
+    assert result.code == 0 and "test images" in result.out, result.err
+    assert load(own).read(picture)["sure"] in (True, False)
+    # Of other weights in its place nothing is known.
+    content["state_dict"] = {name: 2 * x if x.is_floating_point() else x for name, x in content["state_dict"].items()}
+    torch.save(content, own)
+    assert load(own).read(picture)["sure"] is None
+    beside(own).write_bytes(b"no")
+    result = program(picture, "--weights", own, main=predict.main)
+    assert result.code == 2 and "python -m src.familiar writes it anew" in result.err
+
+
+def test_distances_are_those_of_mahalanobis():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    torch.manual_seed(0)
+    x = torch.randn(4000, 1, 1, 2)
+    labels = torch.arange(4000) % 2
+    x[:, 0, 0, 0] += 10 * labels  # the classes lie five deviations from what is between them
+    known = learn(net, [(x, labels)], [(x, labels)])
+    far = torch.tensor([[[[0.0, 3.0]]], [[[10.0, 0.0]]], [[[5.0, 0.0]]]])
+    assert known.distances(net, far).tolist() == pytest.approx([9, 0, 25], rel=0.25, abs=0.1)
+    assert (known.distances(net, x) > known.limit).float().mean() == pytest.approx(0.01, abs=1e-3)
