@@ -62,8 +62,7 @@ def draw_studies(folders: Iterable[Path], output: Path) -> dict[str, str]:
                 axes = plot(study)
             axes.figure.set_size_inches(8, 5)
             file = f"{name}.png" if not pictures.get(f"{name}.png") else f"{folder.name}_{name}.png"
-            axes.figure.set_layout_engine("constrained")
-            _write(axes.figure, output / file)
+            _write(axes.figure, output / file, bbox_inches="tight")  # parallel coordinates take no layout engine
             pictures[file] = f"{name} of the search {study.study_name}"
     return pictures
 
@@ -73,9 +72,9 @@ def _save(figure: Figure, file: Path, comparison: Comparison) -> str:
     return f"{comparison.metric} over {' and '.join(comparison.keys)}"
 
 
-def _write(figure: Figure, file: Path) -> None:
+def _write(figure: Figure, file: Path, **how: Any) -> None:
     content = io.BytesIO()
-    figure.savefig(content, dpi=150)
+    figure.savefig(content, dpi=150, **how)
     plt.close(figure)
     write_whole(file, content.getbuffer())
 
