@@ -269,7 +269,7 @@ def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, st
         lambda folder, other: (folder / "mine").symlink_to(other),
         lambda folder, other: (folder / "mine").symlink_to("nowhere"),
         lambda folder, other: os.mkfifo(folder / "mine"),
-        lambda folder, other: (folder / "train.log").unlink() or os.mkfifo(folder / "train.log"),
+        lambda folder, other: (folder / "train.log").unlink(missing_ok=True) or os.mkfifo(folder / "train.log"),
         lambda folder, other: (folder / "checkpoints/mine").symlink_to(other),
     ],
 )
@@ -318,6 +318,12 @@ def test_a_damaged_job_is_named_and_the_others_are_reported(program, stopped):
         with pytest.raises(UserError, match="delete it, and the run can be finished"):
             finished(sweep / "b")
         assert [job.status for job in read_jobs([sweep])] == ["finished", "damaged"]
+    overrides = (sweep / "b/.hydra/overrides.yaml").read_text()
+    (sweep / "b/.hydra/overrides.yaml").write_text("- data")  # cut short: no override any more
+    (sweep / "multirun.yaml").write_text("hydra: {overrides: {task: [seed=1], hydra: []}}")
+    assert [job.status for job in read_jobs([sweep])] == ["finished", "damaged", "not begun"]
+    (sweep / "multirun.yaml").unlink()
+    (sweep / "b/.hydra/overrides.yaml").write_text(overrides)
     result = program(sweep, main=report.main)
     assert result.code == 1 and len(result.err.splitlines()) == 1 and "b/metrics.json" in result.err
     assert "1 run: 1 finished" in result.out and "Damaged: 1" in result.out

@@ -118,8 +118,8 @@ def read_job(folder: Path) -> Job:
             job.status = FAILED
             job.error = read_text(folder / "error.txt").partition("\n")[0]
             job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
-        job.overrides = texts(folder / ".hydra/overrides.yaml")
-        keys = parse(job.overrides)
+        overrides = texts(folder / ".hydra/overrides.yaml")
+        keys, job.overrides = parse(overrides), overrides
         job.config = plain_config(folder / OWN_CONFIG) | {"output_dir": str(folder)}  # Hydra's to say
         wrong = [
             key for key in ("optimized_metric", "optimized_mode") if not fits(job.config.get(key, "max"), KEYS[key])
