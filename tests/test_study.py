@@ -60,7 +60,7 @@ def work(cfg: dict, folder: Path, target: int, hang: bool) -> None:
         return x
 
     study = open_study(OmegaConf.create(cfg), folder)
-    optimize(study, objective, target, folder)
+    optimize(study, objective, target, folder, ended=lambda: None)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
@@ -72,6 +72,7 @@ def test_four_workers_end_at_the_target_and_a_killed_ones_trial_is_done_once(kin
     for worker in workers:
         worker.start()
     while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
+        assert workers[0].is_alive()
         time.sleep(0.05)
     workers[0].kill()
     for worker in workers:
