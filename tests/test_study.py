@@ -52,7 +52,7 @@ def postgres():
 
 def work(cfg: dict, folder: Path, target: int, hang: bool) -> None:
     def objective(trial):
-        if hang and trial.number > 2:
+        if hang:
             (folder / "hangs").write_text(str(trial.number))
             time.sleep(100)
         x = trial.suggest_float("x", 0, 1)
@@ -69,11 +69,13 @@ def test_four_workers_end_at_the_target_and_a_killed_ones_trial_is_done_once(kin
     storage = place[kind] if kind in place else request.getfixturevalue(kind)
     cfg, context = CFG | {"storage": storage}, multiprocessing.get_context("fork")
     workers = [context.Process(target=work, args=(cfg, tmp_path, 24, number == 0)) for number in range(4)]
-    for worker in workers:
-        worker.start()
+    workers[0].start()
     while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
         assert workers[0].is_alive()
         time.sleep(0.05)
+    for worker in workers[1:]:
+        worker.start()
+    time.sleep(0.5)
     workers[0].kill()
     for worker in workers:
         worker.join(60)
