@@ -35,7 +35,6 @@ from src.data.spec import MNIST_SPEC
 from src.errors import UserError
 from src.runs import build, console, dashboard, recovery  # noqa: F401
 from src.sweeps import study  # noqa: F401
-from src.teachers.reinforce import Reinforcement
 
 ALL = os.environ.get("DAMAGE") == "all"
 SECONDS, MEMORY = 90, 3_000_000_000
@@ -178,6 +177,8 @@ def subjects(tmp_path_factory) -> list[Subject]:
     sweep = run("sweep", "-m", "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={base / 'sweep'}")
     search = ("trials=2", "trainer.max_epochs=1", "search.optimizer.lr.high=0.2")
     studied = run("study", f"hydra.run.dir={base / 'study'}", *search, main=tune.main)
+    from src.teachers.reinforce import Reinforcement  # here, for it may be deleted
+
     answers = base / "answers"
     images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
 

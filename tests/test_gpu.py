@@ -18,7 +18,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from src import tune
-from src.benchmark import speed
 from src.command.explain import explain
 from src.command.rules import ROOT
 from src.models.classifier import on_device
@@ -27,7 +26,6 @@ from src.models.separable import SeparableCNN
 from src.runs import graph
 from src.runs.recovery import Recovery
 from src.runs.results import device_name
-from src.teachers.reinforce import _made_on
 
 SHORT = (
     *("data=digits", "data.batch_size=32", "trainer.max_epochs=2", "trainer.limit_train_batches=20"),
@@ -311,6 +309,8 @@ def test_processes_agree_now_and_then(monkeypatch, signal):
 
 
 def test_mps_is_told_apart_from_the_cpu(monkeypatch):
+    speed = pytest.importorskip("src.benchmark.speed")  # it may be deleted
+    made_on = pytest.importorskip("src.teachers.reinforce")._made_on
     device, calls = torch.device("mps"), []
     module = SimpleNamespace(synchronize=lambda: calls.append("synchronize"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
@@ -318,7 +318,7 @@ def test_mps_is_told_apart_from_the_cpu(monkeypatch):
     assert calls == ["synchronize"]
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
     assert device_name(device) == "Apple M4, mps"
-    assert _made_on(device) == "-apple-m4-mps-float32" and _made_on(torch.device("cpu")) == ""
+    assert made_on(device) == "-apple-m4-mps-float32" and made_on(torch.device("cpu")) == ""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place, **how: (place, how))
     assert on_device(CNN(), device) == ((device,), {"memory_format": torch.contiguous_format})
     assert on_device(CNN(), torch.device("cpu")) == ((torch.device("cpu"),), {})

@@ -53,7 +53,7 @@ def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     assert len(events.Scalars("val/acc %")) == 2
     assert events.Scalars("val/acc %")[-1].value == pytest.approx(100 * metrics["metrics"]["val/acc"])
-    assert {"train/loss", "train/acc", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/acc %", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
 
 
 def test_logged_scores_are_those_of_the_final_weights(train):
