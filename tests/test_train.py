@@ -32,6 +32,14 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten().double() for tensor in state.values()])
 
 
+def test_speed_is_that_of_the_training_without_its_validations(train, monkeypatch):
+    monkeypatch.setattr("src.runs.results.perf_counter", iter(range(100)).__next__)  # a second from look to look
+    _, folder = train("trainer.max_epochs=2", "trainer.limit_train_batches=1.0", "data.batch_size=1347", "test=false")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    # From the start to the first validation, from its end to the second, from there to the end.
+    assert metrics["steps"] == 2 and 1200 < metrics["samples_per_second"] * 3 / 2 <= 1347
+
+
 def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
     result, folder = train("trainer.max_epochs=2")
     assert result.code == 0, result.err

@@ -64,7 +64,7 @@ class Record(Callback):
         self.since = perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.training:
+        if not trainer.sanity_checking:  # which comes before the training
             self.seconds += perf_counter() - self.since
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
