@@ -196,7 +196,7 @@ def share_cores() -> None:
     """Divides PyTorch's threads among the runs that are counted, unless OMP_NUM_THREADS says how many there are.
 
     Threads without a core of their own wait for each other in turns: two runs with two threads each on two cores have
-    together a sixth of what one has alone.
+    together less than half of what one has alone (python -m src.benchmark --side-by-side).
     """
     import torch
 
