@@ -15,7 +15,7 @@ if sys.argv[0] == "-m":  # as Python has it until the program that is to run has
     signal.signal(signal.SIGTERM, errors.stop)
 
 
-def load(path: Any = None) -> Any:
+def load(path: Any = None, **options: Any) -> Any:
     """The Reader, see src.runs.weights, of a run folder, a checkpoint in one, or a .pt file; by default, as shipped.
 
     `reader.read(picture)` answers for a file or its bytes; `reader(batch)` maps [N, C, H, W] pixels from 0 to 255 to
@@ -26,4 +26,4 @@ def load(path: Any = None) -> Any:
     load_lightning()
     from src.runs.weights import load
 
-    return load(path)
+    return load(path, **options)

@@ -99,10 +99,10 @@ def _familiar(net: nn.Module, file: Path) -> Familiar | None:
         raise UserError(f"{beside(file)}: damaged ({error}); python -m src.familiar writes it anew") from error
 
 
-def load(path: Path | str | None = None) -> Reader:
+def load(path: Path | str | None = None, familiar: bool = True) -> Reader:
     """The network of a run folder (its last epoch), of a checkpoint in one, or of a .pt file; by default, as shipped.
 
-    Raises UserError for anything else.
+    Without `familiar`, what it knows is not looked at. Raises UserError for anything else.
     """
     path = Path(path or SHIPPED)
     file = path / "checkpoints/last.ckpt" if path.is_dir() else path
@@ -140,7 +140,7 @@ def load(path: Path | str | None = None) -> Reader:
     except (UserError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: its weights do not fit the model it names ({reason})") from error
-    reader.familiar = _familiar(net, file)
+    reader.familiar = _familiar(net, file) if familiar else None
     return reader
 
 
