@@ -52,7 +52,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     return None
                 config.resume = str(folder)  # from its last checkpoint, if an earlier start of this sweep left one
             if "find_unused" in str(OmegaConf.select(config, "trainer.strategy")):
-                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch warns, in each process, if it finds none
+                os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would warn that it found none
             # Several processes may work on a study; its runs have folders of their own.
             with alone_in(folder) if config_name == "train" else nullcontext(), counted(), isolated():
                 if not resumed and first_process() and (folder / OWN_CONFIG).exists():

@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,6 +25,7 @@ from src.errors import UserError
 
 BasicSweeper = hydras_sweeper()
 ZIP = "hydra.callbacks.sweep.zip"
+JOBLIB = "JoblibLauncher"
 
 
 def planned_jobs(overrides: Sequence[str], zipped: Sequence[str] = ()) -> list[list[str]]:
@@ -50,10 +52,24 @@ class Grid(BasicSweeper):  # type: ignore[misc, valid-type]
     def setup(self, **parts: Any) -> None:
         super().setup(**parts)
         self.launcher: Any = Launcher(self.launcher)
+        if type(self.launcher.chosen).__name__ == JOBLIB:
+            context()
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         jobs = _product(overrides, OmegaConf.select(self.config, ZIP) or ())
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Composes one job of each choice of groups: jobs that differ in values alone fail alike.
+
+        Hydra would compose all of them before the first begins, and each again where it runs.
+        """
+        options = cache(self.hydra_context.config_loader.get_group_options)
+
+        def is_choice(override: str) -> bool:
+            return bool(options(override.partition("=")[0].lstrip("+~").partition("@")[0]))
+
+        super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
 
 
 class Launcher:
@@ -64,7 +80,7 @@ class Launcher:
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         kind = type(self.chosen).__name__
-        if kind == "JoblibLauncher":
+        if kind == JOBLIB:
             return self._joblib(job_overrides, initial_job_idx)
         if kind == "LocalLauncher" and (names := gpus(self.config)):  # it would hide them
             one_each = [f"+hydra.job.env_set.CUDA_VISIBLE_DEVICES='{name}'" for name in names]
@@ -132,12 +148,25 @@ def gpus(config: DictConfig) -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
+@cache
+def context() -> Any:
+    """How workers are started. The process that they are forked from is, at once: it imports while this one goes on."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # for POSIX alone
+
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["src.sweeps.worker"])
+    forkserver.ensure_running()
+    return found
+
+
 class Worker:
     """A process that does one job after another."""
 
-    def __init__(self, context: Any, environment: dict[str, str]) -> None:
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_work, args=(there, environment))
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.pipe, there = context().Pipe()
+        self.process = context().Process(target=_work, args=(there, environment))
         self.process.start()
         there.close()
 
@@ -169,13 +198,9 @@ def run_jobs(
 ) -> list[JobReturn]:
     """Does each job in one of as many processes as there are environments. `lost` gives what stands in for a job whose
     process ended; it is told the job's place and why."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["src.sweeps.worker"])
     results: dict[int, JobReturn] = {}
     todo, at_work = deque(range(len(jobs))), dict[int, int]()  # jobs by worker
-    workers = [Worker(context, environment) for environment in environments]
+    workers = [Worker(environment) for environment in environments]
     try:
         while todo or at_work:
             for number, worker in enumerate(workers):
@@ -190,7 +215,7 @@ def run_jobs(
                     code = worker.process.exitcode
                     killed = "was killed, perhaps for lack of memory" if code == -9 else f"ended with {code}"
                     result = lost(job, f"its process {killed}")
-                    workers[number] = Worker(context, environments[number])
+                    workers[number] = Worker(environments[number])
                 results[job] = result
     finally:
         for number, worker in enumerate(workers):
