@@ -276,6 +276,14 @@ def test_every_precision_trains_and_counts_right(program, tmp_path, precision):
     assert right == pytest.approx(round(right), abs=1e-3)
 
 
+@pytest.mark.parametrize(("amx", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_the_precision_that_is_fastest_here_is_that_of_the_run(program, tmp_path, monkeypatch, amx, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    short = *TINY, "trainer.limit_train_batches=2", "trainer.accelerator=cpu", "test=false"
+    assert program(*short, "trainer.precision=auto", f"hydra.run.dir={tmp_path / 'run'}").code == 0
+    assert f"precision: {precision}\n" in (tmp_path / "run/.hydra/config.yaml").read_text()
+
+
 def test_a_study_of_several_processes_is_refused(program, tmp_path):
     several = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
     result = program(*TINY, *several, f"hydra.run.dir={tmp_path / 'study'}", main=tune.main)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from src.command.explain import explain
-from src.command.process import keep_freed_memory
+from src.command.process import keep_freed_memory, settle_precision
 from src.command.rules import CONF, check, resolved
 from src.data.batches import generator_for
 from src.data.images import ImageData
@@ -68,11 +68,13 @@ def steps(
     optimizer: torch.optim.Optimizer,
     batches: Callable[[], Iterable[Any]],
     clip: float | None = None,
+    context: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[None]:
-    """Training without end, a batch for each `next`; `batches` starts an epoch."""
+    """Training without end, a batch for each `next`; `batches` starts an epoch; `context` is that of a forward pass."""
     while True:
         for images, labels in batches():
-            loss = nll_loss(net(images), labels)
+            with context():
+                loss = nll_loss(net(images), labels)
             optimizer.zero_grad()
             loss.backward()
             if clip:
@@ -104,7 +106,9 @@ def inputs(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[t
 def bare(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
     net = build("model", cfg.model, **facts(cfg.model, data.spec)).to(device)
     optimizer = build("optimizer", cfg.optimizer)(net.parameters())
-    return steps(net, optimizer, lambda: inputs(cfg, data, device), cfg.trainer.gradient_clip_val)
+    assert data.trainer
+    context = data.trainer.precision_plugin.train_step_context
+    return steps(net, optimizer, lambda: inputs(cfg, data, device), cfg.trainer.gradient_clip_val, context)
 
 
 def pipeline(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
@@ -312,6 +316,7 @@ def composed(overrides: list[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
     check(resolved(cfg))
+    settle_precision(cfg)
     return cfg
 
 

@@ -21,7 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, known_keys, lost_process, unknown_key
 from src.command.internals import hydra_parser
-from src.command.process import alone_in, counted, first_process, isolated, lasting_output, stoppable, write_whole
+from src.command.process import (
+    alone_in,
+    counted,
+    first_process,
+    isolated,
+    lasting_output,
+    settle_precision,
+    stoppable,
+    write_whole,
+)
 from src.command.resume import OWN_CONFIG, finished, own_config, portable, resuming, say_how_to_continue
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
@@ -55,6 +64,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each process would warn that it found none
             # Several processes may work on a study; its runs have folders of their own.
             with alone_in(folder) if config_name == "train" else nullcontext(), counted(), isolated():
+                settle_precision(config)
                 if not resumed and first_process() and (folder / OWN_CONFIG).exists():
                     # With the values that it has now: whoever continues the run looks nothing up.
                     write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
