@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -29,9 +28,8 @@ from src.command.process import (
     lasting_output,
     settle_precision,
     stoppable,
-    write_whole,
 )
-from src.command.resume import OWN_CONFIG, finished, own_config, portable, resuming, say_how_to_continue
+from src.command.resume import OWN_CONFIG, finished, own_config, resuming, say_how_to_continue, write_config
 from src.command.rules import CONF, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
@@ -67,7 +65,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 settle_precision(config)
                 if not resumed and first_process() and (folder / OWN_CONFIG).exists():
                     # With the values that it has now: whoever continues the run looks nothing up.
-                    write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
+                    write_config(config, folder)
                 return task(config)
         except SystemExit as stop:
             if stop.code in STOPPED and first_process() and not parent_process():  # of a sweep that tells itself

@@ -1,5 +1,6 @@
 """Continuing a run or a sweep: what to type for it, and what is then read."""
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from src.command.process import write_whole
 from src.command.rules import walk
 from src.errors import UserError
 
@@ -106,11 +108,22 @@ def read_yaml(file: Path) -> Any:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def below(node: Any, *keys: str) -> Any:
+    """What plain values have there; None where they have nothing."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def chosen(hydra: Any) -> dict[str, Any]:
+    """The chosen option of each group, of what a hydra.yaml holds."""
+    found = below(hydra, "hydra", "runtime", "choices")
+    return found if isinstance(found, dict) else {}
+
+
 def texts(file: Path, *keys: str) -> list[str]:
     """The list of texts in a file of Hydra's, below some keys. Raises UserError for anything else."""
-    found = read_yaml(file)
-    for key in keys:
-        found = found.get(key) if isinstance(found, dict) else None
+    found = below(read_yaml(file), *keys)
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise UserError(f"{file} is damaged: {'.'.join(keys)} is no list of texts")
     return found
@@ -153,6 +166,35 @@ def portable(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
     return moved({**plain, "resume": None}) | {"output_dir": OUTPUT_DIR}
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Puts a resolved config in the place of Hydra's, which says how it is composed."""
+    write_whole(folder / OWN_CONFIG, yaml.safe_dump(portable(config), sort_keys=False).encode())
+
+
+def digest(plain: dict[str, Any]) -> str:
+    """Tells two runs' portable configs apart, wherever their folders lie and whatever they are trained on."""
+    trainer = plain.get("trainer")
+    if isinstance(trainer, dict):
+        plain = plain | {"trainer": {key: value for key, value in trainer.items() if key != "accelerator"}}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def check_digest(plain: dict[str, Any], run: Any, file: Path) -> None:
+    """Raises UserError where `file`, which says that it is of the run of digest `run`, is not of this config's.
+
+    Nothing is known where it says nothing, and of a finished job whose sweep is continued: Hydra writes its config anew.
+    """
+    values = [value for key, value in walk(plain) if key != "output_dir" and isinstance(value, str)]
+    if run is None or any("${" in value.replace("${output_dir}", "") for value in values):
+        return
+    try:
+        same = digest(plain | {"output_dir": OUTPUT_DIR, "resume": None}) == run
+    except TypeError:  # keys or values that JSON has not
+        same = False
+    if not same:
+        raise UserError(f"{file} and the config beside it are of two runs, or one of them is damaged")
 
 
 def own_config(config: DictConfig) -> DictConfig:

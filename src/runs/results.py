@@ -1,6 +1,5 @@
 """What a run leaves behind for people and programs: metrics.json."""
 
-import hashlib
 import json
 import math
 import os
@@ -25,20 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.command.internals import add_summary, name_run
-from src.command.resume import portable, read_yaml, texts
+from src.command.resume import chosen, digest, portable, read_yaml, texts
 from src.command.rules import walk
 from src.errors import UserError
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 METRICS_FILE = "metrics.json"
 DERIVED = "scheduler.max_lr", "scheduler.T_max"  # from keys that are shown themselves
-
-
-def digest(cfg: DictConfig) -> str:
-    """Tells two runs' configs apart, wherever their folders lie and whatever they are trained on."""
-    plain = portable(cfg)
-    plain["trainer"].pop("accelerator", None)
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class Record(Callback):
@@ -48,7 +40,8 @@ class Record(Callback):
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, digest(cfg)
+        self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, digest(portable(cfg))
+        self.overrides, _ = given(cfg)
         self.seconds, self.since, self.samples = 0.0, 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -106,15 +99,18 @@ def shaping(key: str) -> bool:
     return key == "seed" or (key.startswith(groups) and shown)
 
 
+def given(cfg: DictConfig) -> tuple[list[str], dict[str, Any]]:
+    """The overrides that a run was begun with, and its options by group. Raises UserError where its file is damaged."""
+    hydra, own = HydraConfig.get(), Path(cfg.output_dir, ".hydra/hydra.yaml")
+    if not cfg.resume or not own.parent.is_dir():
+        return list(hydra.overrides.task), dict(hydra.runtime.choices)
+    return texts(own, "hydra", "overrides", "task"), chosen(read_yaml(own))  # who continues a run names none of these
+
+
 def hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
     """What shapes the training, what the command line set, and the chosen config groups, as plain values."""
-    hydra = HydraConfig.get()
-    given, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
-    own = Path(cfg.output_dir, ".hydra/hydra.yaml")
-    if cfg.resume and own.is_file():  # the command that continues a run names none of its choices
-        given = texts(own, "hydra", "overrides", "task")
-        choices = read_yaml(own)["hydra"].get("runtime", {}).get("choices", {})
-    overrides = OverridesParser.create().parse_overrides(given)
+    begun_with, choices = given(cfg)
+    overrides = OverridesParser.create().parse_overrides(begun_with)
     leaves = {key: x for key, x in walk(OmegaConf.to_container(cfg)) if not isinstance(x, dict)}
     plain: dict[str, bool | int | float | str] = {}
     for key in [*filter(shaping, leaves), *(override.key_or_group for override in overrides)]:
@@ -184,6 +180,8 @@ def collect(
     best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
     return {
         "name": cfg.name,
+        "run": record.digest,
+        "overrides": record.overrides,
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
         "seed": cfg.seed,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),

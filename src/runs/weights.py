@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from src.command.resume import OWN_CONFIG, read_config
+from src.command.resume import OWN_CONFIG, check_digest, read_config
 from src.command.rules import CONF, PACKAGE, check, project_allows, resolved
 from src.data.pictures import read_digit, resized
 from src.data.spec import ImageSpec
@@ -111,7 +111,7 @@ def load(path: Path | str | None = None, familiar: bool = True) -> Reader:
             raise UserError(f"{path} is a sweep; name one of the run folders in it")
         raise UserError(f"{file}: no such file; name {KINDS}")
     content = _read(file)
-    config = {"model": content["model"]} if "model" in content else run_config(file)
+    config = {"model": content["model"]} if "model" in content else run_config(file, content.get("run"))
     plain, data = content.get("data"), config.get("data")
     if "model" in content:
         model = content["model"]
@@ -156,11 +156,12 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def run_config(checkpoint: Path) -> dict[str, Any]:
-    """The model and the data that a run was configured with, checked."""
+def run_config(checkpoint: Path, run: Any) -> dict[str, Any]:
+    """The model and the data that the run of a checkpoint was configured with, checked; `run` is its digest."""
     file = checkpoint.absolute().parents[1] / OWN_CONFIG
     try:
         own = read_config(file)
+        check_digest(OmegaConf.to_container(own), run, checkpoint)  # type: ignore[arg-type]
         own.output_dir = str(checkpoint.parents[1])  # it was Hydra's to say
         config = resolved(own)
         check(config, project_allows())

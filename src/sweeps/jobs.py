@@ -15,11 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.command.resume import OWN_CONFIG, plain_config, read_results, read_text, read_yaml, texts
+from src.command.resume import OWN_CONFIG, check_digest, chosen, plain_config, read_results, read_text, read_yaml, texts
 from src.command.rules import KEYS, fits
 from src.errors import UserError
 from src.sweeps.launch import planned_jobs
 
+OVERRIDES = ".hydra/overrides.yaml"
 DAMAGED = "damaged"
 STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
 # Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
@@ -47,8 +48,7 @@ class Job:
         if given := parse(self.overrides).get(key):
             return given
         # Of those that leave it as it is: the group's default option.
-        hydra = (plain_yaml(self.folder / ".hydra/hydra.yaml") or {}).get("hydra", {})
-        choices = hydra.get("runtime", {}).get("choices", {})
+        choices = chosen(plain_yaml(self.folder / ".hydra/hydra.yaml"))
         return text(choices[key]) if key in choices else "default" if value else text(value)
 
     @property
@@ -98,8 +98,12 @@ def read_jobs(folders: Sequence[Path]) -> list[Job]:
         for own in sorted(folder.rglob(".hydra")):
             jobs.setdefault(own.parent.resolve(), read_job(own.parent))
         for sweep in sorted(folder.rglob("multirun.yaml")):
-            begun = {frozenset(parse(job.overrides).items()) for job in jobs.values()}
-            for overrides in _planned(sweep):
+            planned, begun = _planned(sweep), {frozenset(parse(job.overrides).items()) for job in jobs.values()}
+            if foreign := _foreign(planned, [job for job in jobs.values() if job.folder.parent == sweep.parent]):
+                error = f"{sweep}: it plans jobs with {foreign}; it is of another sweep, or damaged"
+                jobs[sweep] = Job(sweep, DAMAGED, [], {}, error=error)
+                continue
+            for overrides in planned:
                 if frozenset(parse(overrides).items()) not in begun:
                     place = sweep.parent / " ".join(overrides)
                     jobs[place] = Job(place, NOT_BEGUN, overrides, {})
@@ -118,12 +122,16 @@ def read_job(folder: Path) -> Job:
             job.status = FAILED
             job.error = read_text(folder / "error.txt").partition("\n")[0]
             job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
-        overrides = texts(folder / ".hydra/overrides.yaml")
+        overrides = texts(folder / OVERRIDES)
         keys, job.overrides = parse(overrides), overrides
-        job.config = plain_config(folder / OWN_CONFIG) | {"output_dir": str(folder)}  # Hydra's to say
+        if job.results.get("overrides", overrides) != overrides:
+            raise UserError(f"{folder / OVERRIDES} and metrics.json name different overrides: one is damaged")
+        job.config = plain_config(folder / OWN_CONFIG)
+        check_digest(job.config, job.results.get("run"), folder / "metrics.json")
+        job.config["output_dir"] = str(folder)  # Hydra's to say
         wrong = [
             key for key in ("optimized_metric", "optimized_mode") if not fits(job.config.get(key, "max"), KEYS[key])
-        ]
+        ] or [key for key in ("optimized_metric", "seed") if key not in job.config]
         if wrong or not isinstance(job.config.get("data") or {}, dict):
             raise UserError(f"{folder / OWN_CONFIG} is damaged: {', '.join(wrong) or 'data'}")
         for key in keys:
@@ -152,6 +160,18 @@ def _planned(multirun: Path) -> list[list[str]]:
         return planned_jobs(given, hydra.get("callbacks", {}).get("sweep", {}).get("zip") or ())
     except (UserError, HydraException, TypeError, KeyError, AttributeError):
         return []  # Hydra was killed while it wrote it
+
+
+def _foreign(planned: list[list[str]], begun: list[Job]) -> str:
+    """What all planned jobs have and those that were begun have not; empty for a plan of their own sweep."""
+    shared = set.intersection(*map(set, planned)) if planned else set()
+    sound = next((job for job in begun if job.status == FINISHED), None)
+    if sound is None:
+        return ""
+    said = parse(sound.overrides)  # what it has may be spelled another way there, or be a default that nobody named
+    return " ".join(
+        f"{key}={x}" for key, x in parse(sorted(shared)).items() if x not in (said.get(key), sound.value(key))
+    )
 
 
 @dataclass
