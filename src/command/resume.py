@@ -184,7 +184,7 @@ def digest(plain: dict[str, Any]) -> str:
 def check_digest(plain: dict[str, Any], run: Any, file: Path) -> None:
     """Raises UserError where `file`, which says that it is of the run of digest `run`, is not of this config's.
 
-    Nothing is known where it says nothing, and of a finished job whose sweep is continued: Hydra writes its config anew.
+    Nothing is known where it says nothing, and of a finished job of a sweep that goes on: Hydra writes its config anew.
     """
     values = [value for key, value in walk(plain) if key != "output_dir" and isinstance(value, str)]
     if run is None or any("${" in value.replace("${output_dir}", "") for value in values):

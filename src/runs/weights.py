@@ -123,7 +123,10 @@ def load(path: Path | str | None = None, familiar: bool = True) -> Reader:
         raise UserError(f"{file}: of a run that did not train on images of classes")
     if not isinstance(config.get("model"), dict) or not isinstance(config["model"].get("_target_"), str):
         raise UserError(f"{file}: it names no network")
-    check(OmegaConf.create({"model": config["model"]}), project_allows())
+    try:
+        check(OmegaConf.create({"model": config["model"]}), project_allows())
+    except OmegaConfBaseException as error:  # tensors where plain values belong
+        raise UserError(f"{file}: it names no network ({' '.join(str(error).split())})") from error
     prefix = "" if "model" in content else "net."
     state = {name.removeprefix(prefix): x for name, x in content["state_dict"].items() if name.startswith(prefix)}
     try:

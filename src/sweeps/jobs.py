@@ -131,7 +131,7 @@ def read_job(folder: Path) -> Job:
         job.config["output_dir"] = str(folder)  # Hydra's to say
         wrong = [
             key for key in ("optimized_metric", "optimized_mode") if not fits(job.config.get(key, "max"), KEYS[key])
-        ] or [key for key in ("optimized_metric", "seed") if key not in job.config]
+        ] or ["optimized_metric"] * ("optimized_metric" not in job.config)
         if wrong or not isinstance(job.config.get("data") or {}, dict):
             raise UserError(f"{folder / OWN_CONFIG} is damaged: {', '.join(wrong) or 'data'}")
         for key in keys:

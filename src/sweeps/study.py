@@ -12,7 +12,7 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import TrialState
@@ -115,24 +115,21 @@ def optimize(
         time.sleep(1)
 
 
-def suggest(trial: optuna.Trial, node: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """A value for each key of the search space. Raises UserError for a range that Optuna refuses."""
-    values: dict[str, Any] = {}
-    for name, child in node.items():
-        key = f"{prefix}{name!s}"
-        if "suggest" not in child:
-            values |= suggest(trial, child, f"{key}.")
-            continue
-        space = instantiate(child, _convert_="all")
-        kind = space.pop("suggest")
-        if kind not in ("float", "int", "categorical"):
-            raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
-        try:
-            value = getattr(trial, f"suggest_{kind}")(key, **space)
-            values[key] = float(text(value)) if kind == "float" else value  # 0.15, where steps of 0.05 add up to more
-        except (TypeError, ValueError) as error:
-            raise UserError(f"search.{key}: {error}") from error
-    return values
+def suggest(trial: optuna.Trial, space: Any, key: str = "") -> dict[str, Any]:
+    """A value for each key of a search space of plain values. Raises UserError for one that Optuna refuses."""
+    if not isinstance(space, dict):
+        raise UserError(f"search{'.' * bool(key)}{key}={space}: must be keys with their ranges, as in conf/search/")
+    if "suggest" not in space:
+        parts = [suggest(trial, child, f"{key}.{name}".removeprefix(".")) for name, child in space.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    kind, further = space["suggest"], {name: x for name, x in space.items() if name != "suggest"}
+    if kind not in ("float", "int", "categorical"):
+        raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
+    try:
+        value = getattr(trial, f"suggest_{kind}")(key, **further)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"search.{key}: {error}") from error
+    return {key: float(text(value)) if kind == "float" else value}  # 0.15, where steps of 0.05 add up to more
 
 
 def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, study_folder: Path) -> float:
@@ -140,7 +137,7 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
 
     Raises optuna.TrialPruned where the study stops the trial early, or the training diverges.
     """
-    values = suggest(trial, search)
+    values = suggest(trial, OmegaConf.to_container(search))
     shared = [
         one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0].split(".")[0] not in OWN
     ]
