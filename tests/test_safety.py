@@ -320,7 +320,7 @@ def test_a_damaged_job_is_named_and_the_others_are_reported(program, stopped):
         assert [job.status for job in read_jobs([sweep])] == ["finished", "damaged"]
     overrides = (sweep / "b/.hydra/overrides.yaml").read_text()
     (sweep / "b/.hydra/overrides.yaml").write_text("- data")  # cut short: no override any more
-    (sweep / "multirun.yaml").write_text("hydra: {overrides: {task: ["seed=1,2"], hydra: []}}")
+    (sweep / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=1,2'], hydra: []}}")
     assert [job.status for job in read_jobs([sweep])] == ["finished", "damaged", *["not begun"] * 2]
     (sweep / "multirun.yaml").unlink()
     (sweep / "b/.hydra/overrides.yaml").write_text(overrides)
