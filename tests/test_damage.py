@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optuna
 import pytest
 import torch
 import torchvision  # noqa: F401  (what a child would import, it has)
@@ -34,7 +35,8 @@ from src.data.augment import RandomAffine
 from src.data.spec import MNIST_SPEC
 from src.errors import UserError
 from src.runs import build, console, dashboard, recovery  # noqa: F401
-from src.sweeps import study  # noqa: F401
+from src.sweeps import study
+from src.sweeps.study import COUNTED
 
 ALL = os.environ.get("DAMAGE") == "all"
 SECONDS, MEMORY = 90, 3_000_000_000
@@ -81,6 +83,22 @@ def forked(main: Callable[[], Any], *arguments: Any, before: Callable[[], Any] =
         out.seek(0)
         err.seek(0)
         return Ended(code, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
+
+
+def ask(folder: Path, seed: int = 0) -> Any:
+    """A teacher's answers about four images, kept in a folder."""
+    from src.teachers.reinforce import Reinforcement  # here, for it may be deleted
+
+    class Teacher(torch.nn.Module):
+        digest = "three"
+
+        def forward(self, images):
+            return images.flatten(1)[:, :3]
+
+    images = torch.arange(4 * 784, dtype=torch.uint8).reshape(4, 1, 28, 28)
+    with torch.inference_mode():
+        reinforced = Reinforcement(Teacher(), str(folder), seed)
+        return reinforced.view(images, RandomAffine(), MNIST_SPEC, 0, 0.0).answers.tolist()
 
 
 def without_override() -> None:
@@ -178,21 +196,7 @@ def subjects(tmp_path_factory) -> list[Subject]:
     sweep2 = run("sweep2", "-m", "optimizer.lr=0.1,0.15", "seed=1", f"hydra.sweep.dir={base / 'sweep2'}")
     search = ("trials=2", "trainer.max_epochs=1", "search.optimizer.lr.high=0.2")
     studied = run("study", f"hydra.run.dir={base / 'study'}", *search, main=tune.main)
-    from src.teachers.reinforce import Reinforcement  # here, for it may be deleted
-
     answers = base / "answers"
-    images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
-
-    class Teacher(torch.nn.Module):
-        digest = "three"
-
-        def forward(self, images):
-            return images.flatten(1)[:, :3]
-
-    def ask(folder: Path, seed: int = 0) -> Any:
-        with torch.inference_mode():
-            return Reinforcement(Teacher(), str(folder), seed).view(images, RandomAffine(), MNIST_SPEC, 0, 0.0).answers
-
     ask(answers)
     ask(base / "answers2", 1)
     (one,), (two,) = (list(folder.glob("*.pt")) for folder in (answers, base / "answers2"))
@@ -201,7 +205,7 @@ def subjects(tmp_path_factory) -> list[Subject]:
     def answering(folder: Path) -> Ended:
         def main() -> None:
             try:
-                print(ask(folder).tolist())
+                print(ask(folder))
             except (UserError, OSError) as error:  # as src.command.entry tells them
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
@@ -326,23 +330,105 @@ def killed_at(last: int, folder: Path) -> Callable[[], None]:
     return lambda: sys.addaudithook(hook)
 
 
-def test_a_run_that_is_killed_at_an_operation_on_files_goes_on(tmp_path):
-    whole = tmp_path / "whole"
-    ended = forked(train.main, *TINY, f"hydra.run.dir={whole}")
-    right, held = outcome(whole, ended), 0
-    for last in range(0, 1000, 1 if ALL else 29):
-        folder = tmp_path / f"killed{last}"
-        ended = forked(train.main, *TINY, f"hydra.run.dir={folder}", before=killed_at(last, folder))
+class Killing(NamedTuple):
+    """All work in a folder; `begin` may be given what to do first in its process."""
+
+    begin: Callable[[Path, Callable[[], Any]], Ended]
+    goes_on: Callable[[Path], Ended]
+    result: Callable[[Path], Any]
+    quick: int  # the operation that a quick test kills at
+
+
+def killing(name: str, base: Path, small_weights: Path) -> Killing:
+    def command(*arguments: str, main: Callable[[], None] = train.main) -> Callable[..., Ended]:
+        def use(folder: Path, before: Callable[[], Any] = lambda: None) -> Ended:
+            return forked(main, *(each.replace("FOLDER", str(folder)) for each in arguments), before=before)
+
+        return use
+
+    def or_anew(begin: Callable[..., Ended]) -> Callable[[Path], Ended]:
+        def use(folder: Path) -> Ended:
+            ended = command("resume=FOLDER/run")(folder)
+            if ended.code == 2 and not (folder / "run/checkpoints").exists():  # its config was not whole: no run yet
+                shutil.rmtree(folder / "run")
+                ended = begin(folder)
+            return ended
+
+        return use
+
+    def weights_and_scores(folder: Path) -> Any:
+        checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+        scored = json.loads((folder / "metrics.json").read_text())
+        return (
+            {name: x.tolist() for name, x in checkpoint["state_dict"].items()},
+            scored["metrics"],
+            scored["best_epoch"],
+        )
+
+    def of_study(folder: Path) -> Any:
+        """Its settings are drawn anew where it starts anew."""
+        done = study.count(
+            optuna.load_study(study_name="tune", storage=f"sqlite:///{folder / 'run/study.db'}"), *COUNTED
+        )
+        scored = [weights_and_scores(file.parent)[1]["val/acc"] for file in folder.rglob("metrics.json")]
+        return done, len(scored), (folder / "run/report.md").exists()
+
+    def resumed(folder: Path, before: Callable[[], Any] = lambda: None) -> Ended:
+        shutil.copytree(base / "stopped", folder / "run")
+        return command("resume=FOLDER/run")(folder, before)
+
+    one = "hydra.run.dir=FOLDER/run"
+    teacher = f"{{_target_:src.teachers.ensemble.Ensemble,files:[{small_weights}]}}"
+    reinforce = (
+        f"+data.reinforce={{_target_:src.teachers.reinforce.Reinforcement,teacher:{teacher},folder:FOLDER/answers}}"
+    )
+    runs = {
+        "run": command(*TINY, one),
+        "reinforced run": command(*TINY, reinforce, one),
+        "backprop run": command("experiment=backprop", "trainer.max_epochs=20", "callbacks.last.every_steps=5", one),
+    }
+    if name in runs:
+        return Killing(runs[name], or_anew(runs[name]), lambda folder: weights_and_scores(folder / "run"), 29)
+    if name == "resumed run":
+        runs["run"](base)
+        shutil.move(base / "run", base / "stopped")
+        (base / "stopped/metrics.json").unlink()
+        (base / "stopped/checkpoints/previous.ckpt").replace(base / "stopped/checkpoints/last.ckpt")
+        return Killing(resumed, command("resume=FOLDER/run"), lambda folder: weights_and_scores(folder / "run"), 9)
+    if name == "answers":
+
+        def asking(folder: Path, before: Callable[[], Any] = lambda: None) -> Ended:
+            return forked(lambda: print(ask(folder)), before=before)
+
+        return Killing(asking, asking, ask, 2)
+    if name == "sweep":
+        sweep = command(*TINY, "-m", "optimizer.lr=0.1,0.2", "hydra.sweep.dir=FOLDER/run")
+        jobs = [f"run/optimizer.lr={lr}" for lr in (0.1, 0.2)]
+        return Killing(sweep, sweep, lambda folder: [weights_and_scores(folder / job) for job in jobs], 60)
+    search = "trials=2", "trainer.max_epochs=1", "search.optimizer.lr.high=0.2", "heartbeat=1", one
+    tuned = command(*TINY, *search, main=tune.main)
+    return Killing(tuned, tuned, of_study, 40)
+
+
+@pytest.mark.parametrize(
+    "name", ["run", "resumed run", "reinforced run", "backprop run", "answers", "sweep", "study"], ids=lambda x: x[:7]
+)
+def test_what_is_killed_at_an_operation_on_files_goes_on(tmp_path, small_weights, name):
+    case, held, wrong = killing(name, tmp_path, small_weights), 0, []
+    ended = case.begin(tmp_path / "whole", lambda: None)
+    assert ended.code == 0, ended.err
+    right = case.result(tmp_path / "whole")
+    for last in range(1000) if ALL else [case.quick]:
+        folder = tmp_path / "killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        ended = case.begin(folder, killed_at(last, folder))
         if ended.code == 0:
             break
         assert ended.code == -signal.SIGKILL, ended.err
-        goes_on = folder
-        ended = forked(train.main, f"resume={folder}")
-        if ended.code == 2 and not (folder / "checkpoints").exists():  # its config was not yet whole: no run yet
-            goes_on = tmp_path / f"anew{last}"
-            ended = forked(train.main, *TINY, f"hydra.run.dir={goes_on}")
-        assert ended.code == 0, f"operation {last}: {ended.err}"
-        assert outcome(goes_on, ended) == right, f"operation {last}"
-        held += 1
-    print(f"killed at {held} operations", file=sys.__stderr__)
-    assert held > (20 if ALL else 0)
+        ended = case.goes_on(folder)
+        if ended.code == 0 and case.result(folder) == right:
+            held += 1
+        else:
+            wrong.append(f"operation {last}: exit {ended.code}\n{ended.err[-700:]}")
+    print(f"{name}: {held} of {held + len(wrong)}", file=sys.__stderr__, flush=True)
+    assert held and not wrong, "\n\n".join(wrong)
