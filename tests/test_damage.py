@@ -350,7 +350,7 @@ def killing(name: str, base: Path, small_weights: Path) -> Killing:
         def use(folder: Path) -> Ended:
             ended = command("resume=FOLDER/run")(folder)
             if ended.code == 2 and not (folder / "run/checkpoints").exists():  # its config was not whole: no run yet
-                shutil.rmtree(folder / "run")
+                shutil.rmtree(folder / "run", ignore_errors=True)
                 ended = begin(folder)
             return ended
 

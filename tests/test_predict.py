@@ -142,6 +142,9 @@ def huge_png(side=20_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+half = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 100, axis=1).repeat(200, axis=0))
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -153,6 +156,8 @@ def huge_png(side=20_000) -> bytes:
         (huge_png(10_000), "at most 50,000,000"),
         (huge_png(8_000), "at most 50,000,000"),
         (encoded(flat((9, 9, 9))), "all of one colour"),
+        (encoded(half), "nothing stands out"),
+        (encoded(half.transpose(Image.Transpose.ROTATE_90)), "nothing stands out"),
         (encoded(Image.new("L", (1, 1))), "all of one colour"),
         (encoded(Image.new("RGBA", (5, 5))), "all of one colour"),
     ],

@@ -1,6 +1,6 @@
 """Files of the right kind and of any shape: JSON, YAML and state dicts are read, or are one line of error.
 
-Each is a sound one in which hypothesis puts other values in some places, or one of its own making.
+Each is a sound one in which hypothesis puts other values in some places. Few by default; DAMAGE=all for many.
 """
 
 import copy
@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from test_damage import TINY, forked
+from test_damage import ALL, TINY, forked
 
 from src import train
 from src.command.entry import checked
@@ -33,7 +33,7 @@ from src.sweeps import tables
 from src.sweeps.jobs import compare, read_jobs
 from src.sweeps.study import suggest
 
-EXAMPLES = pytest.mark.parametrize("examples", [15, pytest.param(1000, marks=pytest.mark.slow)])
+EXAMPLES = 1000 if ALL else 15
 WORDS = (
     "metrics",
     "seconds",
@@ -84,7 +84,6 @@ def by_us(error: Exception) -> bool:
 
 
 def holds(
-    examples: int,
     sound: Any,
     use: Callable[[Any], Any],
     others: st.SearchStrategy[Any] = values,
@@ -95,7 +94,7 @@ def holds(
     place = st.floats(0, 1, exclude_max=True)
 
     @settings(
-        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
     @given(st.lists(st.tuples(place, st.booleans(), others), min_size=1, max_size=3))
     def each(edits: Any) -> None:
@@ -142,26 +141,23 @@ def written(file: Path, text: Callable[[Any], str], use: Callable[[], Any]) -> C
     return each
 
 
-@EXAMPLES
-def test_results_of_any_shape(sweep, examples):
+def test_results_of_any_shape(sweep):
     file = sweep / "b/metrics.json"
     sound = json.loads(file.read_text())
-    assert holds(examples, sound, written(file, json.dumps, lambda: finished(sweep / "b")))
-    assert not holds(examples, sound, written(file, json.dumps, lambda: shown(sweep)))
+    assert holds(sound, written(file, json.dumps, lambda: finished(sweep / "b")))
+    assert not holds(sound, written(file, json.dumps, lambda: shown(sweep)))
 
 
-@EXAMPLES
 @pytest.mark.parametrize("name", ["config", "overrides", "hydra"])
-def test_a_jobs_yaml_of_any_shape(sweep, examples, name):
+def test_a_jobs_yaml_of_any_shape(sweep, name):
     file = sweep / f"b/.hydra/{name}.yaml"
     results = json.loads((sweep / "b/metrics.json").read_text())
     (sweep / "b/metrics.json").write_text(json.dumps({x: results[x] for x in ("metrics", "seconds")}))  # no digests
     sound = yaml.safe_load(file.read_text())
-    assert not holds(examples, sound, written(file, yaml.safe_dump, lambda: shown(sweep)))
+    assert not holds(sound, written(file, yaml.safe_dump, lambda: shown(sweep)))
 
 
-@EXAMPLES
-def test_a_plan_of_any_shape(sweep, examples):
+def test_a_plan_of_any_shape(sweep):
     file = sweep / "multirun.yaml"
     sound = {
         "hydra": {"overrides": {"task": ["optimizer.lr=0.1,0.2", "seed=range(2)"], "hydra": ["hydra.mode=MULTIRUN"]}}
@@ -172,11 +168,10 @@ def test_a_plan_of_any_shape(sweep, examples):
         shown(sweep)
         continue_command(file)
 
-    assert holds(examples, sound, written(file, yaml.safe_dump, use))
+    assert holds(sound, written(file, yaml.safe_dump, use))
 
 
-@EXAMPLES
-def test_the_config_of_a_run_that_goes_on_of_any_shape(run, tmp_path, examples):
+def test_the_config_of_a_run_that_goes_on_of_any_shape(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     file = folder / ".hydra/config.yaml"
     sound = yaml.safe_load(file.read_text())
@@ -188,25 +183,23 @@ def test_the_config_of_a_run_that_goes_on_of_any_shape(run, tmp_path, examples):
     config.pop("hydra")
     try:
         own = written(file, yaml.safe_dump, lambda: checked(own_config(config), project_allows()))
-        assert holds(examples, sound, own, told=explain)
+        assert holds(sound, own, told=explain)
         network = written(file, yaml.safe_dump, lambda: weights.load(folder))
-        assert holds(examples, {key: sound[key] for key in ("model", "data")}, network)
+        assert holds({key: sound[key] for key in ("model", "data")}, network)
         choices = written(folder / ".hydra/hydra.yaml", yaml.safe_dump, lambda: results.hyperparameters(config))
-        assert holds(examples, yaml.safe_load((folder / ".hydra/hydra.yaml").read_text()), choices)
+        assert holds(yaml.safe_load((folder / ".hydra/hydra.yaml").read_text()), choices)
     finally:
         HydraConfig.instance().cfg = before
 
 
-@EXAMPLES
-def test_a_search_space_of_any_shape(examples):
+def test_a_search_space_of_any_shape():
     sound = yaml.safe_load((CONF / "search/lr_dropout.yaml").read_text())
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    assert holds(examples, sound, lambda space: suggest(study.ask(), space))
+    assert holds(sound, lambda space: suggest(study.ask(), space))
 
 
-@EXAMPLES
-def test_a_checkpoint_of_any_shape(run, tmp_path, examples, capfd):
+def test_a_checkpoint_of_any_shape(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     newest, before = folder / "checkpoints/last.ckpt", folder / "checkpoints/previous.ckpt"
     sound = torch.load(newest, weights_only=True)
@@ -216,11 +209,10 @@ def test_a_checkpoint_of_any_shape(run, tmp_path, examples, capfd):
         assert newest_sound(folder) == before
         weights.load(folder)
 
-    assert holds(examples, sound, use, saved)
+    assert holds(sound, use, saved)
 
 
-@EXAMPLES
-def test_weights_of_any_shape(small_weights, tmp_path, examples):
+def test_weights_of_any_shape(small_weights, tmp_path):
     sound = torch.load(small_weights, weights_only=True)
     file = tmp_path / "some.pt"
 
@@ -228,4 +220,4 @@ def test_weights_of_any_shape(small_weights, tmp_path, examples):
         torch.save(content, file)
         weights.load(file)
 
-    assert holds(examples, sound, use, saved)
+    assert holds(sound, use, saved)

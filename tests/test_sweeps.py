@@ -508,6 +508,8 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
         ("search.optimizer.lr.low=5", "search.optimizer.lr"),
         ("trial=5", "did you mean trials?"),
         ("trials=0", "a whole number of 1 or more"),
+        ("study=a?b", "a name without ? or #"),
+        ("search.optimizer=3", "search.optimizer=3: must be keys with their ranges"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(program, tmp_path, mistake, words):

@@ -141,6 +141,7 @@ def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
         ("trainer.precision=7", "precision"),
         ("trainer.devices=none", "devices"),
         ("optimized_metric=val/accuracy", "val/acc"),
+        ("optimized_metric=test/acc", "nothing may be chosen"),
         ("callbacks.best.monitor=val/accuracy", "val/accuracy"),
         pytest.param(
             "trainer.accelerator=gpu",
@@ -190,10 +191,17 @@ def test_a_schedule_that_counts_epochs_is_stepped_by_epochs(train):
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
 
 
-def test_a_missing_metric_is_said_after_the_first_validation(train):
-    result, folder = train("trainer.max_epochs=50", "optimized_metric=val/accuracy", "callbacks.best=null")
-    assert result.code == 2 and "val/accuracy: the run has" in result.err.splitlines()[-1]
-    assert "epoch 1/50" not in result.out and not (folder / "metrics.json").exists()
+@pytest.mark.parametrize("monitor", ["optimized_metric", "callbacks.best.monitor"])
+def test_a_score_that_nothing_logs_is_said_before_the_training(train, monitor):
+    result, folder = train("trainer.max_epochs=50", f"{monitor}=val/accuracy", "callbacks.last.every_steps=1")
+    assert result.code == 2 and "=val/accuracy: the run has val/acc, val/loss" in result.err
+    assert not list(folder.rglob("*.ckpt")) and not list(folder.rglob("*tfevents*"))
+
+
+def test_a_training_score_that_nothing_logs_is_said_after_an_epoch(train):
+    result, folder = train("trainer.max_epochs=50", "optimized_metric=train/accuracy", "callbacks.best=null")
+    assert result.code == 2 and "optimized_metric=train/accuracy: the run has" in result.err
+    assert "epoch 2/50" not in result.out and not (folder / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(

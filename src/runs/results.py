@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +42,11 @@ class Record(Callback):
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, digest(portable(cfg))
         self.overrides, _ = given(cfg)
+        if str(self.metric).startswith("test/"):
+            raise UserError(
+                f"optimized_metric={self.metric}: by a score on the test images nothing may be chosen; "
+                "set optimized_metric=val/acc, or null"
+            )
         self.seconds, self.since, self.samples = 0.0, 0.0, 0.0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,7 +59,7 @@ class Record(Callback):
                 "or train longer, or set optimized_metric=null"
             )
         log_hyperparameters(trainer, self.cfg)  # not before: a start that fails leaves no folder
-        self.since = perf_counter()
+        self.first, self.since = trainer.current_epoch, perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:  # which comes before the training
@@ -62,8 +67,17 @@ class Record(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = perf_counter()
-        if not trainer.sanity_checking and str(self.metric).startswith("val/"):
-            metric({"metrics": trainer.callback_metrics}, self.metric)
+        self._check(trainer, lambda name: name.startswith("val/"))  # before the training, after the trainer's one batch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch > self.first:
+            self._check(trainer, lambda name: True)  # what is logged where an epoch ends is known then
+
+    def _check(self, trainer: L.Trainer, among: Callable[[str], bool]) -> None:
+        monitored = {f"{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in trainer.callbacks}  # type: ignore[attr-defined]
+        for key, name in {"optimized_metric": self.metric, **monitored}.items():
+            if name and among(name) and name not in trainer.callback_metrics:
+                raise UserError(f"{key}={name}: the run has " + ", ".join(trainer.callback_metrics))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds += perf_counter() - self.since
