@@ -55,6 +55,8 @@ def resume(run: Path, trainer: L.Trainer, digest: str) -> Path | None:
     best = run / FOLDER / "best.ckpt"
     if best.exists() and (problem := _problem(best, digest)):  # it would be asked for its epoch when all is done
         raise UserError(f"{best} cannot be used: {problem}; delete it, and the run goes on without")
+    if file:
+        trainer.num_sanity_val_steps = 0  # it would clear the scores that the checkpoint has
     if trainer.is_global_zero:
         step = torch.load(file, map_location="cpu", weights_only=True)["global_step"] if file else 0
         drop_events(run, step)
