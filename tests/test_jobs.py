@@ -130,6 +130,13 @@ def test_the_processes_of_a_run_end_with_the_first():
     assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # both have ended
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
+def test_a_process_whose_first_is_gone_ends_before_it_imports_anything():
+    environment = os.environ | {"LOCAL_RANK": "1", process.FIRST: "1"}
+    ended = subprocess.run([sys.executable, "-m", "src.train"], cwd=CONF.parent, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
+
+
 @pytest.mark.slow
 def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum has the same bits in any order
     many = "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=11", "trainer.max_epochs=4"

@@ -21,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from src.command.explain import explain, known_keys, lost_process, unknown_key
 from src.command.internals import hydra_parser
 from src.command.process import (
+    FIRST,
     alone_in,
     counted,
+    end_with_first,
     first_process,
     isolated,
     lasting_output,
@@ -89,6 +91,8 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
         before, arguments = os.environ.get("HYDRA_FULL_ERROR", "0"), sys.argv
         os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its errors itself, and exits with 1
         try:
+            if FIRST in os.environ:  # before it imports what takes seconds
+                end_with_first()
             with stoppable(), lasting_output():
                 if {"--help", "-h"} & {*arguments}:
                     return _help(config_name, arguments[1:])

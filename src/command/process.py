@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import lightning as L
 
 
+FIRST = "DIGITLAB_FIRST"  # names the process of a run that starts the others
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Makes SIGINT and SIGTERM a SystemExit with 128 + the signal's number, wherever nothing better is done."""
@@ -240,7 +243,7 @@ def load_lightning() -> None:
 
 def end_with_first() -> None:
     """Ends the processes that Lightning starts for a run together with the first, which starts them, on Linux."""
-    first = int(os.environ.setdefault("DIGITLAB_FIRST", str(os.getpid())))
+    first = int(os.environ.setdefault(FIRST, str(os.getpid())))
     if "LOCAL_RANK" in os.environ and first != os.getpid() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != first:  # it ended before
