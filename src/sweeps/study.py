@@ -20,7 +20,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from src.command.entry import checked
 from src.command.internals import journal, run_as_job
-from src.command.process import alone_in
+from src.command.process import alone_in, settle_precision
 from src.command.resume import write_config
 from src.errors import Diverged, UserError
 from src.sweeps.callback import ERROR_FILE, record_failure
@@ -158,6 +158,7 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
             if first is not None:
                 cfg.resume = cfg.output_dir
             with alone_in(Path(cfg.output_dir)):
+                settle_precision(cfg)
                 write_config(cfg, Path(cfg.output_dir))
                 return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
         except SystemExit:  # a signal: not to be waited for
