@@ -20,7 +20,7 @@ def finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> l
     """`values` as floats. Raises UserError, naming the config key, unless there is one finite number a name."""
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
         raise UserError(f"{key} needs {len(names)} finite numbers ({', '.join(names)}), not {values}")

@@ -1,6 +1,6 @@
 """Which values the arguments of configs may have: annotations that src.command.rules holds a config against."""
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -11,7 +11,7 @@ class Rule(NamedTuple):
 
 
 def _number(words: str, within: Callable[[float], bool]) -> Rule:
-    return Rule(f"a number {words}", lambda x: type(x) in (int, float) and math.isfinite(x) and within(x))
+    return Rule(f"a number {words}", lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max and within(x))
 
 
 Whole = Annotated[int, Rule("a whole number of 0 or more", lambda n: type(n) is int and n >= 0)]

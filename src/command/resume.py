@@ -136,6 +136,8 @@ def plain_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is damaged: it is not the config of a run")
     for key, value in walk(plain):
         for text in (key, value):
+            if isinstance(text, str) and "\0" in text:
+                raise UserError(f"{file} is damaged: {key} holds a null byte")
             if isinstance(text, str) and "${" in text and not OWN_REFERENCE.fullmatch(text):
                 raise UserError(f"{file}: {key}={value}: the config of a run looks nothing up elsewhere")
     return plain
