@@ -187,7 +187,7 @@ def test_the_config_of_a_run_that_goes_on_of_any_shape(run, tmp_path):
         network = written(file, yaml.safe_dump, lambda: weights.load(folder))
         assert holds({key: sound[key] for key in ("model", "data")}, network)
         choices = written(folder / ".hydra/hydra.yaml", yaml.safe_dump, lambda: results.hyperparameters(config))
-        assert holds(yaml.safe_load((folder / ".hydra/hydra.yaml").read_text()), choices)
+        assert holds(yaml.safe_load((folder / ".hydra/hydra.yaml").read_text()), choices, told=explain)
     finally:
         HydraConfig.instance().cfg = before
 

@@ -152,7 +152,8 @@ def _read(file: Path) -> dict[str, Any]:
         content = load_plain(file)
     except UserError as error:
         raise UserError(f"{file}: not a file of weights: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{file}: holds no state_dict; name {KINDS}")
     if not finite(content["state_dict"]):
         raise UserError(f"{file}: its weights are not finite")
