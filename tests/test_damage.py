@@ -410,9 +410,10 @@ def killing(name: str, base: Path, small_weights: Path) -> Killing:
     return Killing(tuned, tuned, of_study, 40)
 
 
-@pytest.mark.parametrize(
-    "name", ["run", "resumed run", "reinforced run", "backprop run", "answers", "sweep", "study"], ids=lambda x: x[:7]
-)
+KILLED = ["run", "answers", "sweep", *(["resumed run", "reinforced run", "backprop run", "study"] if ALL else [])]
+
+
+@pytest.mark.parametrize("name", KILLED)
 def test_what_is_killed_at_an_operation_on_files_goes_on(tmp_path, small_weights, name):
     case, held, wrong = killing(name, tmp_path, small_weights), 0, []
     ended = case.begin(tmp_path / "whole", lambda: None)
