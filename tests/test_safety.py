@@ -345,6 +345,11 @@ def test_an_edited_config_does_not_go_with_its_checkpoints(program, stopped):
     assert result.code == 2 and "it is of a run with another config" in result.err
 
 
+def test_one_command_continues_one_run(program, tmp_path):
+    result = program(f"resume={tmp_path / 'a'}", f"resume={tmp_path / 'b'}")
+    assert result.code == 2 and "name one run" in result.err and len(result.err.splitlines()) == 1
+
+
 def test_a_moved_folder_is_finished_and_knows_its_best(program, stopped, tmp_path):
     moved = stopped.rename(tmp_path / "moved")
     result = program(f"resume={moved}")

@@ -124,6 +124,8 @@ def parsed(arguments: list[str]) -> list[str]:
     """Arguments as a shell completes them, made such that Hydra understands them."""
     arguments = _flags_first([_quoted(argument) for argument in arguments])
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
+    if len(resumed) > 1:
+        raise UserError(f"{' '.join(resumed)}: name one run; each is continued by a command of its own")
     if resumed:
         return resuming(arguments, resumed[0])
     # Whoever starts the processes himself has to name the folder: the default has the time in it.
