@@ -77,7 +77,7 @@ class Record(Callback):
         monitored = {f"{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in trainer.callbacks}  # type: ignore[attr-defined]
         for key, name in {"optimized_metric": self.metric, **monitored}.items():
             if name and among(name) and name not in trainer.callback_metrics:
-                raise UserError(f"{key}={name}: the run has " + ", ".join(trainer.callback_metrics))
+                raise UserError(f"{key}={name}: the run has " + ", ".join(sorted(trainer.callback_metrics)))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds += perf_counter() - self.since
