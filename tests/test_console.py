@@ -37,12 +37,12 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(program, monkeypatch):
-    """Runs a main with a terminal of 80 columns for its output; gives the lines that stay on it."""
+    """Runs a main with a terminal for its output; gives the lines that stay on it."""
 
-    def run(*arguments: object, main=train.main) -> list[str]:
+    def run(*arguments: object, main=train.main, columns: int = 80) -> list[str]:
         screen = Terminal()
         monkeypatch.setattr(sys, "stdout", screen)
-        for name, value in ("TERM", "xterm"), ("COLUMNS", "80"), ("LINES", "50"):
+        for name, value in ("TERM", "xterm"), ("COLUMNS", str(columns)), ("LINES", "50"):
             monkeypatch.setenv(name, value)
         program(*arguments, main=main)
         # A line that is erased later was a state of the bar.
@@ -63,12 +63,12 @@ def test_a_run_on_a_terminal(terminal, tmp_path):
     wide = [line for line in lines if len(line) > 80 and str(tmp_path.name) not in line]
     assert not wide and not any("Units" in line for line in lines)
     doors = [line.split()[3] for line in lines if line.startswith("next    python")]
-    assert doors == ["src.evaluate", "src.draw"]
+    assert doors == ["src.evaluate", "src.draw", "src.dashboard"]
 
 
 def test_a_sweep_on_a_terminal_has_a_line_a_job(terminal, tmp_path):
-    lines = terminal("-m", *TINY, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    told = [line for line in lines if re.match(r"\d of 2  optimizer.lr=0.\d  \d+.\d\d %  best \d+.\d\d %", line)]
+    lines = terminal("-m", *TINY, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}", columns=45)
+    told = [line for line in lines if re.match(r"\d of 2  lr=0.\d  \d+.\d\d %  best \d+.\d\d %", line)]
     assert [line[0] for line in told] == ["1", "2"]
     assert sum("Layer (type" in line for line in lines) == 1
     assert not any(line.startswith(("epoch", "next")) for line in lines)

@@ -212,5 +212,5 @@ def print_results(results: dict[str, Any], folder: Path, reads: bool) -> None:
         print(title, *lines, sep="\n")
     place = shlex.quote(os.path.relpath(folder))
     doors = [f"python -m src.{door} {place}" for door in ("evaluate", "draw") if reads]
-    board = [f"tensorboard --logdir {place}"] if list(folder.glob("events.out.tfevents.*")) else []
-    print(f"folder  {place}", *(f"next    {command}" for command in [*doors, *board]), sep="\n", flush=True)
+    doors += [f"python -m src.dashboard {place}"] if list(folder.glob("events.out.tfevents.*")) else []
+    print(f"folder  {place}", *(f"next    {command}" for command in doors), sep="\n", flush=True)

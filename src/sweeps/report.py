@@ -8,6 +8,7 @@ from src.command.process import write_whole
 from src.errors import printable
 from src.sweeps import pictures, tables
 from src.sweeps.jobs import compare, read_jobs
+from src.sweeps.watch import tell
 
 
 def report(folders: list[Path], output: Path) -> int:
@@ -19,7 +20,7 @@ def report(folders: list[Path], output: Path) -> int:
     drawn = pictures.draw(comparison, output) | pictures.draw_studies(folders, output)
     write_whole(output / "report.md", tables.markdown(comparison, title, drawn).encode(errors="backslashreplace"))
     tables.show(comparison, title)
-    print(f"report in {os.path.relpath(output)}:", *["report.md", "sweep.csv", *drawn])
+    tell(" ".join([f"report in {os.path.relpath(output)}:", "report.md", "sweep.csv", *drawn]))
     for job in comparison.damaged:
         print(printable(f"error: {job.error}"), file=sys.stderr)
     return 1 if comparison.damaged else 0

@@ -1,6 +1,7 @@
 """A line for each job of a sweep, or trial of a study, where it was started, wherever the job runs."""
 
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -59,14 +60,19 @@ class Watch(Thread):
         if job.status not in (FINISHED, PRUNED):
             return tell(printable(f"failed: {job.folder.name}: {job.error}"), Console(stderr=True))
         ended = {file.parent: job for (file, _), job in self.told.items()}
-        label = " ".join(one for one in job.overrides if one not in self.shared) or job.folder.name
+        overrides = [one for one in job.overrides if one not in self.shared]
         metric, lower = str(job.config.get("optimized_metric")), job.config.get("optimized_mode") == "min"
         scores = [x for each in ended.values() if math.isfinite(x := each.metrics.get(metric, math.nan))]
-        own = shown(metric, job.metrics[metric]) if metric in job.metrics else job.status
-        parts = [f"{len(ended)} of {self.total}", label, own]
-        parts += [f"best {shown(metric, min(scores) if lower else max(scores))}"] if scores else []
+        end = [shown(metric, job.metrics[metric]) if metric in job.metrics else job.status]
+        end += [f"best {shown(metric, min(scores) if lower else max(scores))}"] if scores else []
         left = (monotonic() - self.began) / (len(self.told) - self.before) * (self.total - len(ended))
-        tell(printable("  ".join([*parts, *([f"{_duration(left)} left"] if left > 0 else [])])))
+        end += [f"{_duration(left)} left"] if left > 0 else []
+        lines = [
+            printable("  ".join([f"{len(ended)} of {self.total}", " ".join(label) or job.folder.name, *end]))
+            for label in (overrides, [re.sub(r"^[\w.]+\.(?=\w+=)", "", one) for one in overrides])
+        ]
+        console = rich.get_console()
+        tell(lines[console.is_terminal and len(lines[0]) > console.width])  # of long ones the keys' last parts
 
 
 def _duration(seconds: float) -> str:
