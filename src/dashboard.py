@@ -19,7 +19,7 @@ from src.command.arguments import Parser, entry
 from src.errors import UserError
 
 HOST, SECONDS = "127.0.0.1", 10  # between two looks for new runs
-RUN, LOGGED = ".hydra/config.yaml", ("events.out.tfevents.*", "projector_config.pbtxt", "[0-9]*")
+RUN = ".hydra/config.yaml"
 
 
 def names(runs: list[Path]) -> dict[Path, str]:
@@ -35,12 +35,11 @@ def names(runs: list[Path]) -> dict[Path, str]:
 
 
 def link(folder: Path, view: Path) -> None:
-    """Makes `view` a folder of links to what the runs have logged, as long as it is there."""
+    """Makes `view` a folder of links to the runs. (To their folders: the projector opens nothing outside of one.)"""
     for run, name in names(sorted({file.parent.parent for file in folder.resolve().rglob(RUN)})).items():
-        (view / name).mkdir(parents=True, exist_ok=True)
-        for logged in (file for pattern in LOGGED for file in run.glob(pattern)):
-            with suppress(FileExistsError):
-                (view / name / logged.name).symlink_to(logged)
+        (view / name).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            (view / name).symlink_to(run)
 
 
 def describe(folder: Path, view: Path) -> list[str]:
@@ -99,7 +98,9 @@ def main() -> None:
             pins = "[" + ",".join(f'{{"plugin":"scalars","tag":"{name}"}}' for name in tags[:3]) + "]"
             query = urllib.parse.urlencode({"smoothing": 0, "pinnedCards": pins}, quote_via=urllib.parse.quote)
             page = f"http://{HOST}:{arguments.port}/"
-            print(f"Curves    {page}?{query}#timeseries", f"Settings  {page}#hparams", "Ctrl-C ends it", sep="\n")
+            print(f"Curves    {page}?{query}#timeseries")
+            print("          the best and the worst run are hidden until Ignore outliers, in its settings, is unticked")
+            print(f"Settings  {page}#hparams", "Ctrl-C ends it", sep="\n")
             sys.stdout.flush()
             open_page(f"{page}?{query}#timeseries")
             while board.poll() is None:

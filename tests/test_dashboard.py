@@ -58,6 +58,7 @@ def test_the_dashboard_links_runs_by_short_names_and_knows_what_was_swept(progra
     assert dashboard.describe(folder, view) == ["loss/E_total"]
     dashboard.link(folder, view)
     assert {path.name for path in view.iterdir() if path.is_dir()} == {"lr=0.1", "lr=0.5"}
+    assert (view / "lr=0.5").resolve().parent == sweep  # as a whole: the projector opens no link out of a run
     events = EventAccumulator(str(view / "lr=0.5")).Reload()
     assert len(events.Scalars("loss/E_total")) == 100
     summary = EventAccumulator(str(view)).Reload().SummaryMetadata("_hparams_/experiment")
