@@ -63,11 +63,14 @@ def confusion(labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> 
 
     count, few = len(classes), len(classes) <= FEW
     counts = multiclass_confusion_matrix(probabilities, labels, count)
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    side = 6.4 if count <= 10 else 9  # small, so that its labels are large
+    figure = Figure(figsize=(side, 0.9 * side), layout="constrained")
     axes: Any = figure.add_subplot()
     plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=[str(name) for name in classes], add_text=few)
     if not few:
         axes.set_xticks([]), axes.set_yticks([])
+    short = max(map(len, map(str, classes))) <= 3
+    axes.tick_params("x", labelsize=12, rotation=0 if short else 90), axes.tick_params("y", labelsize=12, rotation=0)
     # Beside the diagonal every mistake would look white: let the colours tell mistakes apart.
     axes.images[0].set_clim(0, 2 * max(1, int((counts - counts.diag().diag()).max())))
     return figure
