@@ -206,7 +206,7 @@ def show(comparison: Comparison, title: str) -> None:
     if not console.is_terminal:
         console.width = 200  # a file has no edge to break lines at
     heads, rows = summary(comparison)
-    console.print(f"{title} ({counted(comparison)})", soft_wrap=True, markup=False)
+    console.print(f"{title} ({counted(comparison)})", soft_wrap=not console.is_terminal, markup=False)
     needed = 1 + max(1, len(comparison.keys)) + (comparison.metric is not None)
     shown, short = len(heads), [name.rpartition(".")[2] for name in heads]
     table = _table(comparison, heads, rows)
@@ -218,7 +218,7 @@ def show(comparison: Comparison, title: str) -> None:
         table = _table(comparison, heads[:shown], rows)
     console.print(table)
     if shown < len(heads):
-        console.print(f"{', '.join(heads[shown:])}: in report.md", soft_wrap=True, markup=False)
+        console.print(f"{', '.join(heads[shown:])}: in report.md", soft_wrap=not console.is_terminal, markup=False)
     for heading, said in findings(comparison):
         console.print(f"{heading}:", markup=False)
         for line in said:
