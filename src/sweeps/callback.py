@@ -74,7 +74,8 @@ class Sweep(Callback):
             sys.exit(say(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
         place = os.path.relpath(folder)
-        tell(f"{len(jobs)} jobs in {place}, told by {config.get('optimized_metric')}")
+        metric = config.get("optimized_metric")
+        tell(f"{len(jobs)} jobs in {place}" + (f", told by {metric}" if metric else ""))
         tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
         while watches:  # of a sweep that a signal ended in this process
             watches.pop().stopped.set()
