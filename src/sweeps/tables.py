@@ -98,8 +98,7 @@ def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             for place in range(len(comparison.groups))
         ]
         columns["mean, 95 %"] = [
-            " to ".join(number(x, metric) for x in interval(group.values(metric))) if place in p else ""
-            for place, group in enumerate(comparison.groups)
+            _interval(group, metric) if place in p else "" for place, group in enumerate(comparison.groups)
         ]
     counts = [(len(group.finished), len(group.jobs)) for group in comparison.groups]
     columns["runs"] = [str(done) if done == jobs else f"{done} of {jobs}" for done, jobs in counts]
@@ -112,6 +111,13 @@ def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     seconds = [[job.seconds for job in group.finished] for group in comparison.groups]
     columns["seconds"] = [f"{sum(each) / len(each):.1f}" if each else "" for each in seconds]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def _interval(group: Group, metric: str) -> str:
+    ends = interval(group.values(metric))
+    if metric.endswith("acc"):  # of two seeds it may be wider than that
+        ends = max(ends[0], 0.0), min(ends[1], 1.0)
+    return " to ".join(number(end, metric) for end in ends)
 
 
 def head(metric: str) -> str:
