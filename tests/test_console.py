@@ -44,6 +44,7 @@ def terminal(program, monkeypatch):
         monkeypatch.setattr(sys, "stdout", screen)
         for name, value in ("TERM", "xterm"), ("COLUMNS", str(columns)), ("LINES", "50"):
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr("rich._console", None)  # the one of a test before has its width
         program(*arguments, main=main)
         # A line that is erased later was a state of the bar.
         seen = re.sub(r"[^\n]*\n?(\r|\x1b\[1A|\x1b\[\?25h)*\x1b\[2K", "", screen.getvalue())
