@@ -188,8 +188,10 @@ def check_digest(plain: dict[str, Any], run: Any, file: Path) -> None:
 
     Nothing is known where it says nothing, and of a finished job of a sweep that goes on: Hydra writes its config anew.
     """
+    if run is None:
+        return
     values = [value for key, value in walk(plain) if key != "output_dir" and isinstance(value, str)]
-    if run is None or any("${" in value.replace("${output_dir}", "") for value in values):
+    if any("${" in value.replace("${output_dir}", "") for value in values):
         return
     try:
         same = digest(plain | {"output_dir": OUTPUT_DIR, "resume": None}) == run
