@@ -155,6 +155,15 @@ def test_the_network_blurs_what_it_sees():
     assert not torch.allclose(blurring(images), sharp(images))
 
 
+def test_the_network_can_leave_the_edges_out():
+    whole, middle = CNN(inputs=(1, 24, 24)).eval(), CNN(crop=2).eval()
+    middle.load_state_dict(whole.state_dict())
+    images = torch.rand(2, 1, 28, 28)
+    torch.testing.assert_close(middle(images), whole(images[..., 2:26, 2:26]))
+    with pytest.raises(ValueError, match=r"model.crop=11 leaves 6×6"):
+        CNN(crop=11)
+
+
 class Linear(torch.nn.Module):
     """Ten outputs, through `end`; no convolution."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from src.values import Count, Quarter, Share
+from src.values import Count, Quarter, Share, Whole
 
 
 def blur(images: Tensor, share: float) -> Tensor:
@@ -34,8 +34,10 @@ def _block(inputs: int, hidden: int, outputs: int, dropout: float) -> nn.Sequent
 class CNN(nn.Module):
     """[N, C, H, W] normalised images to [N, classes] log-probabilities; `inputs` is (C, H, W), 8×8 or larger.
 
-    `channels` are the outputs of the six convolutions, in order; another number of them is a ValueError.
-    The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else.
+    `channels` are the outputs of the six convolutions, in order; another number of them is a ValueError, as are
+    images of less than 8×8.
+    The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else; then
+    `crop` pixels are cut off at each edge. Of MNIST's 28×28 all but the middle 24×24 is black, but for a few strokes.
     """
 
     def __init__(
@@ -44,14 +46,17 @@ class CNN(nn.Module):
         dropout: Share = 0.25,
         classes: int = 10,
         blur: Quarter = 0.0,
+        crop: Whole = 0,
         inputs: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
-        self.blur = blur
+        self.blur, self.crop = blur, crop
         if len(channels) != 6:
             raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
         c1, c2, c3, c4, c5, c6 = channels
-        colours, height, width = inputs
+        colours, height, width = inputs[0], inputs[1] - 2 * crop, inputs[2] - 2 * crop
+        if min(height, width) < 8:
+            raise ValueError(f"model.crop={crop} leaves {max(height, 0)}×{max(width, 0)} pixels; the network needs 8×8")
         self.conv1 = _block(colours, c1, c2, dropout)  # of MNIST, 28×28 to 14×14
         self.conv2 = _block(c2, c3, c4, dropout)  # to 7×7
         self.conv3 = _block(c4, c5, c6, dropout)  # to 3×3
@@ -61,5 +66,7 @@ class CNN(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.gap(self.conv3(self.conv2(self.conv1(blur(images, self.blur)))))
+        rows, columns = (slice(self.crop, length - self.crop) for length in images.shape[-2:])
+        images = blur(images, self.blur)[..., rows, columns]
+        features = self.gap(self.conv3(self.conv2(self.conv1(images))))
         return self.fc(features.flatten(1)).log_softmax(dim=1)
