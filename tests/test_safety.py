@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src import predict, report
+from src import predict, report, train
 from src.command.process import alone_in
 from src.command.resume import finished
 from src.command.rules import check, resolved
@@ -36,11 +36,19 @@ class Trap:
         return os.system, (f"touch {self.file}",)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *TINY, "callbacks.last.every_steps=3", f"hydra.run.dir={folder}"])
+        train.main()
+    return folder
+
+
 @pytest.fixture
-def stopped(program, tmp_path) -> Path:
+def stopped(run, tmp_path) -> Path:
     """The folder of a run that ended before its scores were written."""
-    folder = tmp_path / "run"
-    assert program(*TINY, "callbacks.last.every_steps=3", f"hydra.run.dir={folder}").code == 0
+    folder = shutil.copytree(run, tmp_path / "run")
     (folder / "metrics.json").unlink()
     return folder
 
