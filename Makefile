@@ -68,7 +68,7 @@ export: $(VENV)/.installed  ## to ONNX and torch.export
 ##@ Work on it
 
 test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed  ## check style, types, and that no import runs up the floors
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports --no-cache

@@ -25,6 +25,11 @@ from src.runs.recovery import Recovery
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than cores, because some tests wait for processes of their own; four fill the memory of most machines."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 class Result(NamedTuple):
     code: int
     out: str

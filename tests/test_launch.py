@@ -99,7 +99,7 @@ def test_the_gpus_are_those_that_this_process_may_use(monkeypatch, accelerator, 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_lost_job_is_named_and_the_others_finish(program, tmp_path, launcher):
-    arguments = ["-m", *TINY[:-3], "trainer.limit_train_batches=150", "callbacks.last.every_steps=5", "seed=0,1,2,3"]
+    arguments = ["-m", *TINY[:-3], "trainer.limit_train_batches=150", "callbacks.last.every_steps=5", "seed=0,1,2"]
     arguments += [f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}"]
     arguments += ["hydra.launcher.n_jobs=2"] * (launcher == "joblib")
     sweep = subprocess.Popen(
@@ -111,9 +111,9 @@ def test_a_lost_job_is_named_and_the_others_finish(program, tmp_path, launcher):
     os.kill(worker_at(tmp_path / "seed=1"), signal.SIGKILL)
     out, err = (text.decode() for text in sweep.communicate(timeout=300))
     assert sweep.returncode == 1 and "failed: seed=1: lost: " in err and "Traceback" not in err
-    assert "3 finished, 1 failed" in out
+    assert "2 finished, 1 failed" in out
     result = program(*[one for one in arguments if "hydra.launcher" not in one and "hydra/launcher" not in one])
-    assert result.code == 0 and "4 runs: 4 finished" in result.out and result.out.count("finished before") == 3
+    assert result.code == 0 and "3 runs: 3 finished" in result.out and result.out.count("finished before") == 2
 
 
 def worker_at(run: Path) -> int:
