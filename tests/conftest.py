@@ -26,7 +26,7 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than cores, because some tests wait for processes of their own; four fill the memory of most machines."""
+    """One more than cores, because some tests wait for processes of their own; four, because of the memory."""
     return min(4, (os.cpu_count() or 1) + 1)
 
 

@@ -18,8 +18,8 @@ from src.command.process import end_with_first, isolated
 from src.command.rules import CONF
 
 TINY = (
-    *("callbacks.dashboard=null", "data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
-    *("trainer.max_epochs=1", "trainer.limit_train_batches=12"),
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
+    *("callbacks.dashboard=null", "trainer.max_epochs=1", "trainer.limit_train_batches=12"),
 )
 
 
