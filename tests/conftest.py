@@ -4,8 +4,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from 
 
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def program(monkeypatch, capfd) -> Callable[..., Result]:
+def program(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
     """Runs a main in this process as the shell would, and gives its exit code and what it printed."""
 
     def run(*arguments: object, main: Callable[[], None] = train.main) -> Result:
@@ -50,7 +51,9 @@ def program(monkeypatch, capfd) -> Callable[..., Result]:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         return Result(code, *capfd.readouterr())
 
-    return run
+    yield run
+    for handler in [one for one in logging.getLogger().handlers if type(one) is logging.FileHandler]:
+        logging.getLogger().removeHandler(handler)  # the last run's log, whose folder may be gone
 
 
 @pytest.fixture
