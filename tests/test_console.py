@@ -93,7 +93,7 @@ def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, argum
 
 
 def test_overrides_may_stand_on_both_sides_of_a_flag():
-    assert parsed(["seed=1", "-m", "data=digits"]) == ["-m", "seed=1", "data=digits"]
+    assert parsed(["seed=1", "-m", "data=digits"], "train") == ["-m", "seed=1", "data=digits"]
 
 
 @pytest.mark.parametrize(

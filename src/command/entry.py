@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.command.explain import explain, known_keys, lost_process, unknown_key
+from src.command.explain import explain, keys_of, lost_process, unknown_key
 from src.command.internals import hydra_parser
 from src.command.process import (
     FIRST,
@@ -32,7 +31,7 @@ from src.command.process import (
     stoppable,
 )
 from src.command.resume import OWN_CONFIG, finished, own_config, resuming, say_how_to_continue, write_config
-from src.command.rules import CONF, check, nearest, project_allows, resolved
+from src.command.rules import CONF, KEYS, check, nearest, project_allows, resolved
 from src.errors import UserError, say
 
 STOPPED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -70,6 +69,8 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     write_config(config, folder)
                 return task(config)
         except SystemExit as stop:
+            from multiprocessing import parent_process  # here, because --help should not wait for it
+
             if stop.code in STOPPED and first_process() and not parent_process():  # of a sweep that tells itself
                 say_how_to_continue(folder, signal.Signals(stop.code - 128).name)
             raise
@@ -83,7 +84,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
             if mode == RunMode.MULTIRUN:
                 raise error if isinstance(error, UserError) else UserError(line) from error
             if not resumed and kept[-1:] != [True]:
-                _remove_unbegun(folder)
+                remove_unbegun(folder)
             sys.exit(say(line))
 
     @functools.wraps(task)
@@ -99,11 +100,11 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 if config_name == "tune":  # several processes are as many workers on the study, each for itself
                     for name in SEVERAL:
                         os.environ.pop(name, None)
-                sys.argv = [arguments[0], *parsed(arguments[1:])]
+                sys.argv = [arguments[0], *parsed(arguments[1:], config_name)]
                 kept.append(_named_folder(sys.argv).exists())
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         except Exception as error:
-            line = explain(error, config_name=config_name)
+            line = explain(error)
             if line is None or before == "1":
                 raise
             sys.exit(say(line))
@@ -120,9 +121,9 @@ def _help(config_name: str, arguments: list[str]) -> None:
     show(config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word])
 
 
-def parsed(arguments: list[str]) -> list[str]:
+def parsed(arguments: list[str], config_name: str) -> list[str]:
     """Arguments as a shell completes them, made such that Hydra understands them."""
-    arguments = _flags_first([_quoted(argument) for argument in arguments])
+    arguments = _flags_first([_quoted(argument) for argument in arguments], config_name)
     resumed = [argument for argument in arguments if argument.startswith("resume=")]
     if len(resumed) > 1:
         raise UserError(f"{' '.join(resumed)}: name one run; each is continued by a command of its own")
@@ -140,14 +141,16 @@ def parsed(arguments: list[str]) -> list[str]:
     return arguments if first_process() else [*arguments, "hydra.output_subdir=null"]  # the first writes the config
 
 
-def _flags_first(arguments: list[str]) -> list[str]:
+def _flags_first(arguments: list[str], config_name: str) -> list[str]:
     """Hydra takes no overrides on both sides of a flag. Raises UserError for a flag that it has not."""
     parser = hydra_parser()
     parser.error = _refuse  # type: ignore[method-assign, assignment]
     found, others = parser.parse_known_args(arguments)
     if unknown := next((other for other in others if other.startswith("-")), None):
         key, given, value = unknown.lstrip("-").partition("=")
-        meant = unknown_key(key, known_keys([]), given + value).partition("; ")[2]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            known = keys_of(hydra.compose(config_name))
+        meant = unknown_key(key, known, given + value).partition("; ")[2]
         raise UserError(f"{unknown}: there is no such flag, and keys have no dashes; {meant}")
     if not others:
         return arguments
@@ -179,17 +182,18 @@ def checked(config: DictConfig, allowed: list[str] | None = None) -> DictConfig:
     """The config without interpolations, once it holds to the rules. Raises UserError."""
     config = resolved(config)
     check(config, allowed)
-    _check_added()
+    _check_added(config)
     return config
 
 
-def _check_added() -> None:
+def _check_added(config: DictConfig) -> None:
     """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     added = {override.key_or_group for override in overrides if override.is_add()}
     if not added:
         return
-    known = known_keys([str(override.input_line) for override in overrides if not override.is_add()])
+    below = tuple(f"{key}." for key in added)
+    known = [*KEYS, *(key for key in keys_of(config) if key not in added and not key.startswith(below))]
     for key in sorted(added - set(known)):
         parent, _, _ = key.rpartition(".")
         siblings = [name for name in known if name.rpartition(".")[0] == parent]
@@ -197,10 +201,11 @@ def _check_added() -> None:
             raise UserError(unknown_key(key, known))
 
 
-def _remove_unbegun(folder: Path) -> None:
-    """Removes the folder of a run that never began, where nothing but Hydra's config and an empty log is in it."""
+def remove_unbegun(folder: Path) -> None:
+    """Removes the folder of what never began, where nothing but Hydra's config and an empty log is in it."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    if all(file.parent.name == ".hydra" or (file.suffix == ".log" and not file.stat().st_size) for file in files):
+    configs = [file for file in files if file.parent.name == ".hydra" or file == folder / "multirun.yaml"]
+    if all(file in configs or (file.suffix == ".log" and not file.stat().st_size) for file in files):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.parent == Path("outputs").absolute():
             with suppress(OSError):

@@ -3,11 +3,8 @@
 import errno
 import shlex
 import sys
-from contextlib import nullcontext
 from typing import Any
 
-import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -15,9 +12,10 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.command.internals import composed
 from src.command.rules import CONF, nearest, walk
 from src.errors import UserError
 
@@ -39,10 +37,11 @@ DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST),
     *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }
+UNKNOWN = "Could not override '", "Could not delete from config. '"  # what Hydra says of a key
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
 
 
-def explain(error: BaseException, batch_size: Any = None, config_name: str = "train") -> str | None:
+def explain(error: BaseException, batch_size: Any = None) -> str | None:
     """One line for a mistake of the user's, None for a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -56,8 +55,8 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         if cause is None or isinstance(cause, TypeError | ValueError):
             return " ".join(str(cause or error).split())
         return explain(cause)
-    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
-        return unknown_key(text.split("'")[1], known_keys(_chosen_groups(), config_name))
+    if isinstance(error, ConfigCompositionException) and text.startswith(UNKNOWN):
+        return unknown_key(text.split("'")[1], keys_of(composed(error)))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         guess = nearest(option, list(error.options))
@@ -70,7 +69,8 @@ def explain(error: BaseException, batch_size: Any = None, config_name: str = "tr
         argument = error.override
         for part in sys.argv[sys.argv.index(argument) + 1 :] if argument in sys.argv else []:
             argument += f" {part}" * (argument.count("[") != argument.count("]"))
-        return f"{error.override}: a bracket is open; a value with spaces needs quotes: {shlex.quote(argument)}"
+        fix = f"a value with spaces needs quotes: {shlex.quote(argument)}" if argument != error.override else "close it"
+        return f"{error.override}: a bracket is open; {fix}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
     if isinstance(error, ValueError) and text.startswith("Config group override must be"):
@@ -106,18 +106,9 @@ def lost_process(error: BaseException) -> str | None:
     return f"another process of this run has ended: {str(error).splitlines()[0]}"
 
 
-def _chosen_groups() -> list[str]:
-    """The command line's group=option arguments that name a config there is."""
-    pairs = (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    return [f"{group}={option}" for group, option in pairs if (CONF / group / f"{option}.yaml").is_file()]
-
-
-def known_keys(overrides: list[str], config_name: str = "train") -> list[str]:
-    """The groups, and the keys of the config that these overrides give."""
-    composing = GlobalHydra.instance().is_initialized()  # within a job; not after a composition that failed
-    with nullcontext() if composing else hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose(config_name, overrides=overrides)
-    keys = [key for key, _ in walk(OmegaConf.to_container(config))]
+def keys_of(config: DictConfig) -> list[str]:
+    """The keys of a config, without Hydra's own, and the groups."""
+    keys = [key for key, _ in walk(OmegaConf.to_container(config)) if key.partition(".")[0] != "hydra"]
     return keys + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
-from hydra.types import HydraContext
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
@@ -26,6 +27,23 @@ if TYPE_CHECKING:
 def hydra_parser() -> ArgumentParser:
     """Of Hydra's own flags; what is left over are overrides."""
     return get_args_parser()
+
+
+def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """As Hydra.get_mode, which passes over the mistake that it finds: then all is composed again to find it again."""
+    config = hydra.compose_config(
+        config_name, overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False, validate_sweep_overrides=False
+    )
+    return config.hydra.mode
+
+
+Hydra.get_mode = mode  # type: ignore[method-assign]
+
+
+def composed(error: BaseException) -> DictConfig:
+    """The config that an override did not fit into; an empty one where it was to choose of a group."""
+    cause: Any = error.__cause__
+    return cause.parent_node._get_root() if cause else DictConfig({})
 
 
 def hydras_sweeper() -> Any:

@@ -11,13 +11,11 @@ import tempfile
 import threading
 import types
 import warnings
-import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -167,6 +165,8 @@ def keep_freed_memory() -> None:
 @contextmanager
 def counted() -> Iterator[None]:
     """Lets this user's other runs on this machine count this one, until it ends however it does; see `share_cores`."""
+    from filelock import FileLock, Timeout  # here and below, because --help should not wait for it
+
     with ExitStack() as held:
         for slot in _slots():
             with suppress(Timeout):
@@ -189,6 +189,8 @@ def _slots() -> list[Path]:
 @functools.cache
 def _runs_at_work() -> int:
     """Asked once a process: equal jobs of a sweep have equal threads, and so equal bits."""
+    from filelock import FileLock, Timeout
+
     free = 0
     for slot in _slots():
         with suppress(Timeout), FileLock(slot, blocking=False):
@@ -293,4 +295,6 @@ def refuse_processes_within_multirun(trainer: "L.Trainer") -> None:
 def open_page(address: str) -> None:
     """In the browser, where there is a screen to show it on."""
     if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        import webbrowser  # here, because --help should not wait for it
+
         webbrowser.open(address)

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from src.command.entry import remove_unbegun
 from src.command.internals import hydras_sweeper, joblib_job, pickled, unpickled
 from src.command.resume import continue_command
 from src.errors import UserError
@@ -69,7 +70,11 @@ class Grid(BasicSweeper):  # type: ignore[misc, valid-type]
         def is_choice(override: str) -> bool:
             return bool(options(override.partition("=")[0].lstrip("+~").partition("@")[0]))
 
-        super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
+        try:
+            super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
+        except Exception:
+            remove_unbegun(Path(self.config.hydra.sweep.dir))
+            raise
 
 
 class Launcher:
