@@ -318,6 +318,7 @@ def test_sweep_leaves_a_comparison(run, tmp_path, losses):
         "| 2.0 | 1.41813779e-02 | 4.65371862e-03 | 2.31691942e-05 | 2.91081437e-08 |"
         in (tmp_path / "losses.md").read_text()
     )
+    assert "the order is exact" in (tmp_path / "report.md").read_text()  # no word of seeds
     pictures = {"losses_by_lr.png", *(f"loss_lr={name}.png" for name in names)}
     assert pictures <= {path.name for path in tmp_path.glob("*.png")}
     with zipfile.ZipFile(tmp_path / "backprop.xlsx") as book:

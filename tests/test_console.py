@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 from torchvision import datasets
 
@@ -84,12 +85,50 @@ def test_a_sweep_on_a_terminal_has_a_line_a_job(terminal, tmp_path):
         (["model.channels=[16,", "16]"], "a value with spaces needs quotes: 'model.channels=[16, 16]'"),
         (["+trainer.foo=1"], "trainer.foo: lightning.Trainer has no such argument"),
         (["+optimizer.momentun=1"], "did you mean optimizer.momentum?"),
+        (["~optimizer.momentun"], "--help shows all keys"),
+        (["model@net=cnn"], "did you mean model?"),
+        (["optimizer.lr=[0.1"], "a bracket is open; close it"),
     ],
 )
 def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, arguments, said):
     result = program(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and result.err.startswith("error: ") and said in result.err
     assert len(result.err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["data=backprop"], "experiment=backprop without model="),
+        (["experiment=backprop", "model=cnn"], "experiment=backprop without model="),
+        (["data=digits", "model=backprop"], "an experiment= that has both"),
+        (["-m", "model=cnn,cn"], "model=cn: there is no such option; did you mean cnn?"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line_and_leave_nothing(program, tmp_path, arguments, said):
+    result = program(*arguments, f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and said in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_not_in_a_sweeps_folder(program, tmp_path):
+    places = f"hydra.run.dir={tmp_path / 'study'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    result = program(*places, main=tune.main)
+    assert result.code == 2 and "hydra.run.dir" in result.err and not list(tmp_path.iterdir())
+
+
+def test_an_empty_variable_is_named(program, monkeypatch):
+    monkeypatch.setenv("MNIST_ROOT", "")
+    assert "MNIST_ROOT is empty" in program().err
+
+
+@pytest.mark.parametrize("key", ["optimizer.rl=1", "data=digits optimizer.rl=1"])
+def test_a_mistyped_key_takes_one_composition(program, monkeypatch, key):
+    composed, compose = [], ConfigLoaderImpl.load_configuration
+    monkeypatch.setattr(
+        ConfigLoaderImpl, "load_configuration", lambda *given, **more: composed.append(1) or compose(*given, **more)
+    )
+    assert "did you mean optimizer.lr?" in program(*key.split()).err and len(composed) == 1
 
 
 def test_overrides_may_stand_on_both_sides_of_a_flag():

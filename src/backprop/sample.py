@@ -6,13 +6,14 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from src.errors import finite_numbers
+from src.backprop.network import BackpropModule
+from src.errors import UserError, finite_numbers
 
 
 class OneSample(L.LightningDataModule):
     """One batch an epoch: the pair (inputs, targets), each float64 of shape (2,).
 
-    Raises UserError unless both are two finite numbers.
+    Raises UserError unless both are two finite numbers, and for another module than the one that learns from it.
     """
 
     name = "one sample"
@@ -24,6 +25,10 @@ class OneSample(L.LightningDataModule):
             finite_numbers("data.targets", targets, ("t1", "t2")),
         )
         self.sample = TensorDataset(*(torch.tensor([row], dtype=torch.float64) for row in numbers))
+
+    def setup(self, stage: str) -> None:
+        if not isinstance(self.trainer.lightning_module, BackpropModule):  # type: ignore[union-attr]
+            raise UserError("data=backprop has no images; set another data=, or experiment=backprop without model=")
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.sample, batch_size=None)

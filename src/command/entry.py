@@ -202,11 +202,15 @@ def _check_added(config: DictConfig) -> None:
 
 
 def remove_unbegun(folder: Path) -> None:
-    """Removes the folder of what never began, where nothing but Hydra's config and an empty log is in it."""
+    """Removes the folder of what never began, where nothing but Hydra's config and files without content are in it."""
     files = [file for file in folder.rglob("*") if file.is_file()]
-    configs = [file for file in files if file.parent.name == ".hydra" or file == folder / "multirun.yaml"]
-    if all(file in configs or (file.suffix == ".log" and not file.stat().st_size) for file in files):
+    # TensorBoard's file has something to show once there is a hparams.yaml.
+    nothing = re.compile(r"(\.hydra|\.tune)/\w+\.yaml|multirun\.yaml|events\.out\.tfevents\.[^/]*")
+    if all(
+        nothing.fullmatch(file.relative_to(folder).as_posix()) or (file.suffix == ".log" and not file.stat().st_size)
+        for file in files
+    ):
         shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.parent == Path("outputs").absolute():
+        if folder.absolute().parent.parent == Path("outputs").absolute():
             with suppress(OSError):
                 folder.parent.rmdir()

@@ -37,7 +37,6 @@ DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST),
     *(errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
 }
-UNKNOWN = "Could not override '", "Could not delete from config. '"  # what Hydra says of a key
 PEER_LOST = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
 
 
@@ -55,7 +54,9 @@ def explain(error: BaseException, batch_size: Any = None) -> str | None:
         if cause is None or isinstance(cause, TypeError | ValueError):
             return " ".join(str(cause or error).split())
         return explain(cause)
-    if isinstance(error, ConfigCompositionException) and text.startswith(UNKNOWN):
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not delete from config. '"):
+        return unknown_key(text.split("'")[1], [])
+    if isinstance(error, ConfigCompositionException) and text.startswith("Could not override '"):
         return unknown_key(text.split("'")[1], keys_of(composed(error)))
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
@@ -69,7 +70,8 @@ def explain(error: BaseException, batch_size: Any = None) -> str | None:
         argument = error.override
         for part in sys.argv[sys.argv.index(argument) + 1 :] if argument in sys.argv else []:
             argument += f" {part}" * (argument.count("[") != argument.count("]"))
-        fix = f"a value with spaces needs quotes: {shlex.quote(argument)}" if argument != error.override else "close it"
+        closed = argument.count("[") == argument.count("]")
+        fix = f"a value with spaces needs quotes: {shlex.quote(argument)}" if closed else "close it"
         return f"{error.override}: a bracket is open; {fix}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"

@@ -6,6 +6,7 @@ only those of other packages stand here.
 
 import ast
 import importlib
+import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,10 @@ def check(config: DictConfig, allowed: Sequence[str] | None = None) -> None:
                     + (f"; did you mean {guess}?" if guess else f"; it has {', '.join(hints) or 'none'}")
                 )
             if (hint := hints.get(name)) and not fits(value, hint):
-                raise UserError(f"{key}={value}: must be {words(hint)}")
+                unset = "; MNIST_ROOT is empty: unset it, or name a folder" * (
+                    value == os.environ.get("MNIST_ROOT") == ""
+                )
+                raise UserError(f"{key}={value}: must be {words(hint)}{unset}")
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

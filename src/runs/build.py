@@ -80,7 +80,10 @@ def _try(net: Any, shape: tuple[int, ...]) -> None:
             net.eval()(torch.zeros(1, *shape))
     except Exception as error:  # whatever a library says to a wrong shape
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"model: {type(net).__name__} takes no images of shape {shape}: {reason}") from error
+        raise UserError(
+            f"model: {type(net).__name__} takes no images of shape {shape} ({reason}); set another model= or data=, or "
+            "an experiment= that has both"
+        ) from error
     net.train()
 
 

@@ -35,6 +35,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler=… asks for a report
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # Record says what that has in consequence
     warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")
     warnings.filterwarnings("ignore", message=".*across ranks is zero")  # data.val_size=0

@@ -44,6 +44,13 @@ class Curves(TensorBoardLogger):
             {tag(name): value * (100 if tag(name) != name else 1) for name, value in kept.items()}, step
         )
 
+    @rank_zero_only
+    def save(self) -> None:
+        if (
+            self.hparams
+        ):  # none yet before the training, when Lightning saves as well: a start that fails leaves nothing
+            super().save()
+
 
 @contextmanager
 def _hook(layer: nn.Module, see: Any) -> Iterator[None]:

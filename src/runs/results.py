@@ -152,7 +152,6 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
         if isinstance(logger, TensorBoardLogger):
             add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))
             logger.hparams.update(plain)
-            Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)  # Lightning has written an empty one
             logger.save()
         else:
             logger.log_hyperparams(plain)

@@ -20,6 +20,7 @@ from src.errors import UserError, printable
 from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Group, command
 from src.sweeps.significance import LEVEL, MOST, POWER, differences, interval, seeds_needed
 
+ONE_SAMPLE = "one sample"  # what src.backprop.sample calls itself
 NAMED = 10  # settings that a finding has room to name
 
 
@@ -156,6 +157,8 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
 def seeds(comparison: Comparison) -> list[str]:
     """Which settings differ from the best, and how many seeds would tell of the others."""
     groups, metric, p = comparison.groups, comparison.metric or "", judged(comparison)
+    if not p and {job.results.get("data") for group in groups for job in group.finished} == {ONE_SAMPLE}:
+        return ["Nothing, and need not: a run of one sample draws no random numbers, so that the order is exact."]
     if not p:
         return ["Nothing: of one run a setting nobody can tell how much is noise; add 'seed=range(5)' to the sweep."]
     worse = [groups[place].name for place, value in p.items() if value <= LEVEL]
