@@ -9,6 +9,11 @@ from src.train import train
 
 
 def tune(cfg: DictConfig) -> None:
+    if any(one.startswith("hydra.sweep.") for one in HydraConfig.get().overrides.hydra):
+        raise UserError(
+            "hydra.sweep is for src.train -m; a study is in outputs/NAME/STUDY: set study=… or hydra.run.dir=…"
+        )
+
     # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
     from pathlib import Path
 
@@ -18,10 +23,6 @@ def tune(cfg: DictConfig) -> None:
     from src.sweeps.study import COUNTED, count, open_study, optimize, run_trial
     from src.sweeps.watch import Watch
 
-    if any(one.startswith("hydra.sweep.") for one in HydraConfig.get().overrides.hydra):
-        raise UserError(
-            "hydra.sweep is for src.train -m; a study is in outputs/NAME/STUDY: set study=… or hydra.run.dir=…"
-        )
     quiet()
     if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
         raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")

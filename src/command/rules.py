@@ -120,10 +120,9 @@ def check(config: DictConfig, allowed: Sequence[str] | None = None) -> None:
                     + (f"; did you mean {guess}?" if guess else f"; it has {', '.join(hints) or 'none'}")
                 )
             if (hint := hints.get(name)) and not fits(value, hint):
-                unset = "; MNIST_ROOT is empty: unset it, or name a folder" * (
-                    value == os.environ.get("MNIST_ROOT") == ""
-                )
-                raise UserError(f"{key}={value}: must be {words(hint)}{unset}")
+                empty = value == os.environ.get("MNIST_ROOT") == ""
+                fix = "; MNIST_ROOT is empty: unset it, or name a folder" if empty else ""
+                raise UserError(f"{key}={value}: must be {words(hint)}{fix}")
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -46,9 +46,7 @@ class Curves(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        if (
-            self.hparams
-        ):  # none yet before the training, when Lightning saves as well: a start that fails leaves nothing
+        if self.hparams:  # none before the training, when Lightning saves too: a start that fails leaves nothing
             super().save()
 
 
