@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -231,10 +232,22 @@ def show(comparison: Comparison, title: str) -> None:
     for heading, said in findings(comparison):
         console.print(f"{heading}:", markup=False)
         for line in said:
-            if line.startswith(" "):  # a command must survive a copy from the terminal
-                console.print(f"  {line}", soft_wrap=True, markup=False)
+            if line.startswith(" "):
+                console.print(
+                    copied(line, console.width if console.is_terminal else None), soft_wrap=True, markup=False
+                )
             else:
                 console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+
+
+def copied(command: str, width: int | None) -> str:
+    """A command that survives a copy from a terminal of that width: its lines end between arguments."""
+    lines = [""]
+    for argument in map(shlex.quote, shlex.split(command)):
+        if width and lines[-1] and len(f"      {lines[-1]} {argument} \\") > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {argument}".lstrip()
+    return " \\\n".join(f"      {line}" for line in lines)
 
 
 def _table(comparison: Comparison, heads: list[str], rows: list[list[str]]) -> Table:
