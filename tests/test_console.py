@@ -99,7 +99,6 @@ def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, argum
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["data=backprop"], "experiment=backprop without model="),
         (["experiment=backprop", "model=cnn"], "experiment=backprop without model="),
         (["data=digits", "model=backprop"], "an experiment= that has both"),
         (["-m", "model=cnn,cn"], "model=cn: there is no such option; did you mean cnn?"),

@@ -195,3 +195,8 @@ def test_logits_and_log_probabilities_are_learned_from_alike():
 def test_outputs_that_are_neither_are_refused(end):
     with pytest.raises(UserError, match=r"logits"):
         classifier(Linear(end))(torch.randn(8, 1, 28, 28))
+
+
+def test_numbers_in_the_place_of_classes_are_refused():
+    with pytest.raises(UserError, match="the data has none"):
+        classifier(Linear()).training_step((torch.randn(8, 1, 28, 28), torch.randn(8)), 0)

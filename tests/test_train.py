@@ -212,7 +212,7 @@ def test_a_training_score_that_nothing_logs_is_said_after_an_epoch(train):
         (["trainer.limit_val_batches=0"], "ends before its first validation"),
         (["trainer.max_steps=1"], "ends before its first validation"),
         (["trainer.check_val_every_n_epoch=9"], "ends before its first validation"),
-        (["data=backprop", "optimized_metric=null"], "the data has none"),
+        (["data=backprop", "optimized_metric=null"], "data=backprop has no images"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )

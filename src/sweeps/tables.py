@@ -161,7 +161,8 @@ def seeds(comparison: Comparison) -> list[str]:
     if not p and {job.results.get("data") for group in groups for job in group.finished} == {ONE_SAMPLE}:
         return ["Nothing, and need not: a run of one sample draws no random numbers, so that the order is exact."]
     if not p:
-        return ["Nothing: of one run a setting nobody can tell how much is noise; add 'seed=range(5)' to the sweep."]
+        said = "of one run a setting nobody can tell how much is noise; train the best again with -m 'seed=range(5)'"
+        return [f"Nothing: {said}."]
     worse = [groups[place].name for place, value in p.items() if value <= LEVEL]
     alike = {place: groups[place] for place, value in p.items() if value > LEVEL and place}
     lines = [f"different from the best: {listed(worse)}"] * bool(worse)
