@@ -37,7 +37,7 @@ def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
     return config.hydra.mode
 
 
-Hydra.get_mode = mode  # type: ignore[method-assign]
+Hydra.get_mode = mode  # type: ignore[method-assign, assignment]
 
 
 def composed(error: BaseException) -> DictConfig:
