@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain, keys_of, lost_process, unknown_key
-from src.command.internals import hydra_parser
+from src.command.internals import hydra_parser, look_first
 from src.command.process import (
     FIRST,
     alone_in,
@@ -102,6 +102,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                         os.environ.pop(name, None)
                 sys.argv = [arguments[0], *parsed(arguments[1:], config_name)]
                 kept.append(_named_folder(sys.argv).exists())
+                look_first(_check_added)
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         except Exception as error:
             line = explain(error)
@@ -182,13 +183,12 @@ def checked(config: DictConfig, allowed: list[str] | None = None) -> DictConfig:
     """The config without interpolations, once it holds to the rules. Raises UserError."""
     config = resolved(config)
     check(config, allowed)
-    _check_added(config)
     return config
 
 
 def _check_added(config: DictConfig) -> None:
     """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
-    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     added = {override.key_or_group for override in overrides if override.is_add()}
     if not added:
         return

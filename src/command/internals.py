@@ -29,15 +29,25 @@ def hydra_parser() -> ArgumentParser:
     return get_args_parser()
 
 
-def mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    """As Hydra.get_mode, which passes over the mistake that it finds: then all is composed again to find it again."""
-    config = hydra.compose_config(
-        config_name, overrides, run_mode=RunMode.MULTIRUN, with_log_configuration=False, validate_sweep_overrides=False
-    )
-    return config.hydra.mode
+def look_first(look: Callable[[DictConfig], None]) -> None:
+    """Has `look` see the config before a run or a sweep begins.
 
+    There Hydra composes it only to know which of the two is meant, and passes over a mistake that it finds: then all is
+    composed once more to find it again.
+    """
 
-Hydra.get_mode = mode  # type: ignore[method-assign, assignment]
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        config = hydra.compose_config(
+            config_name,
+            overrides,
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+            validate_sweep_overrides=False,
+        )
+        look(config)
+        return config.hydra.mode
+
+    Hydra.get_mode = get_mode  # type: ignore[method-assign, assignment]
 
 
 def composed(error: BaseException) -> DictConfig:
