@@ -121,7 +121,9 @@ def test_an_empty_variable_is_named(program, monkeypatch):
     assert "MNIST_ROOT is empty" in program().err
 
 
-@pytest.mark.parametrize("key", ["optimizer.rl=1", "data=digits optimizer.rl=1", "+optimizer.ls=1", "-m optimizer.ls=1,2"])
+@pytest.mark.parametrize(
+    "key", ["optimizer.rl=1", "data=digits optimizer.rl=1", "+optimizer.ls=1", "-m +optimizer.ls=1,2"]
+)
 def test_a_mistyped_key_takes_one_composition(program, monkeypatch, key):
     composed, compose = [], ConfigLoaderImpl.load_configuration
     monkeypatch.setattr(
