@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from 
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,18 @@ def small_weights(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("weights") / "small.pt"
     torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.plain()}, file)
     return file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, once a file: Playwright's event loop must not be there in other files' tests."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("needs chromium: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        yield (browser := driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]))
+        browser.close()
 
 
 class Killed(BaseException):

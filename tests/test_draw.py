@@ -1,7 +1,6 @@
 import http.client
 import json
 import runpy
-import shutil
 import threading
 from pathlib import Path
 
@@ -70,21 +69,15 @@ def test_a_port_in_use_is_one_line(served, program, small_weights):
 
 
 @pytest.fixture
-def page(served):
-    """The page in Debian's chromium, on the shipped weights."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page()
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"http://127.0.0.1:{served(SHIPPED)}")
-        yield page
-        assert not errors
-        browser.close()
+def page(browser, served):
+    """The page, on the shipped weights."""
+    page = browser.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"http://127.0.0.1:{served(SHIPPED)}")
+    yield page
+    page.close()
+    assert not errors
 
 
 def draw_strokes(page, strokes, smooth) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import re
-import shutil
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,17 +20,6 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "lesson.html"
 NAMES = ("i1", "i2", "t1", "t2", *(f"w{n}" for n in range(1, 9)))
 WORKED = dict(zip(NAMES, (*INPUTS, *TARGETS, *WEIGHTS), strict=True))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("needs chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        yield (browser := driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]))
-        browser.close()
 
 
 @pytest.fixture
