@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from src.command.entry import entry
+from src.command.entry import entry  # the first import: of the file by its path it says how it is started
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
+    from omegaconf import DictConfig
 
 
 def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:

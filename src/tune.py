@@ -1,21 +1,27 @@
 """Searches instead of sweeping a grid: python -m src.tune. The keys are in conf/tune.yaml and conf/train.yaml."""
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from __future__ import annotations
 
-from src.command.entry import entry
+from typing import TYPE_CHECKING
+
+from src.command.entry import entry  # the first import: of the file by its path it says how it is started
 from src.errors import UserError
 from src.train import train
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 
 def tune(cfg: DictConfig) -> None:
+    # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
     if any(one.startswith("hydra.sweep.") for one in HydraConfig.get().overrides.hydra):
         raise UserError(
             "hydra.sweep is for src.train -m; a study is in outputs/NAME/STUDY: set study=… or hydra.run.dir=…"
         )
-
-    # Here, because --help, --cfg and a typing mistake should not wait for Optuna and PyTorch.
-    from pathlib import Path
 
     from src.runs.build import build
     from src.runs.console import quiet

@@ -140,7 +140,8 @@ def test_overrides_may_stand_on_both_sides_of_a_flag():
     "start, fix",
     [
         (["-S", "-m", "src.train"], "make train brings them"),  # without site-packages
-        (["src/train.py"], "python -m src.train"),
+        (["-S", "src/train.py"], "python -m src.train"),
+        (["-S", "src/tune.py"], "python -m src.tune"),
         (["src/predict.py", "x.png"], "python -m src.predict"),
     ],
 )
