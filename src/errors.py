@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 
@@ -41,6 +42,11 @@ def say(line: str) -> int:
     """Tells of a user's mistake; gives the exit code."""
     print(f"error: {printable(line)}", file=sys.stderr)
     return 2
+
+
+def warn_in_one_line() -> None:
+    """Warnings without the library's line of code that gave them."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def stop(number: int, frame: FrameType | None) -> None:

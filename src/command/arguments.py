@@ -8,7 +8,7 @@ from collections.abc import Callable
 from io import TextIOWrapper
 from typing import NoReturn
 
-from src.errors import UserError, say
+from src.errors import UserError, say, warn_in_one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +21,7 @@ def entry(task: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(task)
     def program() -> None:
+        warn_in_one_line()
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be any bytes
         try:

@@ -22,7 +22,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from src.errors import shown
+from src.errors import shown, warn_in_one_line
 
 
 def quiet() -> None:
@@ -33,7 +33,7 @@ def quiet() -> None:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler=… asks for a report
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # not the library's line of code
+    warn_in_one_line()
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")  # Record says what that has in consequence
     warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata's
