@@ -201,6 +201,13 @@ def test_the_report_says_what_the_seeds_allow_to_say(tmp_path, capsys):
     assert "of one run a setting nobody can tell how much is noise" in capsys.readouterr().out
 
 
+def test_a_sweep_over_seeds_alone_has_a_mean_and_its_interval(tmp_path, capsys):
+    for seed, score in enumerate((0.99, 0.98)):
+        pretend(tmp_path / f"seed={seed}", f"seed={seed}", metrics={"val/acc": score})
+    write_report([tmp_path], tmp_path)
+    assert re.search(r"1 +2 runs +98\.50 ± 0\.71 +92\.15 to 100\.00", capsys.readouterr().out)
+
+
 def test_the_rates_are_those_that_the_report_promises():
     draw = np.random.default_rng(0)
     covered = wrong = equal = found = 0

@@ -193,7 +193,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or self.jobs[0].folder.name
+        alone = self.jobs[0].folder.name if len(self.jobs) == 1 else f"{len(self.jobs)} runs"
+        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or alone
 
     def values(self, metric: str) -> list[float]:
         return [job.metrics[metric] for job in self.finished if metric in job.metrics]

@@ -99,9 +99,8 @@ def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             first if place == 0 else "" if place not in p else "no" if place in worse else "maybe"
             for place in range(len(comparison.groups))
         ]
-        columns["mean, 95 %"] = [
-            _interval(group, metric) if place in p else "" for place, group in enumerate(comparison.groups)
-        ]
+    if any(intervals := [_interval(group, metric) for group in comparison.groups]):
+        columns["mean, 95 %"] = intervals
     counts = [(len(group.finished), len(group.jobs)) for group in comparison.groups]
     columns["runs"] = [str(done) if done == jobs else f"{done} of {jobs}" for done, jobs in counts]
     columns["status"] = [group.status for group in comparison.groups]
@@ -116,6 +115,8 @@ def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def _interval(group: Group, metric: str) -> str:
+    if math.isnan(group.std(metric)):  # fewer than two finite scores
+        return ""
     ends = interval(group.values(metric))
     if metric.endswith("acc"):  # of two seeds it may be wider than that
         ends = max(ends[0], 0.0), min(ends[1], 1.0)
