@@ -18,7 +18,9 @@ from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from src.command.process import write_whole
 
 if TYPE_CHECKING:
     import lightning as L
@@ -56,12 +58,22 @@ def composed(error: BaseException) -> DictConfig:
     return cause.parent_node._get_root() if cause else DictConfig({})
 
 
-def hydras_sweeper() -> Any:
-    """Hydra's own sweeper, from the module that its search for plugins loads anew."""
-    Plugins.instance()
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+class _WholeFiles(OmegaConf):
+    @staticmethod
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        write_whole(Path(f), OmegaConf.to_yaml(config, resolve=resolve).encode())
 
-    return BasicSweeper
+
+def hydras_sweeper() -> Any:
+    """Hydra's own sweeper, from the module that its search for plugins loads anew.
+
+    The multirun.yaml that it writes is whole: a sweep that was killed over half of one would be taken for another.
+    """
+    Plugins.instance()
+    from hydra._internal.core_plugins import basic_sweeper
+
+    basic_sweeper.OmegaConf = _WholeFiles  # type: ignore[misc]
+    return basic_sweeper.BasicSweeper
 
 
 def use_sweeper(sweeper: type) -> None:
