@@ -9,6 +9,7 @@ of many failed).
 
 import ctypes
 import functools
+import gc
 import io
 import json
 import os
@@ -56,6 +57,7 @@ def forked(main: Callable[[], Any], *arguments: Any, before: Callable[[], Any] =
     """What becomes of a main in a process of its own; `before` is called in that first."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
+        gc.freeze()  # a job collects at its end: not what the child only inherits
         child = os.fork()
         if not child:
             code = 1
