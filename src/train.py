@@ -40,7 +40,8 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     loggers = one_run(build_several("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
     if not loggers:
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]  # Lightning would refuse it
-    trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
+    root = (cfg.trainer and cfg.trainer.get("default_root_dir")) or cfg.output_dir  # Lightning's is where one stands
+    trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
     refuse_processes_within_multirun(trainer)
     module, data = build_parts(cfg)
     try:

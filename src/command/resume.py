@@ -26,8 +26,11 @@ OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # What a run's config may refer to: its own keys, and what conf/ itself looks up.
 OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
 WRITTEN = "dirpath", "save_dir", "default_root_dir", "log_dir", "root_dir", "dir", "exclude_batches_path"
+WRITERS = "callbacks.", "logger.", "trainer."
+EXPANDED = re.compile(r"~|.*(\$\w|%\w+%|::)", re.DOTALL)  # what Lightning makes other paths and addresses of
 ELSEWHERE = "trainer.accelerator="  # a run may be continued on a machine that lacks its GPU
 MAX_BYTES = 1_000_000
+MAX_DIGITS = re.compile(r"[\da-fA-F_:]{1000}")  # 1:30:00 is a number in YAML, and such a one takes minutes
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
 
 
@@ -57,7 +60,8 @@ def check_files(folder: Path) -> None:
     for part in folder.rglob("*"):
         if "wandb" in part.relative_to(folder).parts[:-1]:  # its links lead to its cache
             continue
-        if not (part.is_file() or part.is_dir()) or not part.resolve().is_relative_to(folder.resolve()):
+        linked = part.is_file() and part.stat().st_nlink > 1  # what is written here would be written there
+        if linked or not (part.is_file() or part.is_dir()) or not part.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{part}: a run folder has files of its own alone, and no links to others; take it away")
 
 
@@ -103,8 +107,10 @@ def read_yaml(file: Path) -> Any:
     try:
         if "*" in content and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, Loader=LOADER)):
             raise UserError(f"{file} cannot be read: it refers to its own parts")
+        if MAX_DIGITS.search(content):
+            raise UserError(f"{file} cannot be read: it has a number without end")
         return yaml.load(content, Loader=LOADER)
-    except (ValueError, TypeError, RecursionError, YAMLError) as error:  # TypeError: a list as a key
+    except (ValueError, TypeError, OverflowError, RecursionError, YAMLError) as error:  # TypeError: a list as a key
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -220,10 +226,14 @@ def own_config(config: DictConfig) -> DictConfig:
             continue
         place, last = Path(re.sub("^(sqlite:///|file:(//)?)", "", value)), key.rpartition(".")[2]
         leads = place.is_absolute() or {"..", "~"} & set(place.parts)
-        written = last in WRITTEN or (leads and key.startswith(("callbacks.", "logger.", "trainer.")))
-        if written and not place.resolve().is_relative_to(folder):
+        writer = key.startswith(WRITERS)
+        written = last in WRITTEN or (leads and writer)
+        outside = written and not place.resolve().is_relative_to(folder)
+        if outside or (writer and ("._args_." in key or EXPANDED.match(value))):
             raise UserError(f"{file}: {key}={value}: a run that is continued writes into its own folder alone")
-        if last == "api_key" or re.match(r"(?!sqlite|file)[a-z][\w+.-]*://", value, re.IGNORECASE):
+        if leads and key.startswith("data.") and last in ("root", "folder") and not place.expanduser().exists():
+            raise UserError(f"{file}: {key}={value}: there is no such folder; a run that is continued makes none there")
+        if last in ("api_key", "model_registry") or "://" in re.sub("^(sqlite|file)://", "", value):
             raise UserError(f"{file}: {key}={value}: a run that is continued sends nothing to an address of its config")
     return own
 

@@ -155,16 +155,18 @@ def _offered(target: Any, allowed: Sequence[str]) -> bool:
         # Where it is from, lest a path lead through the package to what it imports.
         return str(getattr(found, "__module__", "")).partition(".")[0] == module.partition(".")[0]
     statement = _definition(target)
+    if name.startswith("_"):
+        return False
     if isinstance(statement, ast.FunctionDef):
         given = ast.unparse(statement.returns).rpartition(".")[2] if statement.returns else ""
-        return given in BUILT and not name.startswith("_")
+        return given in BUILT
     return statement is not None
 
 
 def _definition(target: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """The statement that defines a class or a function of this project."""
+    """The statement that defines a class or a function of this project, the programs themselves left out."""
     module, _, name = target.rpartition(".")
-    if not re.fullmatch(rf"{PACKAGE}(\.[a-z_]\w*)+", module):
+    if not re.fullmatch(rf"{PACKAGE}(?!\.(command|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
         return None
     base = ROOT.joinpath(*module.split("."))
     file = next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)

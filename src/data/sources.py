@@ -124,6 +124,8 @@ class TorchVision:
         arguments = signature(self.made).parameters
         if not {"train", "split"} & arguments.keys():
             raise UserError(f"dataset={dataset}: torchvision gives it no test part; use data=folder")
+        if "download" in options:
+            raise UserError("data.source.download: what is not there is downloaded in any case; leave it out")
         by_train = "train" in arguments or "split" in options  # as EMNIST's, which names another thing
         self.parts: Any = [{"train": True}, {"train": False}] if by_train else [
             {"split": "train"},

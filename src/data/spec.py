@@ -1,5 +1,6 @@
 """What a network has to know of the images it is trained on."""
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from src.errors import UserError
 
+MAX_NUMBERS = 150_000_000  # of an image: 50 million pixels in colour
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of its training pixels, as fractions of white
 
 
@@ -43,7 +45,9 @@ class ImageSpec(NamedTuple):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"what it says of its images is damaged ({error})") from error
         spec = cls(name, shape, classes, mean, std, preprocess)  # type: ignore[arg-type]
-        if len(shape) != 3 or not len(mean) == len(std) == shape[0] or min(std) <= 0 or len(classes) < 2:
+        drawable = len(shape) == 3 and min(shape) > 0 and math.prod(shape) <= MAX_NUMBERS
+        scaled = drawable and len(mean) == len(std) == shape[0] and min(std) > 0
+        if not scaled or not all(map(math.isfinite, mean + std)) or len(classes) < 2:
             raise UserError(f"what it says of its images is damaged ({spec})")
         return spec
 

@@ -5,11 +5,13 @@ import hashlib
 import io
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from google.protobuf.message import DecodeError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -123,13 +125,28 @@ def load_plain(file: Path, of: str | None = None) -> Any:
                 raise UserError("it is packed, as PyTorch packs nothing")
             if damaged := archive.testzip():
                 raise UserError(f"it is damaged in {damaged}")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if _unfolded(content, set()) > 4 * file.stat().st_size:  # several may share their numbers, but not that many
+            raise UserError("its tensors are larger than the file")
+        return content
     except UserError:
         raise
     except Exception as error:  # damaged bytes raise whatever they like
         refused = "Weights only load failed" in str(error)
         reason = "it holds more than tensors and plain values" if refused else f"it is damaged ({type(error).__name__})"
         raise UserError(reason) from error
+
+
+def _unfolded(value: Any, seen: set[int]) -> int:
+    """Bytes of all tensors, once for each place that holds one; `seen` has the containers looked at before."""
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_meta:
+            raise UserError("it holds tensors that are not plain numbers")
+        return value.numel() * value.element_size()
+    if not isinstance(value, dict | list | tuple) or id(value) in seen:
+        return 0
+    seen.add(id(value))
+    return sum(_unfolded(each, seen) for each in (value.values() if isinstance(value, dict) else value))
 
 
 def finite(state: Any) -> bool:
@@ -142,8 +159,9 @@ def drop_events(run: Path, step: int) -> None:
     for file in run.glob("events.out.tfevents.*"):
         content = io.BytesIO()
         records = RecordWriter(content)
-        for record in RawEventFileLoader(str(file)).Load():  # ends at a record that was cut short
-            event = Event.FromString(record)
-            if not event.HasField("summary") or event.step < step:
-                records.write(record)
+        with suppress(MemoryError, DecodeError):  # a record that says it is larger than the file, or that is none
+            for record in RawEventFileLoader(str(file)).Load():  # ends at a record that was cut short
+                event = Event.FromString(record)
+                if not event.HasField("summary") or event.step < step:
+                    records.write(record)
         write_whole(file, content.getbuffer())

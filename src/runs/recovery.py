@@ -165,6 +165,7 @@ class Recovery(Checkpoint):
             there = str(state.get("dirpath")) if isinstance(state, dict) else ""
             if there:
                 state.update(_moved(state, there, here))
+            _check_paths(state, Path(state["dirpath"] if there else here).resolve())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored:
@@ -222,6 +223,20 @@ class Recovery(Checkpoint):
 
 def _metrics(module: L.LightningModule) -> list[tuple[str, Metric]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, Metric)]
+
+
+def _check_paths(value: Any, folder: Path) -> None:
+    """Raises UserError for a path that leads out of `folder`: Lightning deletes what is no longer the best there."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for each in value:
+            _check_paths(each, folder)
+    elif isinstance(value, str):
+        place = Path(value)
+        leads = place.is_absolute() or ".." in place.parts
+        if "://" in value or "::" in value or (leads and not place.resolve().is_relative_to(folder)):
+            raise UserError(f"the checkpoint names {value}, which is not in {folder}; start the run again")
 
 
 def _moved(value: Any, there: str, here: str) -> Any:

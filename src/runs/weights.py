@@ -1,6 +1,7 @@
 """Trained networks from files. Nothing in a file is ever run: weights alone are read, into what a config may name."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,34 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from src.command.resume import OWN_CONFIG, check_digest, read_config
 from src.command.rules import CONF, PACKAGE, check, project_allows, resolved
 from src.data.pictures import read_digit, resized
 from src.data.spec import ImageSpec
-from src.errors import UserError
+from src.errors import UserError, printable
 from src.models.classifier import gives_log_probabilities
 from src.models.familiar import Familiar, fingerprint
 from src.runs.build import build, facts
 from src.runs.checkpoints import finite, load_plain
 
 SHIPPED = Path(__file__).parents[2] / "weights/mnist.pt"
+MAX_BYTES = 2**30
 KINDS = "a run folder, a .ckpt of one, or a .pt file"
+
+
+class Bounded(TorchDispatchMode):
+    """Raises UserError before an operation whose result would take more than MAX_BYTES: a padding has no weights."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with suppress(NotImplementedError, RuntimeError):  # an operation that has no shape beforehand
+            shaped = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs or {}))
+            for found in tree_leaves(func(*shaped[0], **shaped[1])):
+                if isinstance(found, Tensor) and found.numel() * found.element_size() > MAX_BYTES:
+                    raise UserError(f"a result of shape {tuple(found.shape)} for one picture")
+        return func(*args, **(kwargs or {}))
 
 
 class Reader(nn.Module):
@@ -37,7 +53,7 @@ class Reader(nn.Module):
         super().__init__()
         self.net, self.spec, self.file, self.data = net, spec, file, data
         self.eval().requires_grad_(False)
-        with torch.inference_mode():
+        with torch.inference_mode(), Bounded():
             found = net(torch.zeros(1, *spec.shape))
         self.logits = not gives_log_probabilities(found, len(spec.classes))
 
@@ -131,6 +147,7 @@ def load(path: Path | str | None = None, familiar: bool = True) -> Reader:
     state = {name.removeprefix(prefix): x for name, x in content["state_dict"].items() if name.startswith(prefix)}
     try:
         spec = ImageSpec.of(plain)
+        spec = spec._replace(name=printable(spec.name), classes=tuple(map(printable, spec.classes)))
         with torch.device("meta"):  # no memory for what does not fit the weights that are there
             empty = build("model", config["model"], **facts(config["model"], spec))
         if isinstance(empty, nn.Module):
