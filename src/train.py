@@ -21,8 +21,10 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.command.process import (
+        content,
         keep_freed_memory,
         refuse_processes_within_multirun,
+        remove_new,
         share_cores,
         stop_while_meeting,
     )
@@ -44,6 +46,8 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
     refuse_processes_within_multirun(trainer)
     module, data = build_parts(cfg)
+    folder, begun = Path(cfg.output_dir), True
+    before = content(folder)
     try:
         checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
         stop_while_meeting(trainer)
@@ -58,11 +62,16 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
 
         results = collect(cfg, trainer, record, metrics, seconds)
         if trainer.is_global_zero:
-            write_metrics(Path(cfg.output_dir), results)
-            print_results(results, Path(cfg.output_dir), reads=hasattr(data, "spec"))
+            write_metrics(folder, results)
+            print_results(results, folder, reads=hasattr(data, "spec"))
         return metric(results, cfg.optimized_metric)
+    except Exception:
+        begun = bool(cfg.resume) or trainer.fit_loop.total_batch_idx > 0
+        raise
     finally:
         finish_loggers(trainer)
+        if not begun and trainer.is_global_zero:  # not even a batch: it leaves nothing
+            remove_new(folder, before)
 
 
 main = entry("train", train)

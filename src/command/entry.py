@@ -3,10 +3,9 @@
 import functools
 import os
 import re
-import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,11 +21,13 @@ from src.command.internals import hydra_parser, look_first
 from src.command.process import (
     FIRST,
     alone_in,
+    content,
     counted,
     end_with_first,
     first_process,
     isolated,
     lasting_output,
+    remove_new,
     settle_precision,
     stoppable,
 )
@@ -43,7 +44,7 @@ INTERACTIVE = None, "bash", "interactive"  # as Lightning sees it: Slurm has sta
 def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """The program that runs a function of a config: parse, check, run, explain."""
 
-    kept: list[bool] = []  # whether the run folder was there before
+    kept: list[set[Path]] = []  # what was in the run folder before
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
@@ -83,8 +84,9 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                 raise
             if mode == RunMode.MULTIRUN:
                 raise error if isinstance(error, UserError) else UserError(line) from error
-            if not resumed and kept[-1:] != [True]:
-                remove_unbegun(folder)
+            if not resumed and first_process():
+                with suppress(UserError), alone_in(folder):  # not what another has begun there
+                    remove_unbegun(folder, kept[-1] if kept else set())
             sys.exit(say(line))
 
     @functools.wraps(task)
@@ -101,7 +103,7 @@ def entry(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], N
                     for name in SEVERAL:
                         os.environ.pop(name, None)
                 sys.argv = [arguments[0], *parsed(arguments[1:], config_name)]
-                kept.append(_named_folder(sys.argv).exists())
+                kept.append(content(_named_folder(sys.argv).resolve()))
                 look_first(_check_added)
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
         except Exception as error:
@@ -201,16 +203,20 @@ def _check_added(config: DictConfig) -> None:
             raise UserError(unknown_key(key, known))
 
 
-def remove_unbegun(folder: Path) -> None:
-    """Removes the folder of what never began, where nothing but Hydra's config and files without content are in it."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
+def remove_unbegun(folder: Path, before: Set[Path] = frozenset()) -> None:
+    """Removes what never began has left in its folder: Hydra's config and files without content, and nothing else.
+
+    Nothing that was there `before`, the folder itself included.
+    """
+    folder = folder.resolve()
+    files = [file for file in content(folder) - before if file.is_file()]
     # TensorBoard's file has something to show once there is a hparams.yaml.
     nothing = re.compile(r"(\.hydra|\.tune)/\w+\.yaml|multirun\.yaml|events\.out\.tfevents\.[^/]*")
     if all(
         nothing.fullmatch(file.relative_to(folder).as_posix()) or (file.suffix == ".log" and not file.stat().st_size)
         for file in files
     ):
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.absolute().parent.parent == Path("outputs").absolute():
+        remove_new(folder, before)
+        if folder.parent.parent == Path("outputs").resolve():
             with suppress(OSError):
                 folder.parent.rmdir()

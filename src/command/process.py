@@ -94,6 +94,18 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(file)) from error
 
 
+def content(folder: Path) -> set[Path]:
+    """The folder and all in it; empty where it is not there."""
+    return {folder, *folder.rglob("*")} if folder.exists() else set()
+
+
+def remove_new(folder: Path, before: set[Path]) -> None:
+    """Takes away all that was not there `before`, as `content` tells it."""
+    for part in sorted(content(folder) - before, reverse=True):
+        with suppress(OSError):
+            part.unlink() if part.is_symlink() or not part.is_dir() else part.rmdir()
+
+
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps other processes from the run in `folder`. Raises UserError where one is at work; ends with this process."""

@@ -165,7 +165,8 @@ class Recovery(Checkpoint):
             there = str(state.get("dirpath")) if isinstance(state, dict) else ""
             if there:
                 state.update(_moved(state, there, here))
-            _check_paths(state, Path(state["dirpath"] if there else here).resolve())
+            if isinstance(state, dict) and "best_model_path" in state:
+                _check_paths(state, Path(state["dirpath"] if there else here).resolve())
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.restored:
