@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -12,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from src import predict, report, train
 from src.command.process import alone_in
-from src.command.resume import finished
+from src.command.resume import finished, read_yaml
 from src.command.rules import check, resolved
 from src.data import sources
+from src.data.spec import MNIST_SPEC
 from src.errors import UserError
-from src.runs.checkpoints import PARTS, newest_sound
+from src.runs.checkpoints import PARTS, drop_events, newest_sound, sealed
 from src.runs.weights import load
 from src.sweeps.jobs import read_jobs
 
@@ -259,10 +262,23 @@ def edited(folder: Path, text: str) -> None:
         "{model: {_target_: src.models.cnn.CNN, _partial_: true, _convert_: {_target_: os.system}}}",
         "{allowed: [os], model: {_target_: os.system}}",
         "{allowed: [subprocess], callbacks: {x: {_target_: subprocess.run}}}",
+        "{callbacks: {best: {_target_: lightning.pytorch.callbacks.ModelCheckpoint, _args_: [weights]}}}",
+        "{logger: {tensorboard: {name: 'x$MY_SECRET'}}}",
+        "{callbacks: {best: {dirpath: '~/x'}}}",
+        "{callbacks: {best: {dirpath: 'simplecache::http://127.0.0.1:9/x'}}}",
+        "{logger: {tensorboard: {save_dir: 'filecache::http://127.0.0.1:9/x'}}}",
+        "{logger: {x: {_target_: lightning.pytorch.loggers.MLFlowLogger, tracking_uri: ' http://127.0.0.1:9'}}}",
+        "{trainer: {model_registry: theirs/model}}",
+        "{data: {root: /nowhere/new}}",
+        "{data: {reinforce: {_target_: src.teachers.reinforce.Reinforcement, folder: /nowhere/answers}}}",
+        "{data: {source: {_target_: src.data.sources.TorchVision, dataset: USPS, download: true}}}",
+        "{model: {_target_: src.sweeps.launch.Worker, environment: {}}}",
+        "{model: {_target_: src.command.process._Output, stream: null}}",
     ],
 )
 def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, stopped, monkeypatch, text):
     monkeypatch.setenv("MY_SECRET", "secret")
+    monkeypatch.chdir(stopped)  # where a path from here leads into the folder
     edited(stopped, text)
     before = content(stopped)
     result = program(f"resume={stopped}")
@@ -279,6 +295,7 @@ def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, st
         lambda folder, other: os.mkfifo(folder / "mine"),
         lambda folder, other: (folder / "train.log").unlink(missing_ok=True) or os.mkfifo(folder / "train.log"),
         lambda folder, other: (folder / "checkpoints/mine").symlink_to(other),
+        lambda folder, other: (folder / "mine").hardlink_to(other / "file"),
     ],
 )
 def test_a_strangers_folder_leads_nowhere_else(program, stopped, tmp_path, make):
@@ -306,6 +323,58 @@ def test_a_network_that_does_not_fit_its_weights_takes_no_memory(small_weights, 
     torch.save(content | {"model": model}, tmp_path / "large.pt")
     with pytest.raises(UserError, match="do not fit the model"):
         load(tmp_path / "large.pt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": {"x": torch.zeros(1).expand(100_000, 100_000)}},  # 40 GB
+        {"state_dict": {"x": torch.sparse_coo_tensor(size=(100_000, 100_000))}},
+        {"state_dict": {}, "model": {"_target_": "torch.nn.ZeroPad2d", "padding": 50_000}},
+        {"data": MNIST_SPEC.plain() | {"shape": [1, 100_000, 100_000]}},
+        {"data": MNIST_SPEC.plain() | {"std": [float("nan")]}},
+    ],
+)
+def test_weights_that_unfold_take_no_memory(small_weights, tmp_path, content):
+    torch.save(torch.load(small_weights, weights_only=True) | content, tmp_path / "large.pt")
+    with pytest.raises(UserError, match=r"larger than the file|plain numbers|a result of shape|says of its images"):
+        load(tmp_path / "large.pt")
+
+
+@pytest.mark.parametrize("path", ["{}/../../mine", "{}/../../mine/..", "http://127.0.0.1:9/mine", "/somewhere/mine"])
+def test_a_checkpoint_has_nothing_deleted_elsewhere(program, stopped, tmp_path, path):
+    """ModelCheckpoint deletes what its state calls the best so far, once there is a better one."""
+    (tmp_path / "mine").mkdir()
+    newest = stopped / "checkpoints/previous.ckpt"
+    (stopped / "checkpoints/last.ckpt").unlink()
+    checkpoint = torch.load(newest, weights_only=True)
+    state = next(state for name, state in checkpoint["callbacks"].items() if name.startswith("ModelCheckpoint"))
+    worst, path = torch.tensor(-1.0), path.format(stopped / "checkpoints")
+    state |= {"best_model_score": worst, "kth_value": worst, "best_k_models": {path: worst}}
+    state |= {"kth_best_model_path": path, "best_model_path": path, "dirpath": str(stopped / "checkpoints")}
+    newest.write_bytes(sealed(checkpoint, checkpoint["run"]))
+    result = program(f"resume={stopped}")
+    assert result.code == 2 and "the checkpoint names" in result.err and len(result.err.splitlines()) == 1
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("length", [1, 2**45])
+def test_a_record_of_no_event_ends_the_curve(stopped, length):
+    """One that is nothing of TensorBoard's, and one that says it is of 35 terabytes."""
+    header = struct.pack("<Q", length)
+    (events,) = stopped.glob("events*1")
+    content = header + struct.pack("<I", masked_crc32c(header)) + b"\xff" + struct.pack("<I", masked_crc32c(b"\xff"))
+    good = events.read_bytes()
+    events.write_bytes(good + content)
+    drop_events(stopped, 10**6)
+    assert events.read_bytes() == good
+
+
+@pytest.mark.parametrize("number", ["1" + ":1" * 300 + ":1.0", "1" + ":1" * 400_000, "0x" + "f" * 9999])
+def test_numbers_without_end_in_a_config_are_refused(tmp_path, number):
+    (tmp_path / "config.yaml").write_text(f"seed: {number}")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_yaml(tmp_path / "config.yaml")
 
 
 NOT_RESULTS = (
@@ -372,13 +441,19 @@ def test_a_run_is_one_process_at_a_time(program, stopped):
     assert program(f"resume={stopped}").code == 0
 
 
-@pytest.mark.parametrize("mistake", ["optimizer.lr=-1", "data.val_size=5000"])
-def test_a_mistake_takes_nothing_that_was_there(program, tmp_path, mistake):
+MISTAKES = "optimizer.lr=-1", "data.val_size=5000", "+optimizer.nope=1", "optimized_metric=val/nope", "data.val_size=0"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)  # said when it is read, built, by a library, before the first batch
+def test_a_mistake_takes_what_it_made_and_nothing_that_was_there(program, tmp_path, mistake):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/.gitkeep").touch()
     (tmp_path / "mine/link").symlink_to("nowhere")
-    assert program(*TINY, f"hydra.run.dir={tmp_path / 'mine'}", mistake).code == 2
-    assert (tmp_path / "mine/.gitkeep").exists() and (tmp_path / "mine/link").is_symlink()
+    (tmp_path / "mine/events.out.tfevents.1").touch()
+    before = set((tmp_path / "mine").rglob("*"))
+    for folder in "mine", "new":
+        assert program(*TINY, f"hydra.run.dir={tmp_path / folder}", mistake).code == 2
+    assert set((tmp_path / "mine").rglob("*")) == before and not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_used_again(program, stopped):
