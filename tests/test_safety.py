@@ -278,7 +278,8 @@ def edited(folder: Path, text: str) -> None:
 )
 def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, stopped, monkeypatch, text):
     monkeypatch.setenv("MY_SECRET", "secret")
-    monkeypatch.chdir(stopped)  # where a path from here leads into the folder
+    if "~" in text or "::" in text:
+        monkeypatch.chdir(stopped)  # from where the path of such a text leads into the folder
     edited(stopped, text)
     before = content(stopped)
     result = program(f"resume={stopped}")
