@@ -499,3 +499,10 @@ def test_names_of_files_forge_no_lines(program, tmp_path):
     (tmp_path / "a\nerror: all is lost\x1b[31m.png").write_bytes(b"")
     result = program(tmp_path, main=predict.main)
     assert len(result.err.splitlines()) == 1 and "\x1b" not in result.err and result.code == 2
+
+
+def test_names_of_classes_forge_no_lines(small_weights, tmp_path):
+    names = ["a\nerror: all is lost\x1b[31m", *"123456789"]
+    content = torch.load(small_weights, weights_only=True)
+    torch.save(content | {"data": content["data"] | {"classes": names}}, tmp_path / "some.pt")
+    assert load(tmp_path / "some.pt").spec.classes[0] == "a\\nerror: all is lost\\x1b[31m"
