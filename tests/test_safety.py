@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from src import predict, report, train
+from src.command import entry
 from src.command.process import alone_in
 from src.command.resume import finished, read_yaml
 from src.command.rules import check, resolved
@@ -433,6 +434,16 @@ def test_a_moved_folder_is_finished_and_knows_its_best(program, stopped, tmp_pat
     result = program(f"resume={moved}")
     assert result.code == 0, result.err
     assert json.loads((moved / "metrics.json").read_text())["best_epoch"] == 1
+
+
+def test_who_comes_too_late_takes_nothing_away(program, tmp_path, monkeypatch):
+    """Two runs are begun together in a folder that neither of them found there."""
+    monkeypatch.setattr(entry, "content", lambda folder: set())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with alone_in(folder):
+        result = program(*TINY, f"hydra.run.dir={folder}")
+    assert result.code == 2 and "another process is at work" in result.err and (folder / ".hydra/config.yaml").exists()
 
 
 def test_a_run_is_one_process_at_a_time(program, stopped):
