@@ -107,8 +107,8 @@ def optimize(
         return objective(trial)
 
     while count(study, *COUNTED) < target:
-        fail_stale_trials(study)
         with claim:
+            fail_stale_trials(study)  # which fails a trial, then enqueues it: in between another would begin a new one
             if count(study, *COUNTED, TrialState.RUNNING) < target:
                 study.optimize(claimed, n_trials=1, callbacks=[lambda *_: ended()], catch=(Surplus,))
                 continue
