@@ -11,7 +11,7 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,7 @@ def content(folder: Path) -> set[Path]:
     return {folder, *folder.rglob("*")} if folder.exists() else set()
 
 
-def remove_new(folder: Path, before: set[Path]) -> None:
+def remove_new(folder: Path, before: Set[Path]) -> None:
     """Takes away all that was not there `before`, as `content` tells it."""
     for part in sorted(content(folder) - before, reverse=True):
         with suppress(OSError):
