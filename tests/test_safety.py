@@ -23,6 +23,7 @@ from src.command.rules import check, resolved
 from src.data import sources
 from src.data.spec import MNIST_SPEC
 from src.errors import UserError
+from src.runs.build import build_several
 from src.runs.checkpoints import PARTS, drop_events, newest_sound, sealed
 from src.runs.weights import load
 from src.sweeps.jobs import read_jobs
@@ -510,6 +511,12 @@ def test_names_of_files_forge_no_lines(program, tmp_path):
     (tmp_path / "a\nerror: all is lost\x1b[31m.png").write_bytes(b"")
     result = program(tmp_path, main=predict.main)
     assert len(result.err.splitlines()) == 1 and "\x1b" not in result.err and result.code == 2
+
+
+@pytest.mark.parametrize(("key", "target"), [("callbacks", "src.models.cnn.CNN"), ("logger", "torch.nn.Identity")])
+def test_what_is_no_callback_and_no_logger_is_refused_before_the_training(key, target):
+    with pytest.raises(UserError, match=f"{key}.x: .* is no (Callback|Logger) of Lightning's"):
+        build_several(key, {"x": {"_target_": target, **({"dropout": 0.0} if "CNN" in target else {})}})
 
 
 def test_names_of_classes_forge_no_lines(small_weights, tmp_path):

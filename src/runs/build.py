@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from src.command.explain import explain
@@ -105,4 +107,10 @@ def build_several(key: str, node: Any) -> list[Any]:
         if isinstance(node, dict | DictConfig)
         else dict(enumerate(node))
     )
-    return [build(f"{key}.{name}".removesuffix("."), one) for name, one in named.items() if one]
+    built = {f"{key}.{name}".removesuffix("."): one for name, one in named.items() if one}
+    built = {name: build(name, one) for name, one in built.items()}
+    kind = {"callbacks": Callback, "logger": Logger}[key]
+    for name, one in built.items():
+        if not isinstance(one, kind):
+            raise UserError(f"{name}: {type(one).__name__} is no {kind.__name__} of Lightning's")
+    return list(built.values())
