@@ -110,6 +110,12 @@ def test_parts_that_do_not_fit_are_one_line_and_leave_nothing(program, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_that_cannot_begin_takes_nothing_that_was_there(program, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert program("-m", "model=cnn,cn", f"hydra.sweep.dir={tmp_path}").code == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
 def test_a_study_is_not_in_a_sweeps_folder(program, tmp_path):
     places = f"hydra.run.dir={tmp_path / 'study'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"
     result = program(*places, main=tune.main)

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.command.entry import remove_unbegun
 from src.command.internals import hydras_sweeper, joblib_job, pickled, unpickled
+from src.command.process import content
 from src.command.resume import continue_command
 from src.errors import UserError
 
@@ -52,6 +53,7 @@ class Grid(BasicSweeper):  # type: ignore[misc, valid-type]
 
     def setup(self, **parts: Any) -> None:
         super().setup(**parts)
+        self.before = content(Path(self.config.hydra.sweep.dir).resolve())
         self.launcher: Any = Launcher(self.launcher)
         if type(self.launcher.chosen).__name__ == JOBLIB:
             context()
@@ -73,7 +75,7 @@ class Grid(BasicSweeper):  # type: ignore[misc, valid-type]
         try:
             super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
         except Exception:
-            remove_unbegun(Path(self.config.hydra.sweep.dir))
+            remove_unbegun(Path(self.config.hydra.sweep.dir), self.before)
             raise
 
 
