@@ -28,8 +28,8 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Twice the cores, because some tests wait for processes of their own; no more than four, because of the memory."""
-    return min(4, 2 * (os.cpu_count() or 1))
+    """One more than cores, because some tests wait for processes of their own; at most four, because of the memory."""
+    return min(4, (os.cpu_count() or 1) + 1)
 
 
 class Result(NamedTuple):
