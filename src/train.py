@@ -21,17 +21,15 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.command.process import (
-        content,
         keep_freed_memory,
         refuse_processes_within_multirun,
-        remove_new,
         share_cores,
         stop_while_meeting,
     )
     from src.runs.build import build, build_parts, build_several
     from src.runs.checkpoints import resume
     from src.runs.console import print_results, quiet
-    from src.runs.results import Record, collect, finish_loggers, metric, one_run, write_metrics
+    from src.runs.results import Record, collect, metric, one_run, tidied, write_metrics
 
     quiet()
     keep_freed_memory()
@@ -46,9 +44,8 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
     refuse_processes_within_multirun(trainer)
     module, data = build_parts(cfg)
-    folder, begun = Path(cfg.output_dir), True
-    before = content(folder)
-    try:
+    folder = Path(cfg.output_dir)
+    with tidied(trainer, folder, bool(cfg.resume)):
         checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
         stop_while_meeting(trainer)
         started = perf_counter()
@@ -65,13 +62,6 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
             write_metrics(folder, results)
             print_results(results, folder, reads=hasattr(data, "spec"))
         return metric(results, cfg.optimized_metric)
-    except Exception:
-        begun = bool(cfg.resume) or trainer.fit_loop.total_batch_idx > 0
-        raise
-    finally:
-        finish_loggers(trainer)
-        if not begun and trainer.is_global_zero:  # not even a batch: it leaves nothing
-            remove_new(folder, before)
 
 
 main = entry("train", train)

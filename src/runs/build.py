@@ -107,10 +107,12 @@ def build_several(key: str, node: Any) -> list[Any]:
         if isinstance(node, dict | DictConfig)
         else dict(enumerate(node))
     )
-    built = {f"{key}.{name}".removesuffix("."): one for name, one in named.items() if one}
-    built = {name: build(name, one) for name, one in built.items()}
-    kind = {"callbacks": Callback, "logger": Logger}[key]
-    for name, one in built.items():
-        if not isinstance(one, kind):
-            raise UserError(f"{name}: {type(one).__name__} is no {kind.__name__} of Lightning's")
-    return list(built.values())
+    kind, built = {"callbacks": Callback, "logger": Logger}[key], []
+    for name, one in named.items():
+        if not one:
+            continue
+        place = f"{key}.{name}".removesuffix(".")
+        built.append(build(place, one))
+        if not isinstance(built[-1], kind):
+            raise UserError(f"{place}: {type(built[-1]).__name__} is no {kind.__name__} of Lightning's")
+    return built

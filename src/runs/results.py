@@ -5,7 +5,8 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.command.internals import add_summary, name_run
+from src.command.process import content, remove_new
 from src.command.resume import chosen, digest, portable, read_yaml, texts
 from src.command.rules import walk
 from src.errors import UserError
@@ -170,11 +172,24 @@ def one_run(loggers: list[Any], folder: Path, resumed: bool) -> list[Any]:
     return loggers
 
 
-def finish_loggers(trainer: L.Trainer) -> None:
-    """Ends what would go on into the next job of a multirun: a process has one run of W&B at a time."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.finish()
+@contextmanager
+def tidied(trainer: L.Trainer, folder: Path, resumed: bool) -> Iterator[None]:
+    """Takes away what a run that fails before its first batch has made in its folder, unless it is a resumed one.
+
+    Ends what would go on into the next job of a multirun: a process has one run of W&B at a time.
+    """
+    before, begun = content(folder), True
+    try:
+        yield
+    except Exception:
+        begun = resumed or trainer.fit_loop.total_batch_idx > 0
+        raise
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.finish()
+        if not begun and trainer.is_global_zero:
+            remove_new(folder, before)
 
 
 def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
