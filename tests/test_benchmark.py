@@ -53,6 +53,21 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
     assert ratio == pytest.approx(other / sum(own) * 2, abs=0.1 + 0.2 / sum(own))
 
 
+def test_the_time_to_a_score_has_the_teacher_in_it(program, tmp_path, small_weights):
+    teacher = f"{{_target_:src.teachers.ensemble.Ensemble,files:[{small_weights}]}}"
+    reinforce = f"{{_target_:src.teachers.reinforce.Reinforcement,teacher:{teacher},folder:{tmp_path / 'answers'}}}"
+    short = "data=digits", f"+data.reinforce={reinforce}", "trainer.max_steps=3", "--seeds", 2
+    result = program("--time-to", 1, *short, "experiment=fast", "module.teaching=0", main=main)
+    assert result.code == 0, result.err
+    found = re.findall(
+        r"^b  seed [01]  .*, ([\d.]+) s, ([\d.]+) s of them for the teacher's answers$", result.out, re.M
+    )
+    assert len(found) == 2 and all(0 < float(asked) < float(whole) for whole, asked in found)
+    assert result.err.count("asking the teacher about epoch 1") == 2 and not (tmp_path / "answers").exists()
+    ratios = [float(re.search(rf"^{name}  ([\d.]+)", result.out, re.M)[1]) for name in ("c/b", "c/b, answers at hand")]
+    assert ratios[0] < ratios[1]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

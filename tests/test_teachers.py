@@ -52,6 +52,26 @@ def test_another_question_is_asked_anew(tmp_path):
     assert len({tuple(view.answers.flatten().tolist()) for view in views}) == 6  # the last is the first
 
 
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_processor_with_tiles_is_asked_in_bfloat16_and_says_so(tmp_path, monkeypatch, tiles):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, raising=False)
+    asked = []
+
+    class Teacher(torch.nn.Linear):
+        digest = "linear"
+
+        def forward(self, images):
+            answers = super().forward(images.flatten(1))
+            asked.append(answers.dtype)
+            return answers
+
+    images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
+    view = Reinforcement(Teacher(784, 10), tmp_path).view(images, RandomAffine(), MNIST_SPEC, 0, 0.0)
+    assert asked == [torch.bfloat16 if tiles else torch.float32] and view.answers.dtype == torch.float32
+    (file,) = tmp_path.glob("*.pt")
+    assert file.stem.endswith("-bfloat16") == tiles
+
+
 def test_damaged_answers_are_one_line(tmp_path):
     arguments = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), RandomAffine(), MNIST_SPEC, 0, 0.0
     Reinforcement(Loudest(), tmp_path).view(*arguments)

@@ -8,9 +8,9 @@ They take turns every few batches, so that a noisy machine is noisy for all of t
 up for as many batches of a, then of c. The ratios are those of the sums of the times, which have b's work at the ends
 of its epochs in them; the standard error comes from the rounds.
 
---time-to 99.4 is the longer mode: `experiment=fast` is trained to its end with several seeds, whose mean should have so
-many percent of the test images right, then c with the source's recipe until it first has, scored after each epoch;
-scoring is not timed.
+--time-to 99.4 is the longer mode: `experiment=fast`, or the one named, is trained to its end with several seeds, whose
+mean should have so many percent of the test images right, then c with the source's recipe until it first has, scored
+after each epoch; scoring is not timed. With `experiment=taught` each seed asks the teachers anew, and is timed with it.
 
 --side-by-side starts whole runs, one and then two at once, with the cores divided among them, as they do by themselves,
 and with a thread on every core for each: images per second of the training, together.

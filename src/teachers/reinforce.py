@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from src.command.process import write_whole
+from src.command.process import has_bfloat16_tiles, write_whole
 from src.data.augment import Draws, RandomAffine
 from src.data.batches import generator_for
 from src.data.spec import ImageSpec
@@ -48,7 +48,7 @@ class Reinforcement:
 
     The answers are worked out where an epoch begins, and kept in `folder`, a file an epoch: a run that differs in
     its own seed alone finds them there. Those of a device other than the CPU, in other last bits, have its name and
-    the precision of its convolutions in the file's name.
+    the precision of its convolutions in the file's name; on a processor with AMX it is asked in bfloat16.
     """
 
     def __init__(self, teacher: Teacher, folder: Text, seed: Seed = 0) -> None:
@@ -79,17 +79,20 @@ class Reinforcement:
     ) -> Tensor:
         print(f"asking the teacher about epoch {epoch + 1}; kept in {self.folder} for further runs", file=sys.stderr)
         teacher, parts = self.teacher.to(images.device), torch.arange(len(images), device=images.device).split(AT_ONCE)
+        in_tiles = images.device.type == "cpu" and has_bfloat16_tiles()
+
+        def answers(some: Tensor) -> Tensor:
+            seen = spec.normalize(augment.apply(images[some].float(), draws.of(some), progress))
+            with torch.autocast("cpu", torch.bfloat16, enabled=in_tiles):  # the network alone: places are not rounded
+                return teacher(seen).float()
+
         with torch.inference_mode(), bar(len(parts)) as shown:
-            return torch.cat(
-                [
-                    teacher(spec.normalize(augment.apply(images[some].float(), draws.of(some), progress)))
-                    for some in shown.track(parts, description=f"the teacher's answers for epoch {epoch + 1}")
-                ]
-            )
+            description = f"the teacher's answers for epoch {epoch + 1}"
+            return torch.cat([answers(some) for some in shown.track(parts, description=description)])
 
 
 def _made_on(device: torch.device) -> str:
     if device.type == "cpu":
-        return ""
+        return "-bfloat16" if has_bfloat16_tiles() else ""
     precision = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
     return f"-{re.sub(r'[^a-z0-9]+', '-', device_name(device).lower())}-{precision}"
