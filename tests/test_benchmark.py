@@ -54,6 +54,7 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
 
 
 def test_the_time_to_a_score_has_the_teacher_in_it(program, tmp_path, small_weights):
+    pytest.importorskip("src.teachers", reason="the teachers are deleted")
     teacher = f"{{_target_:src.teachers.ensemble.Ensemble,files:[{small_weights}]}}"
     reinforce = f"{{_target_:src.teachers.reinforce.Reinforcement,teacher:{teacher},folder:{tmp_path / 'answers'}}}"
     short = "data=digits", f"+data.reinforce={reinforce}", "trainer.max_steps=3", "--seeds", 2
