@@ -326,6 +326,7 @@ def test_mps_is_told_apart_from_the_cpu(monkeypatch):
     assert calls == ["synchronize"]
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
     assert device_name(device) == "Apple M4, mps"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # a processor without bfloat16
     assert made_on(device) == "-apple-m4-mps-float32" and made_on(torch.device("cpu")) == ""
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place, **how: (place, how))
     assert on_device(CNN(), device) == ((device,), {"memory_format": torch.contiguous_format})
