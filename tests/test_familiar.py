@@ -85,7 +85,7 @@ def test_what_is_no_digit_is_told():
 
 
 @pytest.mark.mnist
-def test_at_most_one_in_a_hundred_test_images_is_doubted():
+def test_at_most_one_in_a_hundred_test_images_is_doubted(real_mnist):
     reader = load(SHIPPED)
     images, _ = zip(*weights.test_images(reader).test_dataloader(), strict=True)
     doubted = sum(answer["sure"] is False for some in images for answer in reader.answers(some))
