@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -162,6 +163,28 @@ def test_the_network_can_leave_the_edges_out():
     torch.testing.assert_close(middle(images), whole(images[..., 2:26, 2:26]))
     with pytest.raises(ValueError, match=r"model.crop=11 leaves 6×6"):
         CNN(crop=11)
+
+
+def test_antialiased_pooling_averages_the_maxima_of_neighbouring_places():
+    net = CNN(antialias=True)
+    features = torch.randn(2, 16, 7, 6, dtype=torch.float64)  # the seventh row has no partner
+    maxima = torch.stack([features.roll((-i, -j), (2, 3)) for i in (0, 1) for j in (0, 1)]).amax(0)[..., :-1, :-1]
+    pooled = net.conv1[6](features)
+    assert pooled.shape == (2, 16, 3, 3)
+    torch.testing.assert_close(pooled[0, 5, 2, 1], maxima[0, 5, 4:6, 2:4].mean())
+    edge = torch.cat([maxima[1, 3, 2:4, 4], features[1, 3, 2:5, 5].unfold(0, 2, 1).amax(1)])
+    torch.testing.assert_close(pooled[1, 3, 1, 2], edge.mean())
+    assert isinstance(CNN().conv1[6], nn.MaxPool2d)
+
+
+def test_batch_norm_and_activation_change_places():
+    kinds = [type(layer) for layer in CNN(norm_first=True, activation="gelu").conv2[:6]]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.GELU] * 2
+    assert [type(layer) for layer in CNN().conv2[:6]] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d] * 2
+
+
+def test_what_bends_and_pools_has_no_parameters():
+    assert sum(p.numel() for p in CNN(activation="gelu", norm_first=True, antialias=True).parameters()) == 15_544
 
 
 class Linear(torch.nn.Module):
