@@ -2,16 +2,23 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
 
+import gc
+
+gc.disable()  # until all is imported: it would look at the modules again and again, and find nothing
+
 import hashlib
 import json
 import logging
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import starter
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -26,10 +33,33 @@ from src.runs.recovery import Recovery
 # their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
+STARTER, PROCESS = pytest.StashKey[str](), pytest.StashKey[subprocess.Popen]()
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One more than cores, because some tests wait for processes of their own; at most four, because of the memory."""
     return min(4, (os.cpu_count() or 1) + 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has one process for all workers that starts programs; what it imports, it imports when it is first asked."""
+    if not hasattr(config, "workerinput"):
+        folder = config.stash[STARTER] = tempfile.mkdtemp()
+        os.environ[starter.ADDRESS] = f"{folder}/socket"
+        command = [sys.executable, starter.__file__, os.environ[starter.ADDRESS]]
+        config.stash[PROCESS] = subprocess.Popen(command, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        config.stash[PROCESS].stdout.readline()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if PROCESS in config.stash:
+        config.stash[PROCESS].communicate()
+        shutil.rmtree(config.stash[STARTER])
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.freeze()  # modules live on: each run's last collection need not look at them
 
 
 class Result(NamedTuple):

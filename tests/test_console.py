@@ -28,6 +28,7 @@ TINY = (
     "trainer.accelerator=cpu",
     "trainer.limit_train_batches=8",
     "trainer.max_epochs=2",
+    "callbacks.dashboard=null",
 )
 
 

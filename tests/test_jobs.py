@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import starter
 import torch
 
 from src.command import process
@@ -145,8 +146,8 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
     limit = {"check": True, "timeout": 300}
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    subprocess.run([*command, *arguments, f"hydra.run.dir={whole}"], **limit, **settings)
-    first = subprocess.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
+    starter.run([*command, *arguments, f"hydra.run.dir={whole}"], **limit, **settings)
+    first = starter.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
     while first.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
         time.sleep(0.05)
     second, _ = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
@@ -155,7 +156,7 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     said = "another process of this run has ended" in first.communicate(timeout=60)[1].decode()
     assert first.returncode == -signal.SIGKILL or (first.returncode == 1 and said)
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
-    subprocess.run([*command, f"resume={folder}"], **limit, **settings)
+    starter.run([*command, f"resume={folder}"], **limit, **settings)
     assert final(folder) == final(whole)
 
 

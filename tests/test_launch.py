@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import starter
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from test_sweeps import TINY, sheet
@@ -102,7 +103,7 @@ def test_a_lost_job_is_named_and_the_others_finish(program, tmp_path, launcher):
     arguments = ["-m", *TINY[:-3], "trainer.limit_train_batches=150", "callbacks.last.every_steps=5", "seed=0,1,2"]
     arguments += [f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}"]
     arguments += ["hydra.launcher.n_jobs=2"] * (launcher == "joblib")
-    sweep = subprocess.Popen(
+    sweep = starter.Popen(
         [sys.executable, "-m", "src.train", *arguments], cwd=CONF.parent, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     )
     while not (tmp_path / "seed=1/checkpoints/last.ckpt").exists():

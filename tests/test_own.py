@@ -1,20 +1,19 @@
 """docs/own.md, followed to the letter in a copy of the project: its files are written, its commands are run."""
 
 import json
-import os
 import pickle
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import starter
 import torch
 from PIL import Image
 
@@ -24,34 +23,7 @@ from src.errors import shown
 PAGE = (ROOT / "docs/own.md").read_text()
 # What a step needs a second for: a command that only has to work is told to do less.
 SHORT = "trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.accelerator=cpu", "callbacks.dashboard=null"
-# Starts the commands, each in a process of its own that has the packages already, but nothing of the project.
-STARTER = """
-import json, os, runpy, sys, traceback
-import hydra, hypothesis, lightning, matplotlib.pyplot, optuna, optuna_integration, sklearn.datasets, torch, torchinfo
-import torch.utils.tensorboard, torchmetrics.functional.classification, torchvision, xlsxwriter
-assert not any(name.partition(".")[0] in ("src", "lab") for name in sys.modules)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        code = 1
-        os.chdir(job["folder"])
-        for number, name, flags in (0, os.devnull, os.O_RDONLY), (1, job["out"], 65), (2, job["err"], 65):
-            os.dup2(os.open(name, flags, 0o600), number)
-        try:
-            exec(job["before"])
-            sys.argv = ["", *job["arguments"]]
-            runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+AS_MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
 def section(heading: str) -> str:
@@ -86,8 +58,8 @@ class Done(NamedTuple):
 class Copy:
     """A copy of the project, and what is done in it."""
 
-    def __init__(self, folder: Path, ask: Callable[[dict], int]) -> None:
-        self.folder, self.ask, self.runs = folder, ask, 0
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.runs = folder, 0
         for name in ("src", "conf", "tests", "docs", "weights"):
             shutil.copytree(ROOT / name, folder / name)
         for name in ("Makefile", "pyproject.toml", "README.md"):
@@ -104,13 +76,16 @@ class Copy:
         python, flag, module, *arguments = shlex.split(command, comments=True)
         assert (python, flag) == ("python", "-m") and module.startswith(("src.", "lab.", "pytest"))
         self.runs += 1
-        out, err, run = (self.folder / f"{name}{self.runs}" for name in ("out", "err", "run"))
+        run = self.folder / f"run{self.runs}"
         alone = module == "src.train" and "-m" not in arguments and not arguments[0].startswith("resume=")
-        further = (*further, f"hydra.run.dir={run}") if alone else further
-        job = {"folder": str(self.folder), "module": module, "arguments": [*arguments, *further], "before": before}
-        code = self.ask(job | {"out": str(out), "err": str(err)})
+        arguments += [*further, f"hydra.run.dir={run}"] if alone else further
+        done = self.python(*(("-c", f"{before}; {AS_MODULE}") if before else ("-m",)), module, *arguments)
         metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
-        return Done(code, out.read_text(), err.read_text(), metrics)
+        return Done(done.returncode, done.stdout, done.stderr, metrics)
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess:
+        piped = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        return starter.run([sys.executable, *arguments], cwd=self.folder, **piped)
 
     def pytest(self, *arguments: str) -> str:
         done = self.run(f"python -m pytest -q -p no:cacheprovider {shlex.join(arguments)}")
@@ -123,30 +98,15 @@ class Copy:
         return done
 
 
-@pytest.fixture(scope="module")
-def ask():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-    with subprocess.Popen([sys.executable, "-c", STARTER], **piped, cwd="/") as starter:
-
-        def one(job: dict) -> int:
-            starter.stdin.write(json.dumps(job) + "\n")
-            starter.stdin.flush()
-            return int(starter.stdout.readline())
-
-        yield one
-        starter.stdin.close()
-
-
 @pytest.fixture
-def copy(tmp_path, ask) -> Copy:
+def copy(tmp_path) -> Copy:
     (tmp_path / "project").mkdir()
-    return Copy(tmp_path / "project", ask)
+    return Copy(tmp_path / "project")
 
 
 @pytest.fixture(scope="module")
-def all_tests(tmp_path_factory, ask) -> int:
-    return Copy(tmp_path_factory.mktemp("whole"), ask).pytest("--collect-only").count("::")
+def all_tests(tmp_path_factory) -> int:
+    return Copy(tmp_path_factory.mktemp("whole")).pytest("--collect-only").count("::")
 
 
 @pytest.fixture
@@ -324,9 +284,7 @@ def test_the_notebook_runs(copy):
 labels = torch.cat([labels for _, labels in data.predict_dataloader()])
 print(float((log_probabilities.argmax(1) == labels).float().mean()))
 """
-    run = [sys.executable, "-W", "ignore", "-c", code + check]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(run, cwd=copy.folder, env=environment, capture_output=True, text=True)
+    done = copy.python("-c", f"import warnings; warnings.simplefilter('ignore')\n{code}{check}")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "5" and float(lines[-1]) > 0.5

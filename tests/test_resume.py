@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import starter
 import torch
 from conftest import Killed, outcome
 
@@ -23,6 +24,7 @@ TINY = (
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
     *("data.batch_size=8", "callbacks.last.every_steps=5"),
 )
+PLAIN = "callbacks.dashboard=null"  # half of so short a run
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
     ids=lambda overrides: overrides[0],
 )
 def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overrides):
-    overrides, folder = ("callbacks.dashboard=null", *overrides), tmp_path / "run"
+    overrides, folder = (PLAIN, *overrides), tmp_path / "run"
     for batch in 8, 19:
         stop(batch, Killed)
         with pytest.raises(Killed):
@@ -80,24 +82,24 @@ def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overri
 def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(program, tmp_path, stop, whole, number, code):
     folder = tmp_path / "optimizer.lr=0.1,model.dropout=it's 0"  # as in a sweep, and worse
     stop(7, number)
-    result = program(*TINY, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
+    result = program(*TINY, PLAIN, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
     assert result.code == code and "Traceback" not in result.err
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
     (line,) = [line for line in result.err.splitlines() if "resume=" in line]
     assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train resume=")
     assert program(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
-    assert outcome(folder) == whole()
+    assert outcome(folder) == whole(PLAIN)
 
 
 def test_a_signal_ends_a_multirun_which_continues(program, tmp_path, stop, whole):
     stop(7, signal.SIGTERM)
-    result = program("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    result = program("-m", *TINY, PLAIN, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 143 and not (tmp_path / "seed=1").exists()
     (line,) = [line for line in result.err.splitlines() if "continue with" in line]
     command = shlex.split(line)
     assert program(*command[command.index("src.train") + 1 :]).code == 0
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
-    assert outcome(tmp_path / "seed=0") == whole()
+    assert outcome(tmp_path / "seed=0") == whole(PLAIN)
 
 
 def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, monkeypatch, whole):
@@ -110,9 +112,9 @@ def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, 
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(L.Trainer, "test", terminated)
-    assert program(*TINY, f"hydra.run.dir={folder}").code == 143
+    assert program(*TINY, PLAIN, f"hydra.run.dir={folder}").code == 143
     assert program(f"resume={folder}").code == 0
-    assert outcome(folder) == whole()
+    assert outcome(folder) == whole(PLAIN)
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def stopped(program, tmp_path, stop) -> Path:
     """The folder of a run that has two checkpoints, of steps 5 and 10."""
     stop(11, Killed)
     with pytest.raises(Killed):
-        program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+        program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     return tmp_path / "run"
 
 
@@ -129,7 +131,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(program, stopped,
     newest.write_bytes(newest.read_bytes()[:-1000])
     result = program(f"resume={stopped}")
     assert result.code == 0 and "last.ckpt cannot be used: it is damaged" in result.err
-    assert outcome(stopped) == whole()
+    assert outcome(stopped) == whole(PLAIN)
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(program, stopped):
@@ -157,7 +159,7 @@ def test_what_resume_refuses_is_one_line(program, stopped, arguments, words):
 
 def test_a_finished_run_is_left_alone(program, tmp_path):
     folder = tmp_path / "run"
-    program(*TINY, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
+    program(*TINY, PLAIN, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     result = program(f"resume={folder}")
     assert result.code == 0 and "is finished" in result.out
@@ -174,7 +176,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch
         replace(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    result = program(*TINY, f"hydra.run.dir={folder}")
+    result = program(*TINY, PLAIN, f"hydra.run.dir={folder}")
     assert result.code == 2 and "No space left on device; make room" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
@@ -182,7 +184,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch
 
 
 def test_a_loss_that_is_not_finite_is_named(program, tmp_path):
-    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}", "optimizer.lr=1e30", "trainer.gradient_clip_val=null")
+    result = program(
+        *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}", "optimizer.lr=1e30", "trainer.gradient_clip_val=null"
+    )
     line = result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err
     assert re.search(r"the loss is (nan|inf) at step \d \(epoch 1, batch \d\); no checkpoint yet", line)
@@ -198,7 +202,7 @@ def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatc
         return loss * float("nan") if self.global_step == 7 else loss
 
     monkeypatch.setattr(Classifier, "training_step", broken)
-    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    result = program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     assert "the loss is nan at step 8 (epoch 1, batch 8); the last good checkpoint is" in result.err
     assert "last.ckpt (step 5)" in result.err and result.code == 2
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
@@ -221,26 +225,26 @@ def test_out_of_memory_names_the_batch_size(program, tmp_path, monkeypatch, mess
         raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Classifier, "training_step", full)
-    result = program(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    result = program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and "out of memory with data.batch_size=8" in result.err.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path, whole):
-    """Real processes; TINY in `whole` ran in this one, so equal bits also mean equal threads and flags."""
+    """Real processes; the same in `whole` ran in this one, so equal bits also mean equal threads and flags."""
     rng, folder = random.Random(0), tmp_path / "run"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "src.train", *TINY, f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "src.train", *TINY, PLAIN, f"hydra.run.dir={folder}"]
     for _ in range(3):
-        process = subprocess.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
+        process = starter.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (folder / "layers.txt").exists():
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 1.5))
         process.kill()
         process.wait()
         command = [sys.executable, "-m", "src.train", f"resume={folder}"]
-    subprocess.run(command, env=environment, cwd=CONF.parent, check=True)
-    assert outcome(folder) == whole()
+    starter.run(command, env=environment, cwd=CONF.parent, check=True)
+    assert outcome(folder) == whole(PLAIN)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -264,9 +268,9 @@ def test_submitits_signal_is_passed_on_after_a_checkpoint(program, tmp_path, sto
     try:
         stop(8, signal.SIGUSR2)
         folder = tmp_path / "run"
-        assert program(*TINY, f"hydra.run.dir={folder}").code == -1
+        assert program(*TINY, PLAIN, f"hydra.run.dir={folder}").code == -1
         assert saved == [(signal.SIGUSR2, True)] and signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert program(f"resume={folder}").code == 0
-    assert outcome(folder) == whole()
+    assert outcome(folder) == whole(PLAIN)

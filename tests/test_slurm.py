@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import starter
 import torch
 from slurm import Cluster, cluster, lacking
 from test_sweeps import TINY
@@ -45,7 +46,7 @@ def wait_for(there, seconds: float = 120) -> None:
 def sweep(slurm: Cluster, folder: Path, *arguments: str) -> subprocess.Popen:
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=main", "hydra.launcher.timeout_min=10"]
     command = [*PROGRAM, "-m", *LONG, *launcher, f"hydra.sweep.dir={folder}", *arguments]
-    return subprocess.Popen(
+    return starter.Popen(
         command, cwd=CONF.parent, env=slurm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import starter
 from omegaconf import OmegaConf
 from test_sweeps import TINY, sheet
 
@@ -103,7 +104,7 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(program, tmp_path
     arguments += ["~search.optimizer", "optimizer.lr=0.1", "heartbeat=1", f"storage={tmp_path}/study.log", place]
     command = [sys.executable, "-m", "src.tune", *arguments, "trials=2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first = subprocess.Popen(command, cwd=CONF.parent, **quiet)
+    first = starter.Popen(command, cwd=CONF.parent, **quiet)
     while not list(tmp_path.glob("study/000_*/checkpoints/last.ckpt")):
         assert first.poll() is None
         time.sleep(0.05)

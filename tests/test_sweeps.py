@@ -16,6 +16,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
+import starter
 import torch
 import yaml
 from matplotlib import pyplot as plt
@@ -405,14 +406,10 @@ def test_the_named_sweeps_have_the_jobs_that_they_say(program):
         assert len(BasicSweeper.split_arguments(parsed, None)[0]) == count
 
 
-PROGRAM = "import sys; from src.train import main; sys.argv[0] = 'src/train.py'; main()"
-
-
 def start(*arguments: str) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], cwd=CONF.parent, start_new_session=True, **quiet
-    )
+    command = [sys.executable, "-m", "src.train", *arguments]
+    return starter.Popen(command, cwd=CONF.parent, start_new_session=True, **quiet)
 
 
 @pytest.mark.slow

@@ -5,14 +5,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -188,9 +188,8 @@ def checked(config: DictConfig, allowed: list[str] | None = None) -> DictConfig:
     return config
 
 
-def _check_added(config: DictConfig) -> None:
+def _check_added(config: DictConfig, overrides: Sequence[Override]) -> None:
     """Refuses +key=value where a known key was meant: Hydra recommends that form for every typing mistake."""
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     added = {override.key_or_group for override in overrides if override.is_add()}
     if not added:
         return

@@ -14,6 +14,8 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
@@ -31,11 +33,11 @@ def hydra_parser() -> ArgumentParser:
     return get_args_parser()
 
 
-def look_first(look: Callable[[DictConfig], None]) -> None:
-    """Has `look` see the config before a run or a sweep begins.
+def look_first(look: Callable[[DictConfig, Sequence[Override]], None]) -> None:
+    """Has `look` see the config, and the overrides in it, before a run or a sweep begins.
 
     There Hydra composes it only to know which of the two is meant, and passes over a mistake that it finds: then all is
-    composed once more to find it again.
+    composed once more to find it again. What is composed here is what the run gets.
     """
 
     def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
@@ -46,10 +48,31 @@ def look_first(look: Callable[[DictConfig], None]) -> None:
             with_log_configuration=False,
             validate_sweep_overrides=False,
         )
-        look(config)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        look(config, [override for override in parsed if not override.is_hydra_override()])
+        _compose_once(hydra.config_loader, config, parsed)
         return config.hydra.mode
 
     Hydra.get_mode = get_mode  # type: ignore[method-assign, assignment]
+
+
+def _compose_once(loader: Any, config: DictConfig, parsed: Sequence[Override]) -> None:
+    """Has the loader answer once with this config, composed of these overrides for a multirun, where it fits."""
+
+    def load_configuration(config_name: str, overrides: list[str], run_mode: RunMode, **settings: Any) -> DictConfig:
+        del loader.load_configuration
+        # A single run refuses both: Hydra says which.
+        refused = (
+            any(override.is_sweep_override() for override in parsed) or "???" in config.hydra.runtime.choices.values()
+        )
+        if refused:
+            return loader.load_configuration(config_name, overrides, run_mode, **settings)
+        for mode in overrides[len(parsed) :]:  # Hydra adds hydra.mode=… where the config does not say it
+            config.hydra.mode = RunMode[mode.partition("=")[2]]
+            config.hydra.overrides.hydra.append(mode)
+        return config
+
+    loader.load_configuration = load_configuration
 
 
 def composed(error: BaseException) -> DictConfig:
