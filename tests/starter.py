@@ -43,6 +43,7 @@ class Popen(subprocess.Popen):
         }
         child = [own if fd == -1 else fd for own, fd in enumerate((streams[0], streams[3], streams[5]))]
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(None)  # whatever a test has set as the default
             connection.connect(os.environ[ADDRESS])
             socket.send_fds(connection, [b"."], child)
             connection.sendall(json.dumps(request).encode() + b"\n")
