@@ -169,6 +169,15 @@ def test_without_a_split_all_images_are_for_training(mnist_root):
     assert all_images(on_test.val_dataloader()) == all_images(on_test.test_dataloader())
 
 
+def test_fewer_images_are_a_part_of_more_and_none_of_those_held_out(mnist_root):
+    fewer, more, whole = (module(root=mnist_root, train_size=size) for size in (7, 20, None))
+    few, many, all_ = (all_images(data.train_dataloader()) for data in (fewer, more, whole))
+    assert (len(few), len(many), len(all_)) == (7, 20, 30) and few < many < all_
+    assert torch.equal(fewer.val.images, whole.val.images)
+    with pytest.raises(UserError, match=r"data\.train_size=31: 30 images are not held out"):
+        module(root=mnist_root, train_size=31)
+
+
 def test_a_split_that_leaves_nothing_is_refused(mnist_root):
     with pytest.raises(UserError, match=r"data\.val_size=40: mnist has 40 training images"):
         module(root=mnist_root, val_size=40)

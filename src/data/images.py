@@ -23,9 +23,10 @@ class ImageData(L.LightningDataModule):
     """Batches of ([N, C, H, W] normalised images, [N] labels) from a `source` of src.data.sources below `root`.
 
     `val_size` images are held out of the training images, drawn by `split_seed`, or for None the last ones: a writer's
-    images stand together in MNIST, so that those are of other writers, as the test images are. `batch_size` is that
-    of one process. None for `batch_size` is 128, or 32 for fewer than 10,000 images; for `val_size` a tenth, at most
-    5,000. `seed` keys the order and the augmentation.
+    images stand together in MNIST, so that those are of other writers, as the test images are. Of the rest `train_size`
+    are trained on, of which those of a smaller number are a part; None: all. `batch_size` is that of one process. None
+    for `batch_size` is 128, or 32 for fewer than 10,000 images; for `val_size` a tenth, at most 5,000. `seed` keys the
+    order and the augmentation.
     With `val_on_test` the test images are scored after every epoch: that draws a curve, and must never choose.
     With `reinforce`, of src.teachers, the batches for training have a third part, a teacher's answers: [N, classes]
     log-probabilities; `seed` keys the order alone then.
@@ -43,6 +44,7 @@ class ImageData(L.LightningDataModule):
         augment: RandomAffine | None = None,
         reinforce: Any = None,
         val_size: Whole | None = None,
+        train_size: Count | None = None,
         val_on_test: bool = False,
         split_seed: Seed | None = 0,
         eval_batch_size: Count = 1000,
@@ -62,6 +64,7 @@ class ImageData(L.LightningDataModule):
         self.reinforce = reinforce
         self.view: tuple[int, Any] | None = None  # of which epoch
         self.val_size = val_size
+        self.train_size = train_size
         self.val_on_test = val_on_test
         self.split_seed = split_seed
         self.eval_batch_size = eval_batch_size
@@ -98,11 +101,14 @@ class ImageData(L.LightningDataModule):
         val_size = min(count // 10, 5000) if self.val_size is None else self.val_size
         if val_size >= count:
             raise UserError(f"data.val_size={val_size}: {read.name} has {count:,} training images; use fewer")
+        if self.train_size and self.train_size > count - val_size:
+            left = f"{count - val_size:,} images are not held out"
+            raise UserError(f"data.train_size={self.train_size}: {left}; use fewer")
         if self.split_seed is None:
             order = torch.arange(count).flip(0)
         else:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
-        held_out, kept = order[:val_size], order[val_size:].sort().values
+        held_out, kept = order[:val_size], order[val_size:][: self.train_size].sort().values
         self.sets = read._replace(train=_part(train, kept), test=test)
         self.val = test if self.val_on_test else _part(train, held_out)
         self._spec = self._describe(self.sets)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from src.values import Count, Quarter, Share, Whole
 
@@ -19,11 +19,16 @@ def blur(images: Tensor, share: float) -> Tensor:
     return (1 - 2 * share) * rows[..., 1:-1] + share * (rows[..., :-2] + rows[..., 2:])
 
 
-def _pool(antialias: bool) -> nn.Module:
-    """Halves height and width. A shift by a pixel changes all that the plain one picks, and less of the antialiased."""
-    if not antialias:
-        return nn.MaxPool2d(2)
-    return nn.Sequential(nn.ReplicationPad2d((0, 1, 0, 1)), nn.MaxPool2d(2, 1), nn.AvgPool2d(2))
+class _AntialiasedPool(nn.Module):
+    """The maxima of 2×2 at every place, of which 2×2 are averaged (https://arxiv.org/abs/1904.11486).
+
+    A shift by a pixel changes less of that than of what plain max pooling picks.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        rows, columns = (length // 2 * 2 for length in features.shape[-2:])
+        # A last row and column are left over. To pad by repeating them would take float32 where autocast is on.
+        return avg_pool2d(max_pool2d(features[..., :rows, :columns], 2, 1, padding=1), 2)
 
 
 class CNN(nn.Module):
@@ -33,8 +38,8 @@ class CNN(nn.Module):
     images of less than 8×8.
     The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else; then
     `crop` pixels are cut off at each edge. Of MNIST's 28×28 all but the middle 24×24 is black, but for a few strokes.
-    `norm_first` is batch norm before the `activation`, not after. `antialias` is max pooling as in
-    https://arxiv.org/abs/1904.11486: the maxima of 2×2 at every place, of which 2×2 are averaged.
+    `norm_first` is batch norm before the `activation`, not after. `antialias` is how many of the three poolings
+    are antialiased, the last ones first: the first one, of the largest maps, takes the most time.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class CNN(nn.Module):
         crop: Whole = 0,
         activation: Literal["relu", "gelu"] = "relu",
         norm_first: bool = False,
-        antialias: bool = False,
+        antialias: Literal[0, 1, 2, 3] = 0,
         inputs: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
@@ -61,14 +66,15 @@ class CNN(nn.Module):
             bend, norm = nn.ReLU() if activation == "relu" else nn.GELU(), nn.BatchNorm2d(outputs)
             return nn.Conv2d(inputs, outputs, 3, padding=1), *((norm, bend) if norm_first else (bend, norm))
 
-        def block(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+        def block(number: int, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
             both = *convolution(inputs, hidden), *convolution(hidden, outputs)
-            return nn.Sequential(*both, _pool(antialias), nn.Dropout(dropout))
+            pool = nn.MaxPool2d(2) if number <= 3 - antialias else _AntialiasedPool()
+            return nn.Sequential(*both, pool, nn.Dropout(dropout))
 
         c1, c2, c3, c4, c5, c6 = channels
-        self.conv1 = block(colours, c1, c2)  # of MNIST, 28×28 to 14×14
-        self.conv2 = block(c2, c3, c4)  # to 7×7
-        self.conv3 = block(c4, c5, c6)  # to 3×3
+        self.conv1 = block(1, colours, c1, c2)  # of MNIST, 28×28 to 14×14
+        self.conv2 = block(2, c2, c3, c4)  # to 7×7
+        self.conv3 = block(3, c4, c5, c6)  # to 3×3
         self.gap = nn.Conv2d(c6, classes, 1)
         self.fc = nn.Linear(classes * (height // 8) * (width // 8), classes)
         # Convolutions on the CPU are 1.2 to 1.6 times as fast with the channels innermost.
