@@ -293,7 +293,7 @@ def side_by_side(overrides: list[str], rounds: int) -> None:
 
 
 WAYS: dict[str, list[str]] = {"eager": [], "graph": ["trainer=graph"]}
-LARGE = "data.batch_size=512", "optimizer.lr=0.3", "trainer.max_steps=-1"
+LARGE = "data.batch_size=512", "optimizer.lr=0.3"
 RECIPES: dict[str, list[str]] = {
     "fast": [],
     "512, 3 epochs": [*LARGE, "trainer.max_epochs=3"],
