@@ -26,9 +26,10 @@ class _AntialiasedPool(nn.Module):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        rows, columns = (length // 2 * 2 for length in features.shape[-2:])
-        # A last row and column are left over. To pad by repeating them would take float32 where autocast is on.
-        return avg_pool2d(max_pool2d(features[..., :rows, :columns], 2, 1, padding=1), 2)
+        rows, columns = (length // 2 * 2 for length in features.shape[-2:])  # a last one is left over
+        # Pooling pads the edges before as well, to be cut off; replication, behind alone, is in float32 under autocast.
+        maxima = max_pool2d(features[..., :rows, :columns], 2, 1, padding=1)[..., 1:, 1:]
+        return avg_pool2d(maxima, 2)
 
 
 class CNN(nn.Module):
@@ -38,8 +39,8 @@ class CNN(nn.Module):
     images of less than 8×8.
     The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else; then
     `crop` pixels are cut off at each edge. Of MNIST's 28×28 all but the middle 24×24 is black, but for a few strokes.
-    `norm_first` is batch norm before the `activation`, not after. `antialias` is how many of the three poolings
-    are antialiased, the last ones first: the first one, of the largest maps, takes the most time.
+    `norm_first` is batch norm before the `activation`, not after. `antialias` smooths the three poolings, or
+    "later" the last two: the first one, of the largest maps, takes the most time and gives nothing more.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CNN(nn.Module):
         crop: Whole = 0,
         activation: Literal["relu", "gelu"] = "relu",
         norm_first: bool = False,
-        antialias: Literal[0, 1, 2, 3] = 0,
+        antialias: bool | Literal["later"] = False,
         inputs: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
@@ -68,7 +69,8 @@ class CNN(nn.Module):
 
         def block(number: int, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
             both = *convolution(inputs, hidden), *convolution(hidden, outputs)
-            pool = nn.MaxPool2d(2) if number <= 3 - antialias else _AntialiasedPool()
+            smooth = antialias is True or (antialias == "later" and number > 1)
+            pool = _AntialiasedPool() if smooth else nn.MaxPool2d(2)
             return nn.Sequential(*both, pool, nn.Dropout(dropout))
 
         c1, c2, c3, c4, c5, c6 = channels
