@@ -1,38 +1,24 @@
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
+"""What takes seconds to import is imported where it is used: the process that spreads the tests needs none of it."""
 
 import gc
-
-gc.disable()  # until all is imported: it would look at the modules again and again, and find nothing
-
 import hashlib
 import json
 import logging
+import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import starter
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
-from src import train
-from src.data import sources
-from src.data.spec import MNIST_SPEC
-from src.models.cnn import CNN
-from src.runs.recovery import Recovery
-
-# Event files of one second and one process are told apart, and read in order, by a running number at the end of
-# their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
-event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
+gc.disable()  # until all is imported: it would look at the modules again and again, and find nothing
 STARTER, PROCESS = pytest.StashKey[str](), pytest.StashKey[subprocess.Popen]()
 
 
@@ -58,8 +44,31 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
+    from tensorboard.summary.writer import event_file_writer
+
+    # Event files of one second and one process are told apart, and read in order, by a running number at the end of
+    # their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
+    event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
+    read_configs_once()
     gc.enable()
     gc.freeze()  # modules live on: each run's last collection need not look at them
+
+
+def read_configs_once() -> None:
+    """Keeps what Hydra reads of each file: half of a composition, and a test may need ten of them."""
+    from hydra._internal.config_repository import ConfigRepository
+
+    read: dict[tuple, bytes] = {}
+    load = ConfigRepository.load_config
+
+    def load_config(self: ConfigRepository, config_path: str) -> Any:
+        files = [Path(source.path, f"{config_path.removesuffix('.yaml')}.yaml") for source in self.sources]
+        key = config_path, *((file, file.stat().st_mtime_ns if file.exists() else 0) for file in files)
+        if key not in read:
+            read[key] = pickle.dumps(load(self, config_path))
+        return pickle.loads(read[key])
+
+    ConfigRepository.load_config = load_config
 
 
 class Result(NamedTuple):
@@ -71,6 +80,8 @@ class Result(NamedTuple):
 @pytest.fixture
 def program(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
     """Runs a main in this process as the shell would, and gives its exit code and what it printed."""
+
+    from src import train
 
     def run(*arguments: object, main: Callable[[], None] = train.main) -> Result:
         monkeypatch.setattr(sys, "argv", ["src/train.py", *map(str, arguments)])
@@ -90,6 +101,10 @@ def program(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
 @pytest.fixture
 def mnist_root(tmp_path, monkeypatch) -> Path:
     """A folder in MNIST's layout with 40 training and 20 test images of noise, whose checksums are the known ones."""
+    import torch
+
+    from src.data import sources
+
     raw = tmp_path / "mnist/MNIST/raw"
     raw.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -110,6 +125,8 @@ def mnist_root(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def real_mnist() -> Path:
+    from src.data import sources
+
     root = os.environ.get("MNIST_ROOT")
     if not root or not sources.has_mnist(Path(root)):
         pytest.skip("MNIST_ROOT names no folder with the real MNIST")
@@ -119,6 +136,11 @@ def real_mnist() -> Path:
 @pytest.fixture(scope="session")
 def small_weights(tmp_path_factory) -> Path:
     """A file of weights, untrained, of a network of 1,788 parameters."""
+    import torch
+
+    from src.data.spec import MNIST_SPEC
+    from src.models.cnn import CNN
+
     torch.manual_seed(0)
     model = {"_target_": ".models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
     net = CNN(model["channels"], model["dropout"])
@@ -146,6 +168,8 @@ class Killed(BaseException):
 @pytest.fixture
 def stop(monkeypatch):
     """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
+    from src.runs.recovery import Recovery
+
     original = Recovery.on_train_batch_start
 
     def at(batch, how):
@@ -163,6 +187,9 @@ def stop(monkeypatch):
 
 
 def outcome(folder: Path) -> dict:
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {
