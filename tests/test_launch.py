@@ -1,5 +1,6 @@
 """How the jobs of a sweep are spread: which change together, which worker has which GPU, what a lost one costs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from test_sweeps import TINY, sheet
 
+from src import train
 from src.command.rules import CONF
 from src.errors import UserError
 from src.sweeps.launch import gpus, planned_jobs, run_jobs
@@ -97,14 +99,30 @@ def test_the_gpus_are_those_that_this_process_may_use(monkeypatch, accelerator, 
     assert gpus(OmegaConf.create({"trainer": {"accelerator": accelerator}})) == found
 
 
+LOSING = "-m", *TINY[:-3], "callbacks.last.every_steps=5", "seed=0,1,-1"
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """The same jobs, one after the other in this process."""
+    folder = tmp_path_factory.mktemp("here")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["src/train.py", *LOSING, f"hydra.sweep.dir={folder}"])
+        train.main()
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_lost_job_is_named_and_the_others_finish(program, tmp_path, launcher):
-    arguments = ["-m", *TINY[:-3], "trainer.limit_train_batches=150", "callbacks.last.every_steps=5", "seed=0,1,2"]
-    arguments += [f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path}"]
-    arguments += ["hydra.launcher.n_jobs=2"] * (launcher == "joblib")
+def test_a_lost_job_is_named_and_jobs_in_other_processes_give_the_same(here, program, tmp_path, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
+    arguments = [*LOSING, f"hydra.sweep.dir={tmp_path}"]
+    elsewhere = [f"hydra/launcher={launcher}", *["hydra.launcher.n_jobs=2"] * (launcher == "joblib")]
     sweep = starter.Popen(
-        [sys.executable, "-m", "src.train", *arguments], cwd=CONF.parent, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "src.train", *arguments, *elsewhere],
+        cwd=CONF.parent,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     while not (tmp_path / "seed=1/checkpoints/last.ckpt").exists():
         assert sweep.poll() is None
@@ -112,9 +130,12 @@ def test_a_lost_job_is_named_and_the_others_finish(program, tmp_path, launcher):
     os.kill(worker_at(tmp_path / "seed=1"), signal.SIGKILL)
     out, err = (text.decode() for text in sweep.communicate(timeout=300))
     assert sweep.returncode == 1 and "failed: seed=1: lost: " in err and "Traceback" not in err
-    assert "2 finished, 1 failed" in out
-    result = program(*[one for one in arguments if "hydra.launcher" not in one and "hydra/launcher" not in one])
-    assert result.code == 0 and "3 runs: 3 finished" in result.out and result.out.count("finished before") == 2
+    assert "failed: seed=-1: seed=-1: must be" in err and "1 finished, 2 failed" in out
+    result = program(*arguments)
+    assert result.code == 2 and "2 finished, 1 failed" in result.out and result.out.count("finished before") == 1
+    for job in "seed=0", "seed=1":
+        one, other = (json.loads((folder / job / "metrics.json").read_text()) for folder in (here, tmp_path))
+        assert one["metrics"] == other["metrics"]
 
 
 def worker_at(run: Path) -> int:
