@@ -140,7 +140,7 @@ def test_a_process_whose_first_is_gone_ends_before_it_imports_anything():
 
 @pytest.mark.slow
 def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum has the same bits in any order
-    many = "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=11", "trainer.max_epochs=4"
+    many = "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=11", "trainer.max_epochs=2"
     command = [sys.executable, "-m", "src.train"]
     arguments = [*TINY[:-2], *many, "callbacks.last.every_steps=20"]
     settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import starter
 import torch
-from slurm import Cluster, cluster, lacking
+from slurm import Cluster, cluster, lacking, ports
 from test_sweeps import TINY
 
 from src.command.rules import CONF
@@ -51,10 +51,10 @@ def sweep(slurm: Cluster, folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
+def test_a_sweep_of_five_survives_a_node(program, slurm, tmp_path):
     steps = "trainer.limit_train_batches=60"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    again = sweep(slurm, cut, steps, "seed=range(6)")
+    again = sweep(slurm, cut, steps, "seed=range(5)")
     wait_for(lambda: len(list(cut.glob("*/metrics.json"))) >= 1)
     slurm.kill("n2")
     time.sleep(1)
@@ -63,55 +63,56 @@ def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}
     if again.returncode:  # what Slurm did not begin again by itself
         assert "lost: " in err and "Traceback" not in err
-        out, err = sweep(slurm, cut, steps, "seed=range(6)").communicate(timeout=400)
-    assert "6 runs: 6 finished" in out, err
+        out, err = sweep(slurm, cut, steps, "seed=range(5)").communicate(timeout=400)
+    assert "5 runs: 5 finished" in out, err
     assert before.items() <= {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}.items()
-    assert program("-m", *LONG, steps, "seed=range(6)", f"hydra.sweep.dir={whole}").code == 0
-    assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(6))
+    assert program("-m", *LONG, steps, "seed=range(5)", f"hydra.sweep.dir={whole}").code == 0
+    assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(5))
 
 
-def test_a_cancelled_job_is_named_and_the_others_finish(slurm, tmp_path):
-    running = sweep(slurm, tmp_path, "trainer.limit_train_batches=100", "seed=0,1,2")
-    wait_for(lambda: (tmp_path / "seed=1/checkpoints/last.ckpt").exists())
-    (job,) = [file.name.partition("_0_")[0] for file in (tmp_path / ".submitit").glob("*_1/*_0_log.err")]
-    slurm.ask("scancel", "--signal=KILL", job)
-    out, err = running.communicate(timeout=400)
-    assert running.returncode == 1 and "failed: seed=1: lost: " in err and "2 finished, 1 failed" in out
-
-
-def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(program, slurm, tmp_path):
+def test_a_job_whose_time_is_up_goes_on_in_its_folder_and_a_cancelled_one_is_named(program, slurm, tmp_path):
     steps, twice = "trainer.limit_train_batches=150", "hydra.launcher.max_num_timeout=3"
-    running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1")
-    last = tmp_path / "cut/seed=1/checkpoints/last.ckpt"
-    wait_for(last.exists)
-    (log,) = (tmp_path / "cut/.submitit").glob("*_1/*_0_log.err")
-    slurm.ask("scancel", "--signal=USR2", log.name.partition("_0_")[0])
+    running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1,2")
+
+    def job(seed: int) -> str:
+        wait_for((tmp_path / f"cut/seed={seed}/checkpoints/last.ckpt").exists)
+        (log,) = (tmp_path / "cut/.submitit").glob(f"*_{seed}/*_0_log.err")
+        return log.name.partition("_0_")[0]
+
+    slurm.ask("scancel", "--signal=USR2", job(1))
+    slurm.ask("scancel", "--signal=KILL", job(2))
     out, err = running.communicate(timeout=400)
-    assert "2 runs: 2 finished" in out, err
+    assert running.returncode == 1 and "failed: seed=2: lost: " in err and "2 finished, 1 failed" in out, err
+    (log,) = (tmp_path / "cut/.submitit").glob("*_1/*_0_log.err")
     assert "Caught signal SIGUSR2" in log.read_text() and "DUE TO JOB REQUEUE" in log.read_text()
     assert program(*LONG, steps, "seed=1", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
     assert bits(tmp_path / "cut/seed=1") == bits(tmp_path / "whole")
 
 
+def as_torchrun_does(slurm: Cluster, *arguments: str) -> None:
+    """The four processes of a run, with no Slurm between, and forked, which takes a fifth of the time."""
+    command = [*PROGRAM, *arguments, "trainer=ddp", "trainer.devices=4"]
+    shared = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "MASTER_PORT": str(ports(1)[0])}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(4))
+    processes = [starter.Popen(command, cwd=CONF.parent, env=slurm.environment | shared | rank) for rank in ranks]
+    assert [process.wait(300) for process in processes] == [0] * 4
+
+
 def test_the_batch_script(slurm, tmp_path):
     text = (CONF.parent / "docs/scale.md").read_text()
     script = text[text.index("#!/bin/bash") :].partition("```")[0]
-    many = " ".join(["trainer.accelerator=cpu", "data.batch_size=16", "trainer.max_epochs=6", *LONG[:3], *LONG[4:]])
-    script = script.replace("hydra.run.dir=$RUN", f"hydra.run.dir=$RUN {many}")
+    many = ["trainer.accelerator=cpu", "data.batch_size=16", "trainer.max_epochs=2", *LONG[:3], *LONG[4:]]
+    script = script.replace("hydra.run.dir=$RUN", f"hydra.run.dir=$RUN {' '.join(many)}")
     script = script.replace("outputs/mnist", str(tmp_path)).replace("python", sys.executable)
     (tmp_path / "job.sh").write_text(script)
 
-    def submit() -> str:
-        words = slurm.ask("sbatch", f"--chdir={CONF.parent}", f"--output={tmp_path}/%j.txt", str(tmp_path / "job.sh"))
-        return words.split()[-1]
-
-    whole = submit()
-    assert slurm.wait(whole, "COMPLETED", "FAILED", seconds=300) == "COMPLETED", (tmp_path / f"{whole}.txt").read_text()
-    cut = submit()
+    words = slurm.ask("sbatch", f"--chdir={CONF.parent}", f"--output={tmp_path}/%j.txt", str(tmp_path / "job.sh"))
+    cut = words.split()[-1]
     wait_for(lambda: (tmp_path / f"slurm-{cut}/checkpoints/last.ckpt").exists())
     slurm.ask("scancel", "--signal=TERM", cut)
     slurm.wait(cut, "PENDING", "COMPLETED", seconds=60)
     assert slurm.wait(cut, "COMPLETED", "FAILED", seconds=300) == "COMPLETED"
     said = (tmp_path / f"{cut}.txt").read_text()
     assert said.count("stopped by SIGTERM; continue with") == 1
-    assert bits(tmp_path / f"slurm-{cut}") == bits(tmp_path / f"slurm-{whole}")
+    as_torchrun_does(slurm, *many, f"hydra.run.dir={tmp_path / 'whole'}")
+    assert bits(tmp_path / f"slurm-{cut}") == bits(tmp_path / "whole")
