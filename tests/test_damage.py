@@ -29,7 +29,7 @@ import optuna
 import pytest
 import torch
 import torchvision  # noqa: F401  (what a child would import, it has)
-from sklearn import datasets  # noqa: F401
+from sklearn import ensemble  # noqa: F401
 
 from src import predict, report, train, tune
 from src.data.augment import RandomAffine
