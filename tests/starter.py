@@ -25,7 +25,7 @@ ADDRESS = "STARTER"  # in the environment: where the process listens
 PACKAGES = (
     *("hydra", "hypothesis", "lightning", "matplotlib.pyplot", "numpy", "optuna", "optuna_integration", "pytest"),
     *("hydra_plugins.hydra_joblib_launcher._core", "hydra_plugins.hydra_submitit_launcher.submitit_launcher"),
-    *("sklearn.datasets", "submitit", "tensorboard.summary.writer.event_file_writer", "torch", "torchinfo"),
+    *("submitit", "tensorboard.summary.writer.event_file_writer", "torch", "torchinfo"),
     *("torch.utils.tensorboard", "torchmetrics.functional.classification", "torchvision", "xlsxwriter"),
 )
 
@@ -158,9 +158,13 @@ def outcome(kind: str, program: str) -> int:
         traceback.print_exc()
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in sys.stdout, sys.stderr:
-        with suppress(OSError, ValueError):
+    for stream, failed in (sys.stdout, 120), (sys.stderr, 0):  # as Python ends
+        try:
             stream.flush()
+        except OSError:
+            code = failed or code
+        except ValueError:  # it is closed
+            pass
     return code % 256
 
 

@@ -239,6 +239,8 @@ def test_a_config_trains_and_continues_to_the_same_bits(
     accuracy = found["results"]["metrics"].get("test/acc")
     if accuracy is not None:
         assert load(folder).file == folder / "checkpoints/last.ckpt"
-        result = program(folder, "--output", tmp_path / "evaluation", main=evaluate.main)
+        if group not in ("data", "model"):
+            monkeypatch.setattr("src.runs.figures.save", lambda *_: None)  # the pictures depend on these alone
+        result = program(folder, "--output", tmp_path, main=evaluate.main)
         assert result.code == 0, result.err
-        assert json.loads((tmp_path / "evaluation/scores.json").read_text())["accuracy"] == accuracy
+        assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == accuracy

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import starter
 import torch
 from omegaconf import OmegaConf
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -482,7 +483,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(program, stopped):
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     command = [sys.executable, "-m", "src.train", *TINY, f"hydra.run.dir={tmp_path / 'run'}"]
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
+    with starter.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
         run.stdout.readline()
         run.stdout.close()
     assert run.returncode == 0 and (tmp_path / "run/metrics.json").exists()
