@@ -37,6 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[PROCESS].stdout.readline()
 
 
+def pytest_xdist_setupnodes() -> None:
+    """The workers are forked from that process as well."""
+    subprocess.Popen = starter.Popen
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     if PROCESS in config.stash:
         config.stash[PROCESS].communicate()

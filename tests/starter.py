@@ -31,12 +31,12 @@ PACKAGES = (
 
 
 class Popen(subprocess.Popen):
-    """Of [sys.executable, "-m", module, …] or [sys.executable, "-c", code, …]."""
+    """Of [sys.executable, "-m", module, …] or [sys.executable, "-c", code, …]; "-u" makes no difference."""
 
     def _execute_child(self, args: list, *others: Any) -> None:
         (folder, environment), streams, session = others[4:6], others[9:15], others[-2]
         request = {
-            "arguments": [str(one) for one in args[1:]],
+            "arguments": [str(one) for one in args[1:] if one != "-u"],
             "folder": str(folder or Path.cwd()),
             "environment": {**(os.environ if environment is None else environment)},
             "session": session,
