@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -189,6 +190,19 @@ def stop(monkeypatch):
         monkeypatch.setattr(Recovery, "on_train_batch_start", on_train_batch_start)
 
     return at
+
+
+def as_torchrun_does(number: int, *arguments: str) -> None:
+    """Trains with that many processes, all of them forked: Lightning and Slurm start each anew, for five seconds."""
+    command = [sys.executable, "-m", "src.train", *arguments, "trainer=ddp", f"trainer.devices={number}"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = os.environ | {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": f"{number}", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": f"{port}"}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number))
+    root = Path(__file__).parents[1]
+    processes = [starter.Popen(command, cwd=root, env=shared | rank) for rank in ranks]
+    assert [process.wait(300) for process in processes] == [0] * number
 
 
 def outcome(folder: Path) -> dict:

@@ -102,7 +102,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
 
-def ports(count: int) -> list[int]:
+def _ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -113,7 +113,7 @@ def ports(count: int) -> list[int]:
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
     """A Slurm with two nodes of two CPUs. Raises TimeoutError if they are not up within 30 seconds."""
-    controller, n1, n2 = ports(3)
+    controller, n1, n2 = _ports(3)
     for name in "state", "spool/n1", "spool/n2":
         (folder / name).mkdir(parents=True)
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, controller=controller, n1=n1, n2=n2))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import starter
 import torch
+from conftest import as_torchrun_does
 
 from src.command import process
 from src.command.process import end_with_first, isolated
@@ -146,7 +147,7 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
     limit = {"check": True, "timeout": 300}
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    starter.run([*command, *arguments, f"hydra.run.dir={whole}"], **limit, **settings)
+    as_torchrun_does(3, *arguments, f"hydra.run.dir={whole}")
     first = starter.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
     while first.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
         time.sleep(0.05)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import starter
 import torch
-from slurm import Cluster, cluster, lacking, ports
+from conftest import as_torchrun_does
+from slurm import Cluster, cluster, lacking
 from test_sweeps import TINY
 
 from src.command.rules import CONF
@@ -89,15 +90,6 @@ def test_a_job_whose_time_is_up_goes_on_in_its_folder_and_a_cancelled_one_is_nam
     assert bits(tmp_path / "cut/seed=1") == bits(tmp_path / "whole")
 
 
-def as_torchrun_does(slurm: Cluster, *arguments: str) -> None:
-    """The four processes of a run, with no Slurm between, and forked, which takes a fifth of the time."""
-    command = [*PROGRAM, *arguments, "trainer=ddp", "trainer.devices=4"]
-    shared = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "MASTER_PORT": str(ports(1)[0])}
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(4))
-    processes = [starter.Popen(command, cwd=CONF.parent, env=slurm.environment | shared | rank) for rank in ranks]
-    assert [process.wait(300) for process in processes] == [0] * 4
-
-
 def test_the_batch_script(slurm, tmp_path):
     text = (CONF.parent / "docs/scale.md").read_text()
     script = text[text.index("#!/bin/bash") :].partition("```")[0]
@@ -114,5 +106,5 @@ def test_the_batch_script(slurm, tmp_path):
     assert slurm.wait(cut, "COMPLETED", "FAILED", seconds=300) == "COMPLETED"
     said = (tmp_path / f"{cut}.txt").read_text()
     assert said.count("stopped by SIGTERM; continue with") == 1
-    as_torchrun_does(slurm, *many, f"hydra.run.dir={tmp_path / 'whole'}")
+    as_torchrun_does(4, *many, f"hydra.run.dir={tmp_path / 'whole'}")
     assert bits(tmp_path / f"slurm-{cut}") == bits(tmp_path / "whole")
