@@ -82,7 +82,7 @@ def test_place_margin_size_and_polarity_do_not_matter():
 @pytest.mark.mnist
 def test_mnist_as_pencil_on_paper_is_read_as_well(real_mnist):
     random = np.random.default_rng(0)
-    images, labels = (tensor[:100] for tensor in MNIST().read(real_mnist).test)
+    images, labels = (tensor[:200] for tensor in MNIST().read(real_mnist).test)
     again = []
     for image in images[:, 0]:
         drawn = Image.fromarray(image.numpy()).resize((280, 280), Image.Resampling.BICUBIC)

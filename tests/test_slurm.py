@@ -52,10 +52,10 @@ def sweep(slurm: Cluster, folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_a_sweep_of_five_survives_a_node(program, slurm, tmp_path):
+def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
     steps = "trainer.limit_train_batches=60"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    again = sweep(slurm, cut, steps, "seed=range(5)")
+    again = sweep(slurm, cut, steps, "seed=range(6)")
     wait_for(lambda: len(list(cut.glob("*/metrics.json"))) >= 1)
     slurm.kill("n2")
     time.sleep(1)
@@ -64,11 +64,11 @@ def test_a_sweep_of_five_survives_a_node(program, slurm, tmp_path):
     before = {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}
     if again.returncode:  # what Slurm did not begin again by itself
         assert "lost: " in err and "Traceback" not in err
-        out, err = sweep(slurm, cut, steps, "seed=range(5)").communicate(timeout=400)
-    assert "5 runs: 5 finished" in out, err
+        out, err = sweep(slurm, cut, steps, "seed=range(6)").communicate(timeout=400)
+    assert "6 runs: 6 finished" in out, err
     assert before.items() <= {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}.items()
-    assert program("-m", *LONG, steps, "seed=range(5)", f"hydra.sweep.dir={whole}").code == 0
-    assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(5))
+    assert program("-m", *LONG, steps, "seed=range(6)", f"hydra.sweep.dir={whole}").code == 0
+    assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(6))
 
 
 def test_a_job_whose_time_is_up_goes_on_in_its_folder_and_a_cancelled_one_is_named(program, slurm, tmp_path):
