@@ -236,7 +236,9 @@ def asked_anew(data: ImageData) -> Iterator[list[float]]:
         data.reinforce.folder, data.reinforce.view = kept, view
 
 
-def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds: int, device: torch.device) -> None:
+def time_to(
+    target: float, cfg: DictConfig, data: ImageData, whole: ImageData, rounds: int, seeds: int, device: torch.device
+) -> None:
     first, accuracies = cfg.seed, []
     ratios: dict[str, list[float]] = {"c/b": [], "c/b, answers at hand": []}
     for turn in range(rounds):
@@ -250,7 +252,7 @@ def time_to(target: float, cfg: DictConfig, data: ImageData, rounds: int, seeds:
             asking.append(sum(asked))
             accuracies.append(accuracy)
         L.seed_everything(first + turn, verbose=False)
-        other, accuracy, epochs = source_to(target, data, device)
+        other, accuracy, epochs = source_to(target, whole, device)
         print(f"c  seed {first + turn}  {accuracy:.2f} % after {epochs} epochs, {other:.1f} s", flush=True)
         ratios["c/b"].append(other / statistics.mean(own))
         if any(asking):
@@ -366,7 +368,8 @@ def run(chosen: argparse.Namespace) -> None:
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*val_dataloader")
     named = any(override.startswith("experiment=") for override in chosen.overrides)
-    cfg = composed([*["experiment=fast"] * bool(chosen.time_to and not named), *chosen.overrides])
+    overrides = [*["experiment=fast"] * bool(chosen.time_to and not named), *chosen.overrides]
+    cfg = composed(overrides)
     if cfg.data.get("reinforce") and not chosen.time_to:
         raise UserError("the bare loop learns from no teacher; add data=mnist")
     data = prepared(cfg)
@@ -374,7 +377,8 @@ def run(chosen: argparse.Namespace) -> None:
     device = data.trainer.strategy.root_device
     print(f"{data.spec.name}, {device_name(device)}, batch {batch_size_of(data)}", flush=True)
     if chosen.time_to:
-        time_to(chosen.time_to, cfg, data, chosen.rounds or 1, chosen.seeds, device)
+        whole = prepared(composed([*overrides, "data.train_size=null"]))  # whatever b has, c has all images
+        time_to(chosen.time_to, cfg, data, whole, chosen.rounds or 1, chosen.seeds, device)
     elif device.type == "cuda":
         on_gpu(chosen.overrides, chosen.batches, chosen.rounds or 6, chosen.seeds, chosen.runs, device)
     else:
