@@ -26,10 +26,8 @@ class _AntialiasedPool(nn.Module):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        rows, columns = (length // 2 * 2 for length in features.shape[-2:])  # a last one is left over
         # Pooling pads the edges before as well, to be cut off; replication, behind alone, is in float32 under autocast.
-        maxima = max_pool2d(features[..., :rows, :columns], 2, 1, padding=1)[..., 1:, 1:]
-        return avg_pool2d(maxima, 2)
+        return avg_pool2d(max_pool2d(features, 2, 1, padding=1)[..., 1:, 1:], 2)
 
 
 class CNN(nn.Module):
