@@ -71,20 +71,24 @@ def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
     assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(6))
 
 
-def test_a_job_whose_time_is_up_goes_on_in_its_folder_and_a_cancelled_one_is_named(program, slurm, tmp_path):
-    steps, twice = "trainer.limit_train_batches=150", "hydra.launcher.max_num_timeout=3"
-    running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1,2")
-
-    def job(seed: int) -> str:
-        wait_for((tmp_path / f"cut/seed={seed}/checkpoints/last.ckpt").exists)
-        (log,) = (tmp_path / "cut/.submitit").glob(f"*_{seed}/*_0_log.err")
-        return log.name.partition("_0_")[0]
-
-    slurm.ask("scancel", "--signal=USR2", job(1))
-    slurm.ask("scancel", "--signal=KILL", job(2))
+def test_a_cancelled_job_is_named_and_the_others_finish(slurm, tmp_path):
+    running = sweep(slurm, tmp_path, "trainer.limit_train_batches=100", "seed=0,1,2")
+    wait_for(lambda: (tmp_path / "seed=1/checkpoints/last.ckpt").exists())
+    (job,) = [file.name.partition("_0_")[0] for file in (tmp_path / ".submitit").glob("*_1/*_0_log.err")]
+    slurm.ask("scancel", "--signal=KILL", job)
     out, err = running.communicate(timeout=400)
-    assert running.returncode == 1 and "failed: seed=2: lost: " in err and "2 finished, 1 failed" in out, err
+    assert running.returncode == 1 and "failed: seed=1: lost: " in err and "2 finished, 1 failed" in out
+
+
+def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(program, slurm, tmp_path):
+    steps, twice = "trainer.limit_train_batches=150", "hydra.launcher.max_num_timeout=3"
+    running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1")
+    last = tmp_path / "cut/seed=1/checkpoints/last.ckpt"
+    wait_for(last.exists)
     (log,) = (tmp_path / "cut/.submitit").glob("*_1/*_0_log.err")
+    slurm.ask("scancel", "--signal=USR2", log.name.partition("_0_")[0])
+    out, err = running.communicate(timeout=400)
+    assert "2 runs: 2 finished" in out, err
     assert "Caught signal SIGUSR2" in log.read_text() and "DUE TO JOB REQUEUE" in log.read_text()
     assert program(*LONG, steps, "seed=1", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
     assert bits(tmp_path / "cut/seed=1") == bits(tmp_path / "whole")
