@@ -15,8 +15,8 @@ from os.path import commonpath
 from pathlib import Path
 from time import sleep
 
-from src.command.arguments import Parser, entry
-from src.errors import UserError
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import UserError
 
 HOST, SECONDS = "127.0.0.1", 10  # between two looks for new runs
 RUN = ".hydra/config.yaml"
@@ -50,18 +50,18 @@ def describe(folder: Path, view: Path) -> list[str]:
     from tensorboard.plugins.hparams.summary_v2 import HParam, Metric, hparams_config_pb
     from torch.utils.tensorboard import SummaryWriter
 
-    from src.command.internals import add_summary
-    from src.runs.dashboard import tag
-    from src.sweeps.jobs import compare, read_jobs
+    from src.core.compat import add_summary
+    from src.sweeps.runs import compare_runs, read_runs
+    from src.training.tensorboard import format_tag
 
-    comparison = compare(read_jobs([folder]))
+    comparison = compare_runs(read_runs([folder]))
     chosen = {str(job.config.get("optimized_metric")) for job in comparison.jobs}
     stages = "train/", "val/", "test/"
     scores = {name for job in comparison.jobs for name in job.metrics if name.startswith(stages) or name in chosen}
     # The tab shows the first five, and parallel coordinates only runs that have all that is shown.
     order = {name: (not name.startswith(stages), name not in chosen, name.endswith("loss"), name) for name in scores}
     counted = sorted(order, key=lambda name: order[name])
-    tags = [tag(name) for name in counted]
+    tags = [format_tag(name) for name in counted]
     seeds = ["seed"] * (len({job.seed for job in comparison.jobs}) > 1)
     summary = hparams_config_pb([HParam(key) for key in (*comparison.keys, *seeds)], [Metric(name) for name in tags])
     with SummaryWriter(str(view)) as writer:
@@ -77,14 +77,14 @@ def wait_for(address: str, board: subprocess.Popen) -> None:
     raise UserError("TensorBoard has ended; choose another port with --port")
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(prog="python -m src.dashboard", description="Opens TensorBoard on the runs below a folder.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="default: outputs")
     parser.add_argument("--port", type=int, default=6006)
     arguments = parser.parse_args()
 
-    from src.command.process import open_page
+    from src.core.process import open_in_browser
 
     with tempfile.TemporaryDirectory(prefix="dashboard-") as place:
         view = Path(place)
@@ -102,7 +102,7 @@ def main() -> None:
             print("          the best and the worst run are hidden until Ignore outliers, in its settings, is unticked")
             print(f"Settings  {page}#hparams", "Ctrl-C ends it", sep="\n")
             sys.stdout.flush()
-            open_page(f"{page}?{query}#timeseries")
+            open_in_browser(f"{page}?{query}#timeseries")
             while board.poll() is None:
                 sleep(SECONDS)
                 link(arguments.folder, view)

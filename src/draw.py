@@ -9,12 +9,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from src import load
-from src.command.arguments import Parser, entry
-from src.command.process import open_page
-from src.errors import UserError
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import UserError
+from src.core.process import open_in_browser
 
 if TYPE_CHECKING:
-    from src.runs.weights import Reader
+    pass
 
 PAGE = Path(__file__).with_suffix(".html")
 HOST = "127.0.0.1"
@@ -77,7 +77,7 @@ def serve(reader: "Reader", port: int) -> ThreadingHTTPServer:
         raise UserError(f"port {port}: {reason}; choose another with --port") from error
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(prog="python -m src.draw", description="Serves a page to draw a digit on.")
     parser.add_argument(
@@ -89,7 +89,7 @@ def main() -> None:
     with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
         address = f"http://{HOST}:{server.server_port}"
         print(f"Draw at {address} (Ctrl-C ends it)", flush=True)
-        open_page(address)
+        open_in_browser(address)
         server.serve_forever()
 
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import load
-from src.command.arguments import Parser, entry
-from src.errors import UserError
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from src.runs.weights import Reader
 
 
 def predict_all(reader: "Reader", data: Any) -> "tuple[Tensor, Tensor, Tensor]":
@@ -28,7 +26,7 @@ def predict_all(reader: "Reader", data: Any) -> "tuple[Tensor, Tensor, Tensor]":
     return images, labels, log_probabilities
 
 
-def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
+def compute_scores(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
     """Accuracies are fractions, the loss is in nats, the calibration error the expected one over 15 bins."""
     from torch.nn.functional import nll_loss
     from torchmetrics.functional.classification import (
@@ -37,10 +35,10 @@ def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
         multiclass_confusion_matrix,
     )
 
-    from src.runs.figures import worst_mistakes
+    from src.training.plots import find_worst_mistakes
 
     probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
-    worst = worst_mistakes(labels, probabilities)
+    worst = find_worst_mistakes(labels, probabilities)
     return {
         "images": len(labels),
         "mistakes": int((probabilities.argmax(1) != labels).sum()),
@@ -55,7 +53,7 @@ def score(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
     }
 
 
-def table(scores: dict[str, Any], noun: str = "digit", classes: Sequence[str] = tuple("0123456789")) -> str:
+def format_scores(scores: dict[str, Any], noun: str = "digit", classes: Sequence[str] = tuple("0123456789")) -> str:
     """A row for each class, and the totals."""
     width = max(5, *map(len, classes))
     lines = [f"{noun:>{width}}  images  mistakes  accuracy  most often read as"]
@@ -73,7 +71,7 @@ def table(scores: dict[str, Any], noun: str = "digit", classes: Sequence[str] = 
     return "\n".join(lines)
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(prog="python -m src.evaluate", description="Scores a trained network on the test images.")
     parser.add_argument(
@@ -87,19 +85,19 @@ def main() -> None:
     arguments = parser.parse_args()
 
     reader = load(arguments.weights)
-    from src.runs.figures import confusion, mistakes, save
-    from src.runs.weights import test_images
+    from src.training.plots import plot_confusion_matrix, plot_mistakes, save_figure
+    from src.training.predictor import load_test_data
 
-    data = test_images(reader, arguments.data, arguments.root)
+    data = load_test_data(reader, arguments.data, arguments.root)
     images, labels, log_probabilities = predict_all(reader, data)
     classes = reader.spec.classes
-    scores = score(log_probabilities, labels)
+    scores = compute_scores(log_probabilities, labels)
 
     folder = arguments.output
-    save(confusion(labels, log_probabilities.exp(), classes), folder / "confusion.png")
-    worst = mistakes(images, labels, log_probabilities.exp(), classes)
+    save_figure(plot_confusion_matrix(labels, log_probabilities.exp(), classes), folder / "confusion.png")
+    worst = plot_mistakes(images, labels, log_probabilities.exp(), classes)
     if worst:
-        save(worst, folder / "mistakes.png")
+        save_figure(worst, folder / "mistakes.png")
     file_of_scores = folder / "scores.json"
     try:
         file_of_scores.write_text(
@@ -109,7 +107,7 @@ def main() -> None:
         raise UserError(f"{file_of_scores}: {error.strerror}") from error
     print(
         f"{os.path.relpath(reader.file)} on {data.spec.name}",
-        table(scores, reader.spec.noun, classes),
+        format_scores(scores, reader.spec.noun, classes),
         f"folder {folder}",
         sep="\n",
     )

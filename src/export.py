@@ -7,13 +7,13 @@ MNIST [N, 1, 28, 28], white on black, to [N, classes] log-probabilities, for any
 import os
 from pathlib import Path
 
-from src.command.arguments import Parser, entry
-from src.errors import UserError
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import UserError
 
 CHECKED = 1000  # images on which each export is compared with PyTorch
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(prog="python -m src.export", description="Exports a trained network to ONNX and torch.export.")
     parser.add_argument(
@@ -34,16 +34,16 @@ def main() -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -e '.[export]' brings it") from error
 
-    from src.data.sources import has_mnist
-    from src.runs.weights import load, test_images
+    from src.data.datasets import has_mnist
+    from src.training.predictor import load_predictor, load_test_data
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    reader = load(arguments.weights)
+    reader = load_predictor(arguments.weights)
     # Contiguous, because torch.export.save warns of weights in channels_last.
     reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     # Images that are at hand: the graphs must agree on digits, not on noise.
     at_hand = reader.spec.name != "mnist" or has_mnist(arguments.root or Path(os.environ.get("MNIST_ROOT", "data")))
-    data = test_images(reader, None if at_hand else "digits", arguments.root)
+    data = load_test_data(reader, None if at_hand else "digits", arguments.root)
     images, labels = next(iter(data.test_dataloader()))
     images, labels, name = images[:CHECKED], labels[:CHECKED], data.spec.name
 

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 
 from src import load
-from src.command.arguments import Parser, entry
+from src.cli.argparse_main import Parser, argparse_main
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(prog="python -m src.familiar", description='Lets predict and draw say "not sure".')
     parser.add_argument(
@@ -22,20 +22,20 @@ def main() -> None:
     reader = load(arguments.weights, familiar=False)  # it may be damaged
     import torch
 
-    from src.models.familiar import learn
-    from src.runs.weights import beside, test_images
+    from src.models.ood import fit_ood_detector
+    from src.training.predictor import get_ood_file, load_test_data
 
-    data = test_images(reader, root=arguments.root)
+    data = load_test_data(reader, root=arguments.root)
     data.seed = None  # in order
     known, test = (
         ((reader.spec.normalize(images), labels) for images, labels in batches)
         for batches in (data.train_dataloader(), data.test_dataloader())
     )
-    familiar = learn(reader.net, known)
+    familiar = fit_ood_detector(reader.net, known)
     alarms = torch.cat([familiar.distances(reader.net, images) > familiar.limit for images, _ in test])
-    torch.save(familiar._asdict(), beside(reader.file))
+    torch.save(familiar._asdict(), get_ood_file(reader.file))
     share = alarms.float().mean()
-    print(f"{os.path.relpath(beside(reader.file))}: not sure of {share:.2%} of {len(alarms):,} test images")
+    print(f"{os.path.relpath(get_ood_file(reader.file))}: not sure of {share:.2%} of {len(alarms):,} test images")
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src import load
-from src.command.arguments import Parser, entry
-from src.errors import UserError, printable
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import UserError, escape_control_characters
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from src.runs.weights import Reader
 
 BATCH_SIZE = 256
 STDIN = Path("-")
 
 
-def read_all(reader: "Reader", files: list[Path]) -> Iterator[tuple[dict[str, Any], "Tensor | None"]]:
+def predict_files(reader: "Reader", files: list[Path]) -> Iterator[tuple[dict[str, Any], "Tensor | None"]]:
     """For each file its answer and its [C, H, W] image, or what is wrong with it and None."""
     import torch
 
@@ -43,7 +42,7 @@ def read_all(reader: "Reader", files: list[Path]) -> Iterator[tuple[dict[str, An
                 yield {"file": str(file), **next(answers)}, image
 
 
-@entry
+@argparse_main
 def main() -> int:
     parser = Parser(prog="python -m src.predict", description="Tells the class of each image; of digits, as shipped.")
     parser.add_argument(
@@ -59,16 +58,16 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     reader = load(arguments.weights)
-    from src.data.pictures import find_images
+    from src.data.preprocess import find_images
 
     noun, width = reader.spec.noun, max(5, *map(len, reader.spec.classes))
     files = [file for path in arguments.images for file in find_images(path)]
     results: list[dict[str, Any]] = []
     images: list[Tensor] = []
-    for result, image in read_all(reader, files):
+    for result, image in predict_files(reader, files):
         results.append(result)
         if image is None:
-            print(printable(f"error: {result['file']}: {result['error']}"), file=sys.stderr)
+            print(escape_control_characters(f"error: {result['file']}: {result['error']}"), file=sys.stderr)
             continue
         if not images and not arguments.json:
             print(f"{noun:>{width}}  probability  {'runner-up':<{width + 4}}  file")
@@ -77,14 +76,17 @@ def main() -> int:
             answer = f"{result[noun]:>{width}}  {result['probability']:11.2%}"
             second = f"{result['runner_up']!s:<{width - 4}} {result['runner_up_probability']:7.2%}"
             doubt = ["not sure: unlike what it was trained on"] if result["sure"] is False else []
-            print(answer, second, printable(result["file"]), *doubt, sep="  ")
+            print(answer, second, escape_control_characters(result["file"]), *doubt, sep="  ")
     if arguments.json:
         print(json.dumps(results, indent=1))
     if arguments.show and images:
-        from src.runs.figures import grid, save
+        from src.training.plots import plot_image_grid, save_figure
 
         answers = [result for result in results if "error" not in result]
-        save(grid(images, [f"{answer[noun]}  {answer['probability']:.0%}" for answer in answers]), arguments.show)
+        save_figure(
+            plot_image_grid(images, [f"{answer[noun]}  {answer['probability']:.0%}" for answer in answers]),
+            arguments.show,
+        )
     return 0 if len(images) == len(results) else 1 if images else 2
 
 

@@ -5,10 +5,10 @@ Writes sweep.csv, report.md and its pictures, and prints the table, the best fir
 
 from pathlib import Path
 
-from src.command.arguments import Parser, entry
+from src.cli.argparse_main import Parser, argparse_main
 
 
-@entry
+@argparse_main
 def main() -> int:
     parser = Parser(prog="python -m src.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or what holds them")

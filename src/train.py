@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from src.command.entry import entry  # the first import: of the file by its path it says how it is started
+from src.cli.hydra_main import hydra_main  # the first import: of the file by its path it says how it is started
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -20,34 +20,41 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from src.command.process import (
-        keep_freed_memory,
-        refuse_processes_within_multirun,
-        share_cores,
-        stop_while_meeting,
+    from src.core.process import (
+        disable_malloc_trimming,
+        divide_threads,
+        reject_subprocesses_in_multirun,
+        use_default_sigterm_while_connecting,
     )
-    from src.runs.build import build, build_parts, build_several
-    from src.runs.checkpoints import resume
-    from src.runs.console import print_results, quiet
-    from src.runs.results import Record, collect, metric, one_run, tidied, write_metrics
+    from src.training.checkpoints import find_resume_checkpoint
+    from src.training.console import print_results, silence_routine_output
+    from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
+    from src.training.run_record import (
+        RunRecorder,
+        clean_up_on_failure,
+        collect_results,
+        continue_logger_runs,
+        get_optimized_metric,
+        write_metrics,
+    )
 
-    quiet()
-    keep_freed_memory()
-    share_cores()
+    silence_routine_output()
+    disable_malloc_trimming()
+    divide_threads()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    record = Record(cfg)
-    callbacks = [*build_several("callbacks", cfg.callbacks), *further_callbacks, record]
-    loggers = one_run(build_several("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
+    record = RunRecorder(cfg)
+    callbacks = [*instantiate_all("callbacks", cfg.callbacks), *further_callbacks, record]
+    loggers = continue_logger_runs(instantiate_all("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
     if not loggers:
         callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]  # Lightning would refuse it
     root = (cfg.trainer and cfg.trainer.get("default_root_dir")) or cfg.output_dir  # Lightning's is where one stands
-    trainer = build("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
-    refuse_processes_within_multirun(trainer)
-    module, data = build_parts(cfg)
+    trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
+    reject_subprocesses_in_multirun(trainer)
+    module, data = instantiate_task(cfg)
     folder = Path(cfg.output_dir)
-    with tidied(trainer, folder, bool(cfg.resume)):
-        checkpoint = resume(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
-        stop_while_meeting(trainer)
+    with clean_up_on_failure(trainer, folder, bool(cfg.resume)):
+        checkpoint = find_resume_checkpoint(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
+        use_default_sigterm_while_connecting(trainer)
         started = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         fitted = perf_counter()
@@ -57,14 +64,14 @@ def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
             metrics |= trainer.callback_metrics
         seconds = {"fit": fitted - started, "test": perf_counter() - fitted}
 
-        results = collect(cfg, trainer, record, metrics, seconds)
+        results = collect_results(cfg, trainer, record, metrics, seconds)
         if trainer.is_global_zero:
             write_metrics(folder, results)
             print_results(results, folder, reads=hasattr(data, "spec"))
-        return metric(results, cfg.optimized_metric)
+        return get_optimized_metric(results, cfg.optimized_metric)
 
 
-main = entry("train", train)
+main = hydra_main("train", train)
 
 if __name__ == "__main__":
     main()

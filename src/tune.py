@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from src.command.entry import entry  # the first import: of the file by its path it says how it is started
-from src.errors import UserError
+from src.cli.hydra_main import hydra_main  # the first import: of the file by its path it says how it is started
+from src.core.errors import UserError
 from src.train import train
 
 if TYPE_CHECKING:
@@ -20,27 +20,29 @@ def tune(cfg: DictConfig) -> None:
 
     if any(one.startswith("hydra.sweep.") for one in HydraConfig.get().overrides.hydra):
         raise UserError(
-            "hydra.sweep is for src.train -m; a study is in outputs/NAME/STUDY: set study=… or hydra.run.dir=…"
+            "hydra.sweep is for src.train -m; a study is in outputs/NAME/STUDY_NAME: set study_name=… or hydra.run.dir=…"
         )
 
-    from src.runs.build import build
-    from src.runs.console import quiet
+    from src.sweeps.optuna_study import COUNTED, count, open_study, optimize, run_trial
+    from src.sweeps.progress import SweepProgress
     from src.sweeps.report import report
-    from src.sweeps.study import COUNTED, count, open_study, optimize, run_trial
-    from src.sweeps.watch import Watch
+    from src.training.console import silence_routine_output
+    from src.training.instantiate import instantiate_node
 
-    quiet()
-    if (processes := build("trainer", cfg.trainer, logger=False).world_size) > 1:  # each would draw settings of its own
+    silence_routine_output()
+    if (
+        processes := instantiate_node("trainer", cfg.trainer, logger=False).world_size
+    ) > 1:  # each would draw settings of its own
         raise UserError(f"a trial trains on one device, not on {processes}; set trainer.devices=1 trainer.num_nodes=1")
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
-    print(f"{count(study, *COUNTED)} of {cfg.trials} trials are done, told by {cfg.optimized_metric}")
-    with Watch(folder, cfg.trials, HydraConfig.get().overrides.task) as watch:
-        optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.trials, folder, watch.look)
+    print(f"{count(study, *COUNTED)} of {cfg.n_trials} trials are done, told by {cfg.optimized_metric}")
+    with SweepProgress(folder, cfg.n_trials, HydraConfig.get().overrides.task) as watch:
+        optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials, folder, watch.look)
     report([folder], folder)
 
 
-main = entry("tune", tune)
+main = hydra_main("tune", tune)
 
 if __name__ == "__main__":
     main()

@@ -109,7 +109,7 @@ def mnist_root(tmp_path, monkeypatch) -> Path:
     """A folder in MNIST's layout with 40 training and 20 test images of noise, whose checksums are the known ones."""
     import torch
 
-    from src.data import sources
+    from src.data import datasets
 
     raw = tmp_path / "mnist/MNIST/raw"
     raw.mkdir(parents=True)
@@ -125,16 +125,16 @@ def mnist_root(tmp_path, monkeypatch) -> Path:
     for name, content in files.items():
         (raw / name).write_bytes(content)
     known = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
-    monkeypatch.setattr(sources, "MNIST_FILES", known)
+    monkeypatch.setattr(datasets, "MNIST_FILES", known)
     return tmp_path / "mnist"
 
 
 @pytest.fixture
 def real_mnist() -> Path:
-    from src.data import sources
+    from src.data import datasets
 
     root = os.environ.get("MNIST_ROOT")
-    if not root or not sources.has_mnist(Path(root)):
+    if not root or not datasets.has_mnist(Path(root)):
         pytest.skip("MNIST_ROOT names no folder with the real MNIST")
     return Path(root)
 
@@ -144,7 +144,7 @@ def small_weights(tmp_path_factory) -> Path:
     """A file of weights, untrained, of a network of 1,788 parameters."""
     import torch
 
-    from src.data.spec import MNIST_SPEC
+    from src.data.image_spec import MNIST_SPEC
     from src.models.cnn import CNN
 
     torch.manual_seed(0)
@@ -174,20 +174,20 @@ class Killed(BaseException):
 @pytest.fixture
 def stop(monkeypatch):
     """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
-    from src.runs.recovery import Recovery
+    from src.training.resume import ResumeCheckpoint
 
-    original = Recovery.on_train_batch_start
+    original = ResumeCheckpoint.on_train_batch_start
 
     def at(batch, how):
         def on_train_batch_start(self, trainer, *arguments):
             if trainer.fit_loop.total_batch_idx == batch:
-                monkeypatch.setattr(Recovery, "on_train_batch_start", original)
+                monkeypatch.setattr(ResumeCheckpoint, "on_train_batch_start", original)
                 if how is Killed:
                     raise Killed
                 os.kill(os.getpid(), how)
             original(self, trainer, *arguments)
 
-        monkeypatch.setattr(Recovery, "on_train_batch_start", on_train_batch_start)
+        monkeypatch.setattr(ResumeCheckpoint, "on_train_batch_start", on_train_batch_start)
 
     return at
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from src.command.arguments import Parser, entry
-from src.command.process import load_lightning
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.process import import_lightning
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(
         prog="python -m src.backprop",
@@ -14,7 +14,7 @@ def main() -> None:
     )
     parser.parse_args()
 
-    load_lightning()
+    import_lightning()
     from src.backprop.lesson import draw_lesson  # here, because --help should not wait for PyTorch
 
     draw_lesson(Path(__file__).parents[2] / "docs")

@@ -11,7 +11,7 @@ from src.backprop import plots
 from src.backprop.formulas import worked_step
 from src.backprop.network import BackpropNet, HandGradients, equations, forward, sheet_row, spreadsheet
 from src.backprop.report import milestone_table
-from src.backprop.study import SAMPLE, descend, past_two
+from src.backprop.stability import SAMPLE, descend, past_two
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 

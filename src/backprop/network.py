@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.errors import UserError, finite_numbers
-from src.models.optimizers import with_scheduler
-from src.values import Positive
+from src.core.errors import UserError, parse_finite_numbers
+from src.core.value_types import PositiveFloat
+from src.optim.configure import configure_optimizers
 
 # The worked example.
 INPUTS = (0.05, 0.10)
@@ -152,7 +152,7 @@ class GradientDescent(Optimizer):
     few of the losses by their last bit.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: Positive) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: PositiveFloat) -> None:
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class BackpropNet(nn.Module):
 
     def __init__(self, weights: Sequence[float] = WEIGHTS) -> None:
         super().__init__()
-        numbers = finite_numbers("model.weights", weights, Weights._fields)
+        numbers = parse_finite_numbers("model.weights", weights, Weights._fields)
         for name, number in zip(Weights._fields, numbers, strict=True):
             self.register_parameter(name, nn.Parameter(torch.tensor(number, dtype=torch.float64)))
 
@@ -211,7 +211,7 @@ class BackpropModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if gradients not in GRADIENTS:
-            raise UserError(f"module.gradients={gradients}: must be one of {', '.join(GRADIENTS)}")
+            raise UserError(f"task.gradients={gradients}: must be one of {', '.join(GRADIENTS)}")
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -249,4 +249,4 @@ class BackpropModule(L.LightningModule):
         self.log_dict({"error/E1": a.E1, "error/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
 
     def configure_optimizers(self) -> Any:
-        return with_scheduler(self, self.optimizer, self.scheduler)
+        return configure_optimizers(self, self.optimizer, self.scheduler)

@@ -32,7 +32,7 @@ def write_report(folder: Path) -> None:
     for trace in folder.glob("*/trace.csv"):
         config = OmegaConf.load(trace.parent / ".hydra/config.yaml")
         rows = np.atleast_1d(np.genfromtxt(trace, delimiter=",", names=True))
-        runs.append((config.optimizer.lr, trace.parent.name, config.module.gradients, rows))
+        runs.append((config.optimizer.lr, trace.parent.name, config.task.gradients, rows))
     if not runs:
         return
     runs.sort(key=lambda run: run[:2])

@@ -10,19 +10,19 @@ of its epochs in them; the standard error comes from the rounds.
 
 --time-to 99.4 is the longer mode: `experiment=fast`, or the one named, is trained to its end with several seeds, whose
 mean should have so many percent of the test images right, then c with the source's recipe until it first has, scored
-after each epoch; scoring is not timed. With `experiment=taught` each seed asks the teachers anew, and is timed with it.
+after each epoch; scoring is not timed. With `experiment=distilled` each seed asks the teachers anew, and is timed with it.
 
 --side-by-side starts whole runs, one and then two at once, with the cores divided among them, as they do by themselves,
 and with a thread on every core for each: images per second of the training, together.
 
 On a GPU (trainer.accelerator=gpu) all of these come in one go, of less than eight minutes, each with and without
-trainer=graph: the ratios, batches of 64 to 2048, short recipes with ten seeds, a whole command, runs side by side.
+trainer=cuda_graph: the ratios, batches of 64 to 2048, short recipes with ten seeds, a whole command, runs side by side.
 """
 
 import argparse
 
-from src.command.arguments import Parser, entry
-from src.command.process import load_lightning
+from src.cli.argparse_main import Parser, argparse_main
+from src.core.process import import_lightning
 
 
 def count(text: str) -> int:
@@ -31,7 +31,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-@entry
+@argparse_main
 def main() -> None:
     parser = Parser(
         prog="python -m src.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     chosen = parser.parse_intermixed_args()
 
-    load_lightning()
+    import_lightning()
     from src.benchmark.speed import run  # here, because --help should not wait for PyTorch
 
     run(chosen)

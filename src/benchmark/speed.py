@@ -28,18 +28,18 @@ from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from src.command.explain import explain
-from src.command.process import keep_freed_memory, settle_precision
-from src.command.rules import CONF, check, resolved
-from src.data.batches import generator_for
-from src.data.images import ImageData
-from src.data.sources import Images, in_memory
-from src.data.spec import MNIST_MEAN, MNIST_STD
-from src.errors import UserError
+from src.core.config import CONF, resolve_config, validate_config
+from src.core.error_messages import describe_error
+from src.core.errors import UserError
+from src.core.process import disable_malloc_trimming, resolve_precision
+from src.data.datamodule import ImageDataModule
+from src.data.datasets import LabeledImages, load_into_memory
+from src.data.image_spec import MNIST_MEAN, MNIST_STD
+from src.data.sampler import make_generator
 from src.models.cnn import CNN
-from src.runs.build import build, build_parts, build_several, facts
-from src.runs.console import quiet
-from src.runs.results import device_name
+from src.training.console import silence_routine_output
+from src.training.instantiate import infer_network_arguments, instantiate_all, instantiate_node, instantiate_task
+from src.training.run_record import get_device_name
 
 RUN_IN = 10  # batches at the start of each turn that are not timed: they are slowed down by the turn before
 
@@ -51,8 +51,8 @@ def synchronize(device: torch.device) -> None:
 class PerImage(Dataset):
     """What torchvision.datasets.MNIST does with each image: to a PIL image, to a tensor, normalised."""
 
-    def __init__(self, images: Images) -> None:
-        self.images = Images(images.images.cpu(), images.labels.cpu())
+    def __init__(self, images: LabeledImages) -> None:
+        self.images = LabeledImages(images.images.cpu(), images.labels.cpu())
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
 
     def __len__(self) -> int:
@@ -93,32 +93,34 @@ def timed(run: Iterator[None], count: int, device: torch.device) -> float:
     return perf_counter() - started
 
 
-def inputs(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def inputs(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch of what the network is trained on, from the same tensors as ours."""
-    assert data.sets and isinstance(data.sets.train, Images)
+    assert data.sets and isinstance(data.sets.train, LabeledImages)
     for step, batch in enumerate(data.train_dataloader()):
-        images, labels = batch if len(batch) == 2 else (part[batch[0]] for part in data.sets.train)  # trainer=graph
+        images, labels = (
+            batch if len(batch) == 2 else (part[batch[0]] for part in data.sets.train)
+        )  # trainer=cuda_graph
         if data.augment:
-            images = data.augment(images.float(), generator_for(cfg.seed, step, 0, device=device))
+            images = data.augment(images.float(), make_generator(cfg.seed, step, 0, device=device))
         yield data.spec.normalize(images), labels
 
 
-def bare(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
-    net = build("model", cfg.model, **facts(cfg.model, data.spec)).to(device)
-    optimizer = build("optimizer", cfg.optimizer)(net.parameters())
+def bare(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> Iterator[None]:
+    net = instantiate_node("model", cfg.model, **infer_network_arguments(cfg.model, data.spec)).to(device)
+    optimizer = instantiate_node("optimizer", cfg.optimizer)(net.parameters())
     assert data.trainer
     context = data.trainer.precision_plugin.train_step_context
     return steps(net, optimizer, lambda: inputs(cfg, data, device), cfg.trainer.gradient_clip_val, context)
 
 
-def pipeline(cfg: DictConfig, data: ImageData, device: torch.device) -> Iterator[None]:
+def pipeline(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> Iterator[None]:
     """Loading, augmenting and normalising by themselves."""
     while True:
         for _ in inputs(cfg, data, device):
             yield
 
 
-def batch_size_of(data: ImageData) -> int:
+def batch_size_of(data: ImageDataModule) -> int:
     return data.train_dataloader().sampler.global_batch_size  # type: ignore[attr-defined]
 
 
@@ -148,30 +150,32 @@ class Turns(Callback):
 
 
 @contextmanager
-def fitted(cfg: DictConfig, data: ImageData, *further: Callback, **settings: Any) -> Iterator[L.Trainer]:
+def fitted(cfg: DictConfig, data: ImageDataModule, *further: Callback, **settings: Any) -> Iterator[L.Trainer]:
     """Trains as src.train does, without printing or validating; the run folder is gone afterwards."""
-    silent = "layers", "progress", "best"  # they print, or need a validation
+    silent = "model_summary", "progress", "best"  # they print, or need a validation
     settings = {"limit_val_batches": 0, "enable_progress_bar": False, **settings}
     with tempfile.TemporaryDirectory() as folder:
         cfg.output_dir = folder
-        own = resolved(cfg)
-        module, _ = build_parts(own, data)
-        callbacks = build_several("callbacks", {k: c for k, c in own.callbacks.items() if k not in silent})
-        loggers = build_several("logger", own.logger)
-        trainer = build("trainer", own.trainer, callbacks=[*callbacks, *further], logger=loggers, **settings)
+        own = resolve_config(cfg)
+        module, _ = instantiate_task(own, data)
+        callbacks = instantiate_all("callbacks", {k: c for k, c in own.callbacks.items() if k not in silent})
+        loggers = instantiate_all("logger", own.logger)
+        trainer = instantiate_node("trainer", own.trainer, callbacks=[*callbacks, *further], logger=loggers, **settings)
         trainer.fit(module, data)
         yield trainer
 
 
-def source(data: ImageData, batch_size: int, device: torch.device) -> tuple[nn.Module, DataLoader, Iterator[None]]:
+def source(
+    data: ImageDataModule, batch_size: int, device: torch.device
+) -> tuple[nn.Module, DataLoader, Iterator[None]]:
     assert data.sets is not None
     net = CNN(dropout=0.25).to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    loader = DataLoader(PerImage(in_memory(data.sets.train)), batch_size=batch_size, shuffle=True)
+    loader = DataLoader(PerImage(load_into_memory(data.sets.train)), batch_size=batch_size, shuffle=True)
     return net, loader, steps(net, optimizer, lambda: ((x.to(device), y.to(device)) for x, y in loader))
 
 
-def speed(cfg: DictConfig, data: ImageData, count: int, rounds: int, device: torch.device) -> None:
+def speed(cfg: DictConfig, data: ImageDataModule, count: int, rounds: int, device: torch.device) -> None:
     *_, other = source(data, batch_size_of(data), device)
     # a comes last, next to b in time.
     others = {"c": other, "data": pipeline(cfg, data, device), "a": bare(cfg, data, device)}
@@ -188,7 +192,7 @@ def speed(cfg: DictConfig, data: ImageData, count: int, rounds: int, device: tor
     print(f"the data pipeline takes {100 * seconds['data'] / seconds['b']:.1f} % of a step of b")
 
 
-def fast(cfg: DictConfig, data: ImageData, seed: int) -> tuple[float, float, float]:
+def fast(cfg: DictConfig, data: ImageDataModule, seed: int) -> tuple[float, float, float]:
     """Seconds that a recipe trains and is tested, and the percent of the test images that it then reads."""
     cfg.seed = data.seed = seed
     L.seed_everything(seed, verbose=False)
@@ -199,7 +203,7 @@ def fast(cfg: DictConfig, data: ImageData, seed: int) -> tuple[float, float, flo
         return trained - started, perf_counter() - trained, percent
 
 
-def source_to(target: float, data: ImageData, device: torch.device) -> tuple[float, float, int]:
+def source_to(target: float, data: ImageDataModule, device: torch.device) -> tuple[float, float, int]:
     """Seconds of training, percent and epochs when c reaches `target` percent, or those of its 19 epochs."""
     assert data.sets is not None
     net, loader, run = source(data, 128, device)
@@ -211,18 +215,18 @@ def source_to(target: float, data: ImageData, device: torch.device) -> tuple[flo
         net.eval()
         with torch.no_grad():
             right = sum(int((net(data.spec.normalize(x)).argmax(1) == y).sum()) for x, y in data.test_dataloader())
-        accuracy = 100 * right / len(in_memory(data.sets.test).labels)
+        accuracy = 100 * right / len(load_into_memory(data.sets.test).labels)
     return seconds, accuracy, epoch
 
 
 @contextmanager
-def asked_anew(data: ImageData) -> Iterator[list[float]]:
+def asked_anew(data: ImageDataModule) -> Iterator[list[float]]:
     """A run without answers of runs before, if it has a teacher; the list gets the seconds that it is asked for."""
     seconds: list[float] = []
-    if data.reinforce is None:
+    if data.soft_labels is None:
         yield seconds
         return
-    kept, view = data.reinforce.folder, data.reinforce.view
+    kept, view = data.soft_labels.folder, data.soft_labels.view
 
     def timed_view(*arguments: Any) -> Any:
         started = perf_counter()
@@ -231,13 +235,19 @@ def asked_anew(data: ImageData) -> Iterator[list[float]]:
         return found
 
     with tempfile.TemporaryDirectory() as folder:
-        data.view, data.reinforce.folder, data.reinforce.view = None, Path(folder), timed_view
+        data.view, data.soft_labels.folder, data.soft_labels.view = None, Path(folder), timed_view
         yield seconds
-        data.reinforce.folder, data.reinforce.view = kept, view
+        data.soft_labels.folder, data.soft_labels.view = kept, view
 
 
 def time_to(
-    target: float, cfg: DictConfig, data: ImageData, whole: ImageData, rounds: int, seeds: int, device: torch.device
+    target: float,
+    cfg: DictConfig,
+    data: ImageDataModule,
+    whole: ImageDataModule,
+    rounds: int,
+    seeds: int,
+    device: torch.device,
 ) -> None:
     first, accuracies = cfg.seed, []
     ratios: dict[str, list[float]] = {"c/b": [], "c/b, answers at hand": []}
@@ -294,7 +304,7 @@ def side_by_side(overrides: list[str], rounds: int) -> None:
         print(f"{runs} at once, {way:<15}  {text}  ({min(sums):,.0f} to {max(sums):,.0f})")
 
 
-WAYS: dict[str, list[str]] = {"eager": [], "graph": ["trainer=graph"]}
+WAYS: dict[str, list[str]] = {"eager": [], "graph": ["trainer=cuda_graph"]}
 LARGE = "data.batch_size=512", "optimizer.lr=0.3"
 RECIPES: dict[str, list[str]] = {
     "fast": [],
@@ -309,7 +319,7 @@ def on_gpu(overrides: list[str], batches: int, rounds: int, seeds: int, runs: in
         print(f"the default recipe, {way}", flush=True)
         cfg = composed([*further, *overrides])
         speed(cfg, prepared(cfg), batches, rounds, device)
-    recipe = ["experiment=fast", "callbacks.dashboard=null", *overrides]
+    recipe = ["experiment=fast", "callbacks.tensorboard=null", *overrides]
     started = perf_counter()
     data = prepared(composed(recipe))
     synchronize(device)
@@ -345,16 +355,16 @@ def composed(overrides: list[str]) -> DictConfig:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("train", overrides=[*overrides, "output_dir=."])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-    check(resolved(cfg))
-    settle_precision(cfg)
+        raise UserError(describe_error(error)) from error
+    validate_config(resolve_config(cfg))
+    resolve_precision(cfg)
     return cfg
 
 
-def prepared(cfg: DictConfig) -> ImageData:
+def prepared(cfg: DictConfig) -> ImageDataModule:
     """The data of a config, on its device."""
-    data = build("data", cfg.data)
-    data.trainer = build("trainer", cfg.trainer, callbacks=[], logger=False)
+    data = instantiate_node("data", cfg.data)
+    data.trainer = instantiate_node("trainer", cfg.trainer, callbacks=[], logger=False)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -364,18 +374,18 @@ def run(chosen: argparse.Namespace) -> None:
     """What the command line has `chosen`."""
     if chosen.side_by_side:
         return side_by_side(chosen.overrides, chosen.rounds or 3)
-    quiet()
-    keep_freed_memory()
+    silence_routine_output()
+    disable_malloc_trimming()
     warnings.filterwarnings("ignore", message=".*val_dataloader")
     named = any(override.startswith("experiment=") for override in chosen.overrides)
     overrides = [*["experiment=fast"] * bool(chosen.time_to and not named), *chosen.overrides]
     cfg = composed(overrides)
-    if cfg.data.get("reinforce") and not chosen.time_to:
+    if cfg.data.get("soft_labels") and not chosen.time_to:
         raise UserError("the bare loop learns from no teacher; add data=mnist")
     data = prepared(cfg)
     assert data.trainer
     device = data.trainer.strategy.root_device
-    print(f"{data.spec.name}, {device_name(device)}, batch {batch_size_of(data)}", flush=True)
+    print(f"{data.spec.name}, {get_device_name(device)}, batch {batch_size_of(data)}", flush=True)
     if chosen.time_to:
         whole = prepared(composed([*overrides, "data.train_size=null"]))  # whatever b has, c has all images
         time_to(chosen.time_to, cfg, data, whole, chosen.rounds or 1, chosen.seeds, device)

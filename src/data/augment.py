@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from src.data.spec import constants
-from src.values import Fraction, NotNegative, Share
+from src.core.value_types import NonNegativeFloat, Probability, UnitInterval
+from src.data.image_spec import make_constants
 
 KNOTS = 5  # along each axis: an elastic displacement runs smoothly through random ones at so many places
 
 
-class Draws(NamedTuple):
+class AugmentationSample(NamedTuple):
     """The random numbers for N images, all uniform in ±1."""
 
     amounts: Tensor  # [N, 6]: rotation, two scales, shear, two shifts
     knots: Tensor | None  # [N, 2, KNOTS, KNOTS]: elastic displacements along x and y, if there are any
 
-    def of(self, index: Tensor) -> "Draws":
-        return Draws(self.amounts[index], None if self.knots is None else self.knots[index])
+    def of(self, index: Tensor) -> "AugmentationSample":
+        return AugmentationSample(self.amounts[index], None if self.knots is None else self.knots[index])
 
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(self.amounts.to(device), None if self.knots is None else self.knots.to(device))
+    def to(self, device: torch.device) -> "AugmentationSample":
+        return AugmentationSample(self.amounts.to(device), None if self.knots is None else self.knots.to(device))
 
 
 class RandomAffine:
@@ -35,40 +35,40 @@ class RandomAffine:
     this name draws one set of amounts for the whole batch, hence this one. What is not affine: parts of
     the image are displaced by up to `elastic` pixels along each axis.
     Bilinear interpolation blurs: a network then knows no image as sharp as those it is scored on. Bicubic hardly does.
-    Over the last `decay` of a run, a fraction of its steps, the limits shrink linearly to 0.
+    Over the last `fade_out` of a run, a fraction of its steps, the limits shrink linearly to 0.
     """
 
     def __init__(
         self,
-        degrees: NotNegative = 0.0,
-        translate: NotNegative = 0.0,
-        scale: Share = 0.0,
-        shear: NotNegative = 0.0,
-        elastic: NotNegative = 0.0,
+        degrees: NonNegativeFloat = 0.0,
+        translate: NonNegativeFloat = 0.0,
+        scale: Probability = 0.0,
+        shear: NonNegativeFloat = 0.0,
+        elastic: NonNegativeFloat = 0.0,
         interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-        decay: Fraction = 0.0,
+        fade_out: UnitInterval = 0.0,
     ) -> None:
-        self.degrees, self.translate, self.scale, self.shear, self.decay = degrees, translate, scale, shear, decay
+        self.degrees, self.translate, self.scale, self.shear, self.fade_out = degrees, translate, scale, shear, fade_out
         self.elastic, self.interpolation = elastic, interpolation
 
-    def draw(self, n: int, generator: torch.Generator) -> Draws:
+    def draw(self, n: int, generator: torch.Generator) -> AugmentationSample:
         def uniform(*shape: int) -> Tensor:
             return torch.empty(shape, device=generator.device).uniform_(-1, 1, generator=generator)
 
-        return Draws(uniform(6, n).T, uniform(n, 2, KNOTS, KNOTS) if self.elastic else None)
+        return AugmentationSample(uniform(6, n).T, uniform(n, 2, KNOTS, KNOTS) if self.elastic else None)
 
     def __call__(self, images: Tensor, generator: torch.Generator, progress: float | Tensor = 0.0) -> Tensor:
         """[N, C, H, W] floats to the same; `generator` lives on their device; `progress` is the fraction of the run."""
         return self.apply(images, self.draw(len(images), generator), progress)
 
-    def apply(self, images: Tensor, draws: Draws, progress: float | Tensor) -> Tensor:
+    def apply(self, images: Tensor, draws: AugmentationSample, progress: float | Tensor) -> Tensor:
         height, width = images.shape[2:]
-        left = (1 - progress) / self.decay if self.decay else 1.0
+        left = (1 - progress) / self.fade_out if self.fade_out else 1.0
         strength = left.clamp(max=1.0) if isinstance(left, Tensor) else min(1.0, left)
         shifts = 2 * self.translate / width, 2 * self.translate / height
-        limits = constants(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
-        limits = limits * strength if self.decay else limits
-        middle = constants(images.device, 0, 1, 1, 0, 0, 0)
+        limits = make_constants(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
+        limits = limits * strength if self.fade_out else limits
+        middle = make_constants(images.device, 0, 1, 1, 0, 0, 0)
         amounts = torch.addcmul(middle[:, None], draws.amounts.T, limits[:, None])
         angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from src.errors import UserError
-from src.models.optimizers import with_scheduler
-from src.values import Fraction, Positive, Share
+from src.core.errors import UserError
+from src.core.value_types import PositiveFloat, Probability, UnitInterval
+from src.optim.configure import configure_optimizers
 
 
-def gives_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
+def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
     """Whether these are log-probabilities, and no logits. Raises UserError for anything else than [N, classes]."""
     shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or (classes and outputs.shape[1] != classes):
@@ -28,7 +28,7 @@ def gives_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool
     return torch.allclose(values.logsumexp(1), 0 * one, atol=1e-2)
 
 
-def on_device(net: nn.Module, device: torch.device) -> nn.Module:
+def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
     """The network, moved there, in a memory layout that the device is right in.
 
     On mps, PyTorch before 2.15 gets convolutions and batch norm wrong in channels_last (pytorch#192212, #175189).
@@ -36,7 +36,7 @@ def on_device(net: nn.Module, device: torch.device) -> nn.Module:
     return net.to(device, memory_format=torch.contiguous_format) if device.type == "mps" else net.to(device)  # type: ignore[call-overload]
 
 
-class Scores(Metric):
+class LossAndAccuracy(Metric):
     """Mean loss and accuracy over images. torchmetrics' own two take four times as long, 1 % of a step on a CPU."""
 
     loss: Tensor
@@ -65,10 +65,10 @@ class Classifier(L.LightningModule):
     """Negative log-likelihood and accuracy (a fraction) of `net`, logged once an epoch for each stage.
 
     `net` maps images to logits or to log-probabilities, [N, classes]: which, its first outputs tell. It learns from
-    labels of which `label_smoothing` is spread over all classes, and with a share of `teaching` from a teacher's
+    labels of which `label_smoothing` is spread over all classes, and with a share of `distill_weight` from a teacher's
     log-probabilities where the batches have them as their third part, both made softer by `temperature`
     (https://arxiv.org/abs/1503.02531). The scores are those of the labels alone.
-    `optimizer` and `scheduler` await their parameters, see src.models.optimizers. Raises UserError for outputs that are
+    `optimizer` and `scheduler` await their parameters, see src.optim.configure. Raises UserError for outputs that are
     neither.
     """
 
@@ -77,21 +77,21 @@ class Classifier(L.LightningModule):
         net: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[..., LRScheduler] | None = None,
-        label_smoothing: Share = 0.0,
-        temperature: Positive = 4.0,
-        teaching: Fraction = 0.9,
+        label_smoothing: Probability = 0.0,
+        temperature: PositiveFloat = 4.0,
+        distill_weight: UnitInterval = 0.9,
     ) -> None:
         super().__init__()
-        self.label_smoothing, self.temperature, self.teaching = label_smoothing, temperature, teaching
+        self.label_smoothing, self.temperature, self.distill_weight = label_smoothing, temperature, distill_weight
         self.net = net
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.classes: int | None = None
         self.logits: bool | None = None  # whether that is what the network gives; None: not yet known
-        self.train_scores, self.val_scores, self.test_scores = Scores(), Scores(), Scores()
+        self.train_scores, self.val_scores, self.test_scores = LossAndAccuracy(), LossAndAccuracy(), LossAndAccuracy()
 
     def setup(self, stage: str) -> None:
-        on_device(self.net, self.trainer.strategy.root_device)
+        move_to_device(self.net, self.trainer.strategy.root_device)
         spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
         if spec:
             self.classes = len(spec.classes)
@@ -102,23 +102,25 @@ class Classifier(L.LightningModule):
         """[N, C, H, W] normalised images to [N, classes] log-probabilities."""
         outputs = self.net(images)
         if self.logits is None:
-            self.logits = not gives_log_probabilities(outputs, self.classes)
+            self.logits = not are_log_probabilities(outputs, self.classes)
         return outputs.log_softmax(dim=1) if self.logits else outputs
 
     def predict_step(self, batch: tuple[Tensor, ...] | Tensor, batch_idx: int) -> Tensor:
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def _step(self, batch: tuple[Tensor, ...], scores: Scores) -> Tensor:
+    def _step(self, batch: tuple[Tensor, ...], scores: LossAndAccuracy) -> Tensor:
         images, labels, *answers = batch
         if labels.is_floating_point():
-            raise UserError("module: Classifier learns classes, and the data has none; set another data= or model=")
+            raise UserError("task: Classifier learns classes, and the data has none; set another data= or model=")
         log_probabilities = self(images)
         loss = nll_loss(log_probabilities, labels)
         scores.update(loss, log_probabilities, labels)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
         if answers:
-            loss = (1 - self.teaching) * loss + self.teaching * self._distillation(answers[0], log_probabilities)
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(
+                answers[0], log_probabilities
+            )
         return loss
 
     def _distillation(self, taught: Tensor, learned: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Classifier(L.LightningModule):
     def on_test_start(self) -> None:
         self._share_buffers()
 
-    def _log_epoch(self, stage: str, scores: Scores) -> None:
+    def _log_epoch(self, stage: str, scores: LossAndAccuracy) -> None:
         values = {f"{stage}/{name}": value for name, value in scores.compute().items()}
         self.log_dict(values, prog_bar=stage != "test")
         scores.reset()
@@ -166,4 +168,4 @@ class Classifier(L.LightningModule):
         self._log_epoch("test", self.test_scores)
 
     def configure_optimizers(self) -> Any:
-        return with_scheduler(self, self.optimizer, self.scheduler)
+        return configure_optimizers(self, self.optimizer, self.scheduler)

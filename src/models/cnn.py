@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
-from src.values import Count, Quarter, Share, Whole
+from src.core.value_types import BlurFraction, NonNegativeInt, PositiveInt, Probability
 
 
 def blur(images: Tensor, share: float) -> Tensor:
@@ -19,7 +19,7 @@ def blur(images: Tensor, share: float) -> Tensor:
     return (1 - 2 * share) * rows[..., 1:-1] + share * (rows[..., :-2] + rows[..., 2:])
 
 
-class _AntialiasedPool(nn.Module):
+class AntialiasedMaxPool(nn.Module):
     """The maxima of 2×2 at every place, of which 2×2 are averaged (https://arxiv.org/abs/1904.11486).
 
     A shift by a pixel changes less of that than of what plain max pooling picks.
@@ -37,20 +37,20 @@ class CNN(nn.Module):
     images of less than 8×8.
     The defaults have 15,544 parameters. `blur` is the share of a pixel that each neighbour gets before all else; then
     `crop` pixels are cut off at each edge. Of MNIST's 28×28 all but the middle 24×24 is black, but for a few strokes.
-    `norm_first` is batch norm before the `activation`, not after. `antialias` smooths the three poolings, or
-    "later" the last two: the first one, of the largest maps, takes the most time and gives nothing more.
+    `bn_before_activation` is batch norm before the `activation`, not after. `antialias` smooths the three poolings, or
+    each of them apart: the first one, of the largest maps, takes the most time and gives nothing more.
     """
 
     def __init__(
         self,
-        channels: Sequence[Count] = (16, 16, 16, 16, 16, 32),
-        dropout: Share = 0.25,
+        channels: Sequence[PositiveInt] = (16, 16, 16, 16, 16, 32),
+        dropout: Probability = 0.25,
         classes: int = 10,
-        blur: Quarter = 0.0,
-        crop: Whole = 0,
+        blur: BlurFraction = 0.0,
+        crop: NonNegativeInt = 0,
         activation: Literal["relu", "gelu"] = "relu",
-        norm_first: bool = False,
-        antialias: bool | Literal["later"] = False,
+        bn_before_activation: bool = False,
+        antialias: bool | Sequence[bool] = False,
         inputs: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class CNN(nn.Module):
 
         def convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
             bend, norm = nn.ReLU() if activation == "relu" else nn.GELU(), nn.BatchNorm2d(outputs)
-            return nn.Conv2d(inputs, outputs, 3, padding=1), *((norm, bend) if norm_first else (bend, norm))
+            return nn.Conv2d(inputs, outputs, 3, padding=1), *((norm, bend) if bn_before_activation else (bend, norm))
 
         def block(number: int, inputs: int, hidden: int, outputs: int) -> nn.Sequential:
             both = *convolution(inputs, hidden), *convolution(hidden, outputs)
-            smooth = antialias is True or (antialias == "later" and number > 1)
-            pool = _AntialiasedPool() if smooth else nn.MaxPool2d(2)
+            smooth = antialias if isinstance(antialias, bool) else antialias[number - 1]
+            pool = AntialiasedMaxPool() if smooth else nn.MaxPool2d(2)
             return nn.Sequential(*both, pool, nn.Dropout(dropout))
 
         c1, c2, c3, c4, c5, c6 = channels

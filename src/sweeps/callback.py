@@ -16,40 +16,40 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.command.entry import FAILED
-from src.command.explain import explain
-from src.command.internals import failure, use_sweeper
-from src.command.resume import check_files, read_text
-from src.errors import UserError, say
-from src.sweeps.jobs import flat, plain_yaml, refuse_other
-from src.sweeps.launch import ZIP, Grid, planned_jobs
-from src.sweeps.watch import Watch, tell
+from src.cli.hydra_main import FAILED
+from src.core.compat import get_job_error, use_sweeper
+from src.core.error_messages import describe_error
+from src.core.errors import UserError, print_error
+from src.core.run_folder import check_files, read_text
+from src.sweeps.launcher import ZIP, ZipSweeper, planned_jobs
+from src.sweeps.progress import SweepProgress, print_line
+from src.sweeps.runs import flatten_config, plain_yaml, reject_different_config
 
 METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
-watches: list[Watch] = []  # not of the Sweep, which launchers send to other processes
+watches: list[SweepProgress] = []  # not of the Sweep, which launchers send to other processes
 
 
-class Sweep(Callback):
+class SweepCallback(Callback):
     """Works with every launcher: the jobs may run in other processes, or on other machines.
 
-    A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: src.command.entry skips the jobs that
-    have a metrics.json there, and resumes the others. `zip` is for src.sweeps.launch, `fail_fast` for the function.
+    A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: src.cli.hydra_main skips the jobs that
+    have a metrics.json there, and resumes the others. `zip` is for src.sweeps.launcher, `fail_fast` for the function.
     """
 
     def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None: ...
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         try:
-            if "study" in config:
+            if "study_name" in config:
                 check_files(Path(config.hydra.run.dir))
         except UserError as error:  # Hydra would make a warning of it
-            sys.exit(say(str(error)))
+            sys.exit(print_error(str(error)))
 
     def __getstate__(self) -> dict[str, Any]:  # submitit pickles a job within it, to put it into the queue again
         return {name: value for name, value in vars(self).items() if name != "lock"}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        use_sweeper(Grid)
+        use_sweeper(ZipSweeper)
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
         overrides = OverridesParser.create().parse_overrides(arguments)
@@ -66,20 +66,22 @@ class Sweep(Callback):
             check_files(folder)
             if isinstance(before, dict):
                 fix = "continue it by its own command, or begin another folder"
-                refuse_other(flat(OmegaConf.create(before)), flat(config), f"the sweep in {folder}", fix)
+                reject_different_config(
+                    flatten_config(OmegaConf.create(before)), flatten_config(config), f"the sweep in {folder}", fix
+                )
             jobs = planned_jobs(arguments, OmegaConf.select(config, ZIP) or ())
             if not jobs:
                 raise UserError(f"{' '.join(arguments)}: a sweep of no jobs")
         except (UserError, OmegaConfBaseException) as error:  # Hydra would make a warning of it
-            sys.exit(say(str(error)))
+            sys.exit(print_error(str(error)))
         (folder / FAILED).unlink(missing_ok=True)
         place = os.path.relpath(folder)
         metric = config.get("optimized_metric")
-        tell(f"{len(jobs)} jobs in {place}" + (f", told by {metric}" if metric else ""))
-        tell(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
+        print_line(f"{len(jobs)} jobs in {place}" + (f", told by {metric}" if metric else ""))
+        print_line(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
         while watches:  # of a sweep that a signal ended in this process
             watches.pop().stopped.set()
-        watches.append(Watch(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
+        watches.append(SweepProgress(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
@@ -95,8 +97,8 @@ class Sweep(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         if job_return.status == JobStatus.FAILED:
-            record_failure(Path(config.hydra.runtime.output_dir), failure(job_return))
-            fail_fast(config)
+            record_failure(Path(config.hydra.runtime.output_dir), get_job_error(job_return))
+            stop_after_failure(config)
             # Else the sweeper would raise the first failure, and nothing could be said about the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         self.lock.release()
@@ -113,8 +115,8 @@ class Sweep(Callback):
             code = report([folder], folder)
             errors = [read_text(file).splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
         except Exception as error:  # Hydra would make a warning of it
-            if line := explain(error):
-                sys.exit(say(line))
+            if line := describe_error(error):
+                sys.exit(print_error(line))
             traceback.print_exc()
             sys.exit(1)
         if errors:
@@ -123,21 +125,21 @@ class Sweep(Callback):
             sys.exit(code)
 
 
-def fail_fast(config: DictConfig) -> None:
+def stop_after_failure(config: DictConfig) -> None:
     """Keeps the jobs that have not begun from beginning, if that was asked for."""
     if config.hydra.callbacks.sweep.fail_fast:
         Path(config.hydra.sweep.dir, FAILED).touch()
 
 
-def record_loss(config: DictConfig, folder: Path, why: str) -> None:
+def record_lost_job(config: DictConfig, folder: Path, why: str) -> None:
     """Names a job whose process ended, and leaves error.txt in its place."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR_FILE).write_text(f"lost: {why}\n\nThe same command continues the sweep.\n")
-    fail_fast(config)
+    stop_after_failure(config)
 
 
 def record_failure(folder: Path, error: BaseException) -> None:
     """error.txt says why in its first line, for a bug with the traceback below."""
-    line = explain(error)
+    line = describe_error(error)
     text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
     (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")

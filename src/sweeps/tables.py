@@ -15,13 +15,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from src.command.process import write_whole
-from src.command.resume import continue_command
-from src.errors import UserError, printable
-from src.sweeps.jobs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Group, command
-from src.sweeps.significance import LEVEL, MOST, POWER, differences, interval, seeds_needed
+from src.core.errors import UserError, escape_control_characters
+from src.core.files import write_atomically
+from src.core.run_folder import format_continue_command
+from src.sweeps.runs import FAILED, FINISHED, NOT_BEGUN, STATUSES, UNFINISHED, Comparison, Setting, command
+from src.sweeps.stats import LEVEL, MOST, POWER, confidence_interval, corrected_p_values, required_seeds
 
-ONE_SAMPLE = "one sample"  # what src.backprop.sample calls itself
+ONE_SAMPLE = "one sample"  # what src.backprop.datamodule calls itself
 NAMED = 10  # settings that a finding has room to name
 
 
@@ -45,7 +45,7 @@ def write_csv(comparison: Comparison, file: Path) -> None:
     sheet = csv.DictWriter(stream, rows[0], lineterminator="\n")
     sheet.writeheader()
     sheet.writerows(rows)
-    write_whole(file, stream.getvalue().encode(errors="backslashreplace"))
+    write_atomically(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
 def number(value: float, metric: str, digits: str = ".4g") -> str:
@@ -53,7 +53,7 @@ def number(value: float, metric: str, digits: str = ".4g") -> str:
     return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:{digits}}"
 
 
-def score(group: Group, metric: str) -> str:
+def score(group: Setting, metric: str) -> str:
     """Mean ± standard deviation over the group's seeds."""
     mean, std = group.mean(metric), group.std(metric)
     if math.isnan(mean):
@@ -72,7 +72,7 @@ def judged(comparison: Comparison) -> dict[int, float]:
     several = {place: x for place, x in samples.items() if len(x) > 1 and all(map(math.isfinite, x))}
     if 0 not in several or len(several) == 1:
         return {}
-    return dict(zip(several, [1.0, *differences(list(several.values()))], strict=True))
+    return dict(zip(several, [1.0, *corrected_p_values(list(several.values()))], strict=True))
 
 
 def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -114,10 +114,10 @@ def summary(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
-def _interval(group: Group, metric: str) -> str:
+def _interval(group: Setting, metric: str) -> str:
     if math.isnan(group.std(metric)):  # fewer than two finite scores
         return ""
-    ends = interval(group.values(metric))
+    ends = confidence_interval(group.values(metric))
     if metric.endswith("acc"):  # of two seeds it may be wider than that
         ends = max(ends[0], 0.0), min(ends[1], 1.0)
     return " to ".join(number(end, metric) for end in ends)
@@ -151,7 +151,7 @@ def findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
         commands = []
         for sweep in sweeps:
             with suppress(UserError):  # Hydra was killed while it wrote it, or before
-                commands.append(f"    {continue_command(sweep)}")
+                commands.append(f"    {format_continue_command(sweep)}")
         said.append((f"Not finished: {len(missing)}", [*lines, *(["continue with", *commands] if commands else [])]))
     return said
 
@@ -170,7 +170,7 @@ def seeds(comparison: Comparison) -> list[str]:
     lines += [f"cannot be told apart from the best: {listed([group.name for group in alike.values()])}"] * bool(alike)
     if alike:
         second = next(iter(alike.values()))
-        needed = seeds_needed(groups[0].values(metric), second.values(metric), len(p))
+        needed = required_seeds(groups[0].values(metric), second.values(metric), len(p))
         apart = abs(groups[0].mean(metric) - second.mean(metric))
         size = f"{100 * apart:.2g} points" if metric.endswith("acc") else f"{apart:.2g}"
         count = f"about {needed}" if needed else f"more than {MOST:,}"
@@ -190,7 +190,7 @@ def markdown(comparison: Comparison, title: str, pictures: dict[str, str]) -> st
     heads, rows = summary(comparison)
     lines = [f"# {title}", "", counted(comparison), ""]
     for cells in heads, ["---"] * len(heads), *rows:
-        lines.append(f"| {' | '.join(printable(cell).replace('|', '&#124;') for cell in cells)} |")
+        lines.append(f"| {' | '.join(escape_control_characters(cell).replace('|', '&#124;') for cell in cells)} |")
     lines += [
         "",
         "A score is the mean ± the standard deviation over the seeds of equal settings, at the last epoch; the true "
@@ -258,5 +258,5 @@ def _table(comparison: Comparison, heads: list[str], rows: list[list[str]]) -> T
         table.add_column(name, justify="left" if name in ("run", "status", "best?") else "right", overflow="fold")
     for place, cells in enumerate(rows):
         style = "bold green" if place == 0 and comparison.best else None
-        table.add_row(*map(escape, map(printable, cells[: len(heads)])), style=style)
+        table.add_row(*map(escape, map(escape_control_characters, cells[: len(heads)])), style=style)
     return table

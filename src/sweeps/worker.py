@@ -1,9 +1,9 @@
 """What every worker of a sweep needs, imported once: each is forked from the process that did it."""
 
-from src.command.process import load_lightning
+from src.core.process import import_lightning
 
-load_lightning()
+import_lightning()
 
-from src.data import images  # noqa: E402, F401
+from src.data import datamodule  # noqa: E402, F401
 from src.models import classifier, cnn  # noqa: E402, F401
-from src.runs import build, checkpoints, console, dashboard, recovery, results  # noqa: E402, F401
+from src.training import checkpoints, console, instantiate, resume, run_record, tensorboard  # noqa: E402, F401

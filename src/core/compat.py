@@ -1,0 +1,229 @@
+"""What is taken from inside other packages, in one place. Checked on Hydra 1.3.8, Lightning 2.6.6, torch 2.11 to 2.15.
+
+A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
+"""
+
+import pickle
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, run_job
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from src.core.files import write_atomically
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+def get_hydra_parser() -> ArgumentParser:
+    """Of Hydra's own flags; what is left over are overrides."""
+    return get_args_parser()
+
+
+def validate_before_run(look: Callable[[DictConfig, Sequence[Override]], None]) -> None:
+    """Has `look` see the config, and the overrides in it, before a run or a sweep begins.
+
+    There Hydra composes it only to know which of the two is meant, and passes over a mistake that it finds: then all is
+    composed once more to find it again. What is composed here is what the run gets.
+    """
+
+    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+        config = hydra.compose_config(
+            config_name,
+            overrides,
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+            validate_sweep_overrides=False,
+        )
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        look(config, [override for override in parsed if not override.is_hydra_override()])
+        _compose_once(hydra.config_loader, config, parsed)
+        return config.hydra.mode
+
+    Hydra.get_mode = get_mode  # type: ignore[method-assign, assignment]
+
+
+def _compose_once(loader: Any, config: DictConfig, parsed: Sequence[Override]) -> None:
+    """Has the loader answer once with this config, composed of these overrides for a multirun, where it fits."""
+
+    def load_configuration(config_name: str, overrides: list[str], run_mode: RunMode, **settings: Any) -> DictConfig:
+        del loader.load_configuration
+        # A single run refuses both: Hydra says which.
+        refused = (
+            any(override.is_sweep_override() for override in parsed) or "???" in config.hydra.runtime.choices.values()
+        )
+        if refused:
+            return loader.load_configuration(config_name, overrides, run_mode, **settings)
+        for mode in overrides[len(parsed) :]:  # Hydra adds hydra.mode=… where the config does not say it
+            config.hydra.mode = RunMode[mode.partition("=")[2]]
+            config.hydra.overrides.hydra.append(mode)
+        return config
+
+    loader.load_configuration = load_configuration
+
+
+def get_composed_config(error: BaseException) -> DictConfig:
+    """The config that an override did not fit into; an empty one where it was to choose of a group."""
+    cause: Any = error.__cause__
+    return cause.parent_node._get_root() if cause else DictConfig({})
+
+
+class _WholeFiles(OmegaConf):
+    @staticmethod
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        write_atomically(Path(f), OmegaConf.to_yaml(config, resolve=resolve).encode())
+
+
+def hydras_sweeper() -> Any:
+    """Hydra's own sweeper, from the module that its search for plugins loads anew.
+
+    The multirun.yaml that it writes is whole: a sweep that was killed over half of one would be taken for another.
+    """
+    Plugins.instance()
+    from hydra._internal.core_plugins import basic_sweeper
+
+    basic_sweeper.OmegaConf = _WholeFiles  # type: ignore[misc]
+    return basic_sweeper.BasicSweeper
+
+
+def use_sweeper(sweeper: type) -> None:
+    """Puts a class in the place of Hydra's own sweeper: it takes plugins from its own packages alone."""
+    own = hydras_sweeper()
+    Plugins.instance().class_name_to_class[f"{own.__module__}.{own.__name__}"] = sweeper
+
+
+def joblib_job(launcher: Any, overrides: Sequence[str], number: int) -> Callable[[], JobReturn]:
+    """A job as Hydra's launcher for joblib does it, for any process."""
+    from hydra_plugins.hydra_joblib_launcher._core import execute_job
+
+    context, config, task = launcher.hydra_context, launcher.config, launcher.task_function
+    return partial(execute_job, number, list(overrides), context, config, task, Singleton.get_state())
+
+
+def pickled(value: Any) -> bytes:
+    """Functions as well that stand in no module."""
+    import cloudpickle
+
+    return cloudpickle.dumps(value)
+
+
+unpickled = pickle.loads
+
+
+def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    """Runs the task in a folder of its own, as Hydra runs the job of a command, without its log."""
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    return run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
+
+
+def journal(file: Path, heartbeat: int, stale: Callable[..., None]) -> Any:
+    """Optuna's journal with the heartbeat that it lacks: a file a trial, touched every so many seconds."""
+    from optuna.storages import JournalStorage
+    from optuna.storages._heartbeat import BaseHeartbeat
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+    beats = file.with_name(f".{file.name}.beats")
+    beats.mkdir(parents=True, exist_ok=True)
+
+    def beat(name: object) -> float:
+        (beats / str(name)).touch()
+        return (beats / str(name)).stat().st_mtime  # by the disk's clock, which is the same for all
+
+    class Journal(JournalStorage, BaseHeartbeat):
+        def record_heartbeat(self, trial_id: int) -> None:
+            beat(trial_id)
+
+        def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+            running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
+            files, now = {trial._trial_id: beats / str(trial._trial_id) for trial in running}, beat("now")
+            return [n for n, one in files.items() if one.exists() and now - one.stat().st_mtime > 2 * heartbeat]
+
+        def get_heartbeat_interval(self) -> int:
+            return heartbeat
+
+        def get_heartbeat_stale_trial_callback(self) -> Callable[..., None]:
+            return stale
+
+    return Journal(JournalFileBackend(str(file)))
+
+
+def get_job_error(job: JobReturn) -> Any:
+    """What a failed job raised; asked for its value, it would raise it again."""
+    return job._return_value
+
+
+def add_summary(writer: Any, summary: Any) -> None:
+    """A summary that torch's SummaryWriter has no method for."""
+    writer._get_file_writer().add_summary(summary)
+
+
+def continue_logger_run(logger: Any, name: str) -> None:
+    """Makes W&B's or MLflow's logger go on with the run of that name, which was begun in another process."""
+    if hasattr(logger, "_wandb_init"):
+        logger._id = logger._wandb_init["id"] = name
+    else:
+        logger._run_id = name
+
+
+def mark_as_not_restarting(trainer: "L.Trainer") -> None:
+    """Lightning steps no ReduceLROnPlateau where the epoch ends that it restarted in, for lack of metrics."""
+    trainer.fit_loop._restarting = False
+
+
+def get_loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
+    """Where the training DataLoaders are, of those that can tell (as torchdata's StatefulDataLoader)."""
+    loader = trainer.fit_loop._combined_loader
+    return loader._state_dicts() if loader else []
+
+
+def restart_dataloader(trainer: "L.Trainer", always: bool) -> bool:
+    """Begins a resumed epoch's batches where the loaders were, if they can tell: whether they can.
+
+    Lightning forgets to if a module asks how many steps there will be: that begins them before the checkpoint is read.
+    """
+    loop, told = trainer.fit_loop, bool(get_loader_states(trainer))
+    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
+    if states and loop._combined_loader:
+        loop._combined_loader._load_state_dicts(states)
+    if states or always:
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
+    return told
+
+
+def mark_between_batches(trainer: "L.Trainer", checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> None:
+    """Makes a checkpoint that is written where a batch starts one of the end of the batch before, as Lightning expects.
+
+    It would count a step more when it loads this one, and the loaders' `states` are those of that moment.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    steps = loops["epoch_loop.state_dict"]
+    steps["_batches_that_stepped"] -= not trainer.fit_loop.epoch_loop._should_accumulate()
+    if states:
+        loops["state_dict"]["combined_loader"] = states
+
+
+def disable_sigterm_broadcast(trainer: "L.Trainer") -> None:
+    """Several processes of Lightning ask each other before each step whether one got SIGTERM, and wait for it."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def set_closure_loss(closure: Any, loss: Any) -> None:
+    """Makes Lightning's closure of a step one that has run and given a copy of `loss`."""
+    from lightning.pytorch.loops.optimization.automatic import ClosureResult
+
+    closure._result = ClosureResult(loss)

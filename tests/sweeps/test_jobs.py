@@ -1,0 +1,196 @@
+"""The jobs of a multirun share a process and must not notice."""
+
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import starter
+import torch
+from conftest import as_torchrun_does
+from src.command import process
+
+from src.core.config import CONF
+from src.core.process import exit_with_first_process, restore_global_state
+
+TINY = (
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
+    *("callbacks.tensorboard=null", "trainer.max_epochs=1", "trainer.limit_train_batches=12"),
+)
+
+
+def final(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    weights = {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()}
+    return {"weights": weights, "metrics": json.loads((folder / "metrics.json").read_text())["metrics"]}
+
+
+@pytest.mark.parametrize("before", ["trainer.deterministic", "trainer.detect_anomaly", "trainer.benchmark"])
+def test_a_job_is_the_same_after_another_as_alone(program, tmp_path, before):
+    assert program(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
+    handlers, environment = list(logging.getLogger().handlers), dict(os.environ)
+    assert program("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
+    assert final(tmp_path / f"sweep/{before}=False") == final(tmp_path / "alone")
+    assert dict(os.environ) == environment
+    assert len(logging.getLogger().handlers) <= max(len(handlers), 2)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.is_anomaly_enabled()
+
+
+def test_a_job_gives_back_the_process_as_it_was():
+    def state():
+        return (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.get_float32_matmul_precision(),
+            torch.is_anomaly_enabled(),
+            dict(os.environ),
+        )
+
+    before = state()
+    with pytest.raises(ZeroDivisionError), restore_global_state():
+        torch.set_num_threads(before[0] + 1)
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        torch.set_float32_matmul_precision("medium")
+        torch.autograd.set_detect_anomaly(True)
+        os.environ["LOCAL_RANK"] = "7"
+        raise ZeroDivisionError
+    assert state() == before
+
+
+def test_several_devices_in_a_multirun_are_refused(program, tmp_path):
+    many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
+    result = program("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "trainer.devices=2: a sweep or a search trains on one device a job" in result.err
+    assert "Traceback" not in result.err and not list(tmp_path.rglob("*.ckpt"))
+
+
+SLURM = {
+    **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "17"},
+    **{"SLURM_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"},
+    **{"SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "2"},
+}
+
+
+def test_processes_that_slurm_starts_need_one_folder(program, monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    result = program(*TINY)
+    assert result.code == 2 and "set hydra.run.dir=" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from src.training.resume import ResumeCheckpoint
+
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it to 3, and would not log in the tests after
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
+        config = compose("train", overrides=[*overrides, "output_dir=nowhere"])
+    with restore_global_state():  # Lightning notes the first node's name in the environment
+        trainer = instantiate(config.trainer, logger=False)
+        environment = trainer.strategy.cluster_environment
+        assert isinstance(environment, SLURMEnvironment) and environment.creates_processes_externally
+        assert environment.main_address == "node1"
+        assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
+        ResumeCheckpoint("nowhere").setup(trainer, None, "fit")
+        assert not environment.auto_requeue
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
+def test_the_processes_of_a_run_end_with_the_first():
+    reading, writing = os.pipe()
+    first = os.fork()
+    if not first:
+        os.environ.pop("DIGITLAB_FIRST", None)
+        exit_with_first_process()
+        if not os.fork():
+            os.environ["LOCAL_RANK"] = "1"
+            exit_with_first_process()
+            os.write(writing, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 1) == b"x"
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # both have ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
+def test_a_process_whose_first_is_gone_ends_before_it_imports_anything():
+    environment = os.environ | {"LOCAL_RANK": "1", process.FIRST: "1"}
+    ended = subprocess.run([sys.executable, "-m", "src.train"], cwd=CONF.parent, env=environment, capture_output=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
+
+
+@pytest.mark.slow
+def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum has the same bits in any order
+    many = "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=11", "trainer.max_epochs=2"
+    command = [sys.executable, "-m", "src.train"]
+    arguments = [*TINY[:-2], *many, "callbacks.resume.every_steps=20"]
+    settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
+    limit = {"check": True, "timeout": 300}
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    as_torchrun_does(3, *arguments, f"hydra.run.dir={whole}")
+    first = starter.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
+    while first.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
+        time.sleep(0.05)
+    second, _ = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(second), signal.SIGKILL)
+    # It finds the connection closed, and says so, unless Lightning's observer of the processes kills it before or then.
+    said = "another process of this run has ended" in first.communicate(timeout=60)[1].decode()
+    assert first.returncode == -signal.SIGKILL or (first.returncode == 1 and said)
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
+    starter.run([*command, f"resume={folder}"], **limit, **settings)
+    assert final(folder) == final(whole)
+
+
+def test_runs_side_by_side_divide_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+
+    def threads() -> int:
+        monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+        monkeypatch.setattr("torch.set_num_threads", chosen.append)
+        process._runs_at_work.cache_clear()
+        process.divide_threads()
+        return chosen.pop()
+
+    chosen: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads() == 4
+    with process.register_active_run():
+        assert threads() == 4
+        with process.register_active_run():
+            assert threads() == 2
+            with process.register_active_run(), process.register_active_run(), process.register_active_run():
+                assert threads() == 1
+        assert threads() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    process.divide_threads()
+    assert not chosen  # who names a number gets it
+    process._runs_at_work.cache_clear()
+
+
+def test_another_users_folder_of_locks_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"digitlab-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with process.register_active_run():
+        assert not list((tmp_path / "theirs").iterdir())

@@ -1,0 +1,337 @@
+import csv
+import json
+import math
+import subprocess
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.core.config import (
+    CONF,
+    LIBRARY_ARGUMENTS,
+    ROOT_KEYS,
+    find_closest,
+    iterate_items,
+    resolve_config,
+    validate_config,
+)
+
+TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
+PLAIN = "callbacks.tensorboard=null", "trainer.limit_train_batches=12"
+
+
+@pytest.fixture
+def train(program, tmp_path):
+    """Trains a tiny network on the digits; gives the result and the run folder."""
+
+    def run(*overrides, folder="run", plain=PLAIN[:1]):
+        result = program(*TINY, *plain, f"hydra.run.dir={tmp_path / folder}", *overrides)
+        return result, tmp_path / folder
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return torch.cat([tensor.flatten().double() for tensor in state.values()])
+
+
+def test_speed_is_that_of_the_training_without_its_validations(train, monkeypatch):
+    monkeypatch.setattr("src.training.run_record.perf_counter", iter(range(100)).__next__)  # a second from look to look
+    _, folder = train("trainer.max_epochs=2", "trainer.limit_train_batches=1.0", "data.batch_size=1347", "test=false")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    # From the start to the first validation, from its end to the second, from there to the end.
+    assert metrics["steps"] == 2 and 1200 < metrics["samples_per_second"] * 3 / 2 <= 1347
+
+
+def test_a_run_leaves_everything_in_its_folder(train, tmp_path):
+    result, folder = train("trainer.max_epochs=2", plain=())
+    assert result.code == 0, result.err
+    assert "digits" in result.out and "epoch 2/2" in result.out and "\x1b" not in result.out
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["data"] == "digits" and metrics["epochs"] == 2 and metrics["seed"] == 0
+    assert metrics["samples_per_second"] > 0
+    assert metrics["parameters"] == 1_788 and metrics["best_epoch"] in (1, 2)
+    assert {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")} <= set(
+        metrics["metrics"]
+    )
+    assert f"test/acc {metrics['metrics']['test/acc'] * 100:10.2f} %".split() in [
+        line.split() for line in result.out.splitlines()
+    ]
+    assert "Total params: 1,788" in result.out and "Total params: 1,788" in (folder / "layers.txt").read_text()
+    assert OmegaConf.load(folder / ".hydra/config.yaml").trainer.max_epochs == 2
+    assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == metrics["best_epoch"] - 1
+    events = EventAccumulator(str(folder)).Reload()
+    assert len(events.Scalars("val/acc %")) == 2
+    assert events.Scalars("val/acc %")[-1].value == pytest.approx(100 * metrics["metrics"]["val/acc"])
+    assert {"train/loss", "train/acc %", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
+
+
+def test_logged_scores_are_those_of_the_final_weights(train):
+    from hydra.utils import instantiate
+
+    _, folder = train("model.dropout=0.1", "data.eval_batch_size=37")  # the last batch is a smaller one
+    config = OmegaConf.load(folder / ".hydra/config.yaml")
+    net = instantiate(config.model).eval()
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items() if name[:4] == "net."})
+    data = instantiate(config.data)
+    data.setup("test")
+    images, labels = data.sets.test
+
+    with torch.no_grad():
+        log_probabilities = net(data.spec.normalize(images))
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["test/acc"] == pytest.approx((log_probabilities.argmax(1) == labels).float().mean().item())
+    expected = torch.nn.functional.nll_loss(log_probabilities, labels).item()
+    assert metrics["test/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_equal_seeds_give_equal_weights_alone_and_within_a_multirun(train, program, tmp_path, seed):
+    some = *PLAIN, "model.dropout=0.1"
+    _, alone = train(f"seed={seed}", *some, folder="alone")
+    result = program("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.code == 0, result.err
+    assert torch.equal(weights(alone), weights(tmp_path / f"sweep/seed={seed}"))
+    assert not torch.equal(weights(alone), weights(tmp_path / "sweep/seed=7"))
+
+
+def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(program, tmp_path):
+    result = program(
+        *("-m", *TINY[:-1], *PLAIN, "optimizer.lr=0.01,0.1", "model.dropout=0,0.5", "trainer.max_time=null"),
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    assert result.code == 0, result.err
+    assert {path.parent.name for path in tmp_path.glob("*/metrics.json")} == {
+        f"model.dropout={dropout}_optimizer.lr={lr}" for dropout in ("0", "0.5") for lr in ("0.01", "0.1")
+    }
+
+
+def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
+    result = program("-m", *TINY, *PLAIN, "data.val_size=9999,150", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "data.val_size=9999" in result.err and "Traceback" not in result.err
+    assert [path.parent.name for path in tmp_path.glob("*/metrics.json")] == ["data.val_size=150"]
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("trainer.max_epoch=3", "did you mean trainer.max_epochs?"),
+        ("+trainer.max_epoch=3", "did you mean trainer.max_epochs?"),
+        ("max_epochs=3", "did you mean trainer.max_epochs?"),
+        ("optimiser.lr=3", "did you mean optimizer.lr?"),
+        ("optimzer=sgd", "did you mean optimizer?"),
+        ("+nonsense=3", "there is no such key"),
+        ("+data.nonsense=3", "nonsense"),
+        ("+trainer.nonsense=3", "nonsense"),
+        ("model=cn", "did you mean cnn?"),
+        ("model", "model"),
+        ("optimizer.lr=[", "optimizer.lr"),
+        ("optimizer.lr=0.1,0.2", "-m"),
+        ("optimizer.lr=???", "optimizer.lr"),
+        ("seed=abc", "a whole number from 0 to 4294967295"),
+        ("seed=null", "a whole number from 0 to 4294967295"),
+        ("seed=-1", "a whole number from 0 to 4294967295"),
+        ("model.dropout=2", "a number from 0 up to, but not including, 1"),
+        ("model.dropout=true", "a number from 0"),
+        ("model.channels=[1,2]", "six"),
+        ("model.blur=0.5", "a number from 0 to 0.25"),
+        ("data.augment.interpolation=cubic", "one of bilinear, bicubic"),
+        ("optimizer.lr=0", "a number above 0"),
+        ("optimizer.lr=nan", "a number above 0"),
+        ("data.batch_size=1.5", "a whole number of 1 or more"),
+        ("trainer.max_epochs=three", "a whole number of 1 or more"),
+        ("trainer.precision=7", "precision"),
+        ("trainer.devices=none", "devices"),
+        ("optimized_metric=val/accuracy", "val/acc"),
+        ("optimized_metric=test/acc", "nothing may be chosen"),
+        ("callbacks.best.monitor=val/accuracy", "val/accuracy"),
+        pytest.param(
+            "trainer.accelerator=gpu",
+            "set trainer.accelerator=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(train, mistake, words):
+    result, folder = train("trainer.max_epochs=1", mistake)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1 and result.err.startswith("error: ") and words in result.err
+    assert not folder.exists() or mistake.endswith("val/accuracy")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["+optimizer.maximize=false"],
+        ["logger=none"],
+        ["logger=[tensorboard,csv]", "scheduler=plateau"],
+        ["trainer.profiler=simple"],
+        ["callbacks=default", "callbacks.best=null"],
+        ["debug=default"],
+    ],
+)
+def test_options_that_a_hydra_user_expects(train, more):
+    few = [] if "debug=default" in more else ["trainer.limit_train_batches=6"]
+    result, folder = train(*few, *more)
+    assert result.code == 0, result.err
+    assert (folder / "metrics.json").exists()
+    assert ("FIT Profiler Report" in result.out + result.err) == ("trainer.profiler=simple" in more)
+    if "debug=default" in more:
+        assert json.loads((folder / "metrics.json").read_text())["steps"] == 1
+
+
+def test_max_time_ends_a_run(train):
+    result, folder = train("trainer.max_epochs=100000", "trainer.max_time={seconds: 3}", "scheduler=none")
+    assert result.code == 0, result.err
+    assert 0 < json.loads((folder / "metrics.json").read_text())["epochs"] < 1000
+
+
+def test_a_schedule_that_counts_epochs_is_stepped_by_epochs(train):
+    _, folder = train("trainer.max_epochs=4", "trainer.limit_train_batches=3", "scheduler=cosine", "logger=csv")
+    with (folder / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+
+
+@pytest.mark.parametrize("monitor", ["optimized_metric", "callbacks.best.monitor"])
+def test_a_score_that_nothing_logs_is_said_before_the_training(train, monitor):
+    result, folder = train("trainer.max_epochs=50", f"{monitor}=val/accuracy", "callbacks.resume.every_steps=1")
+    assert result.code == 2 and "=val/accuracy: the run has val/acc, val/loss" in result.err
+    assert "epoch 1/50" not in result.out and not list(folder.rglob("*.ckpt"))
+
+
+def test_a_training_score_that_nothing_logs_is_said_after_an_epoch(train):
+    result, folder = train("trainer.max_epochs=50", "optimized_metric=train/accuracy", "callbacks.best=null")
+    assert result.code == 2 and "optimized_metric=train/accuracy: the run has" in result.err
+    assert "epoch 2/50" not in result.out and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        (["trainer.val_check_interval=1000"], "val_check_interval"),
+        (["data.val_size=0"], "ends before its first validation"),
+        (["trainer.limit_val_batches=0"], "ends before its first validation"),
+        (["trainer.max_steps=1"], "ends before its first validation"),
+        (["trainer.check_val_every_n_epoch=9"], "ends before its first validation"),
+        (["data=backprop", "optimized_metric=null"], "data=backprop has no images"),
+        (["-m", "seed=range(0)"], "seed=range(0)"),
+    ],
+)
+def test_what_turns_out_where_training_begins_is_one_line(program, tmp_path, mistake, words):
+    result = program(
+        *mistake,
+        *(one for one in TINY if "data=" not in one or len(mistake) < 2),
+        f"hydra.{'sweep' if '-m' in mistake else 'run'}.dir={tmp_path / 'run'}",
+    )
+    assert result.code == 2 and "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("error: ") and words in result.err.splitlines()[-1]
+
+
+def test_some_batches_can_be_overfitted(train):
+    result, folder = train("trainer.overfit_batches=2", "trainer.max_epochs=2")
+    assert result.code == 0, result.err
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_too_few_steps_for_the_schedule_are_one_line(train):
+    result, _ = train("trainer.max_epochs=1", "trainer.limit_train_batches=5")
+    assert result.code == 2 and "5 steps are too few for the scheduler" in result.err.splitlines()[-1]
+
+
+def test_missing_mnist_is_one_line(train, tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    result, folder = train("data=mnist", f"data.root={tmp_path / 'none'}")
+    assert result.code == 2 and "data=digits" in result.err.splitlines()[-1] and "Traceback" not in result.err
+    assert not (folder / "metrics.json").exists()
+
+
+def test_a_bug_gets_its_traceback(train, monkeypatch):
+    import lightning as L
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(L.Trainer, "fit", broken)
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["trainer.max_epoch=3"], ["seed=abc"]])
+def test_answers_come_without_pytorch(arguments):
+    code = f"""
+import sys
+from src.train import main
+sys.argv[1:] = {arguments}
+try:
+    main()
+finally:
+    slow = {{"torch", "lightning", "torchvision", "sklearn", "matplotlib"}} & set(sys.modules)
+    assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AssertionError" not in done.stderr, done.stderr
+    assert done.returncode == (0 if arguments[0].startswith("--") else 2), done.stderr
+
+
+def options(group: str) -> list[str]:
+    return [f"{group}={file.stem}" for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(
+    "choice", [o for folder in sorted(CONF.iterdir()) if folder.is_dir() for o in options(folder.name)]
+)
+def test_every_config_composes_and_holds_to_the_rules(choice):
+    roots = ["tune"] if choice.startswith("search=") else ["train", "tune"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for root in roots:
+            config = compose(root, overrides=[choice, "output_dir=."])
+            if OmegaConf.is_missing(config.data, "source"):  # what others begin with
+                config.data.dataset = {"_target_": "src.data.datasets.Digits"}
+            validate_config(resolve_config(config))
+
+
+def test_every_rule_is_for_an_argument_that_some_config_has():
+    read = set()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for choices in zip_longest(*(options(folder.name) for folder in CONF.iterdir())):  # of each group one
+            config = OmegaConf.to_container(compose("tune", overrides=[*filter(None, choices)]))
+            read |= {("", key) for key in config}
+            for _, node in iterate_items(config):
+                target = node.get("_target_") if isinstance(node, dict) else None
+                module = str(target).rpartition(".")[0] + ".*"
+                read |= {(name, key) for key in node for name in (target, module)} if target else set()
+    assert {("", key) for key in ROOT_KEYS} <= read
+    assert {(target, key) for target, rules in LIBRARY_ARGUMENTS.items() for key in rules} <= read
+
+
+def test_nothing_is_suggested_for_what_is_like_nothing():
+    assert find_closest("zzz", ["trainer.max_epochs", "seed"]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu(train):
+    result, folder = train("trainer.accelerator=gpu")
+    assert result.code == 0, result.err
+    assert "NVIDIA" in json.loads((folder / "metrics.json").read_text())["device"]
+
+
+@pytest.mark.slow
+@pytest.mark.mnist
+def test_a_third_of_an_epoch_on_mnist_reaches_98_percent(program, real_mnist, tmp_path):
+    short = "trainer.max_epochs=1", "trainer.limit_train_batches=0.3", PLAIN[0]
+    result = program(*short, f"data.root={real_mnist}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/acc"] > 0.98
