@@ -1,4 +1,4 @@
-"""What takes seconds to import is imported where it is used: the process that spreads the tests needs none of it."""
+"""Fixtures that the tests share. Slow imports stand inside them, so that the xdist controller does not wait for them."""
 
 import gc
 import hashlib
@@ -10,43 +10,19 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import starter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
 gc.disable()  # until all is imported: it would look at the modules again and again, and find nothing
-STARTER, PROCESS = pytest.StashKey[str](), pytest.StashKey[subprocess.Popen]()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more than cores, because some tests wait for processes of their own; at most four, because of the memory."""
-    return min(4, (os.cpu_count() or 1) + 1)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Has one process for all workers that starts programs; what it imports, it imports when it is first asked."""
-    if not hasattr(config, "workerinput"):
-        folder = config.stash[STARTER] = tempfile.mkdtemp()
-        os.environ[starter.ADDRESS] = f"{folder}/socket"
-        command = [sys.executable, starter.__file__, os.environ[starter.ADDRESS]]
-        config.stash[PROCESS] = subprocess.Popen(command, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        config.stash[PROCESS].stdout.readline()
-
-
-def pytest_xdist_setupnodes() -> None:
-    """The workers are forked from that process as well."""
-    subprocess.Popen = starter.Popen
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if PROCESS in config.stash:
-        config.stash[PROCESS].communicate()
-        shutil.rmtree(config.stash[STARTER])
+    """Use one worker per core, at most four, because each holds PyTorch in memory."""
+    return min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_finish() -> None:
@@ -84,7 +60,7 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def program(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
+def run_main(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
     """Runs a main in this process as the shell would, and gives its exit code and what it printed."""
 
     from src import train
@@ -102,6 +78,40 @@ def program(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
     yield run
     for handler in [one for one in logging.getLogger().handlers if type(one) is logging.FileHandler]:
         logging.getLogger().removeHandler(handler)  # the last run's log, whose folder may be gone
+
+
+def train_small(folder: Path, *overrides: str) -> Path:
+    """Train a tiny network on a few digits into `folder`, in this process, and return `folder`."""
+    from src import train
+
+    arguments = [*SMALL, *overrides]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["src/train.py", *arguments, f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={folder}"]
+        )
+        try:
+            train.main()
+        except SystemExit as stop:
+            assert not stop.code
+    return folder
+
+
+SMALL = (
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.accelerator=cpu", "trainer.max_epochs=2"),
+    *("trainer.limit_train_batches=6", "callbacks.tensorboard=null"),
+)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """The folder of a finished run of two epochs on digits. Read it only; copy it to change anything."""
+    return train_small(tmp_path_factory.mktemp("finished") / "run", "name=small")
+
+
+@pytest.fixture(scope="session")
+def finished_sweep(tmp_path_factory) -> Path:
+    """The folder of a finished sweep, two learning rates with two seeds each. Read it only; copy it to change anything."""
+    return train_small(tmp_path_factory.mktemp("finished") / "sweep", "-m", "optimizer.lr=0.05,0.2", "seed=0,1")
 
 
 @pytest.fixture
@@ -167,7 +177,7 @@ def browser():
         browser.close()
 
 
-class Killed(BaseException):
+class SimulatedKill(BaseException):
     """Ends a run as SIGKILL would: nothing is written any more."""
 
 
@@ -182,8 +192,8 @@ def stop(monkeypatch):
         def on_train_batch_start(self, trainer, *arguments):
             if trainer.fit_loop.total_batch_idx == batch:
                 monkeypatch.setattr(ResumeCheckpoint, "on_train_batch_start", original)
-                if how is Killed:
-                    raise Killed
+                if how is SimulatedKill:
+                    raise SimulatedKill
                 os.kill(os.getpid(), how)
             original(self, trainer, *arguments)
 
@@ -192,7 +202,7 @@ def stop(monkeypatch):
     return at
 
 
-def as_torchrun_does(number: int, *arguments: str) -> None:
+def run_with_processes(number: int, *arguments: str) -> None:
     """Trains with that many processes, all of them forked: Lightning and Slurm start each anew, for five seconds."""
     command = [sys.executable, "-m", "src.train", *arguments, "trainer=ddp", f"trainer.devices={number}"]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -201,11 +211,11 @@ def as_torchrun_does(number: int, *arguments: str) -> None:
     shared |= {"MASTER_PORT": f"{port}"}
     ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number))
     root = Path(__file__).parents[1]
-    processes = [starter.Popen(command, cwd=root, env=shared | rank) for rank in ranks]
+    processes = [subprocess.Popen(command, cwd=root, env=shared | rank) for rank in ranks]
     assert [process.wait(300) for process in processes] == [0] * number
 
 
-def outcome(folder: Path) -> dict:
+def read_outcome(folder: Path) -> dict:
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from conftest import Killed, outcome
+from conftest import SimulatedKill, read_outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.backprop import formulas, workbook
@@ -255,9 +255,9 @@ def test_wrong_sample_and_gradients():
 
 
 @pytest.fixture
-def run(program):
+def run(run_main):
     def run(*arguments):
-        result = program(*arguments, "experiment=backprop")
+        result = run_main(*arguments, "experiment=backprop")
         assert result.code == 0, result.err
         return result
 
@@ -358,8 +358,8 @@ def test_sweep_over_more_than_the_learning_rate(run, tmp_path):
         ("task.gradients=guess", "must be one of autograd, equations, spreadsheet"),
     ],
 )
-def test_mistakes_are_one_line(program, tmp_path, override, words):
-    result = program("experiment=backprop", f"hydra.run.dir={tmp_path}/run", override)
+def test_mistakes_are_one_line(run_main, tmp_path, override, words):
+    result = run_main("experiment=backprop", f"hydra.run.dir={tmp_path}/run", override)
     assert result.code == 2
     (line,) = result.err.splitlines()
     assert line.startswith("error: ") and words in line
@@ -414,11 +414,11 @@ def test_lesson_says_what_its_command_prints(tmp_path, capsys):
         assert all(quote in lesson for quote in quotes), line
 
 
-def test_help_only_helps(program, monkeypatch):
+def test_help_only_helps(run_main, monkeypatch):
     monkeypatch.setattr("src.backprop.lesson.draw_lesson", lambda folder: pytest.fail("it draws"))
-    result = program("--help", main=lesson)
+    result = run_main("--help", main=lesson)
     assert result.code == 0 and "docs/backprop.md" in result.out
-    result = program("docs", main=lesson)
+    result = run_main("docs", main=lesson)
     assert result.code == 2 and result.err.count("\n") == 1 and "--help shows the arguments" in result.err
 
 
@@ -431,13 +431,13 @@ def test_lesson_names_functions_that_exist():
         assert hasattr(model, name) or hasattr(formulas, name) or name in ("past_two", "descend"), name
 
 
-def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop):
+def test_a_killed_run_continues_to_the_same_bits(run_main, tmp_path, interrupt_at):
     small = "experiment=backprop", "trainer.max_epochs=20", "callbacks.resume.every_steps=6"
-    assert program(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
-    stop(15, Killed)
-    with pytest.raises(Killed):
-        program(*small, f"hydra.run.dir={tmp_path / 'run'}")
-    result = program(f"resume={tmp_path / 'run'}")
+    assert run_main(*small, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    interrupt_at(15, SimulatedKill)
+    with pytest.raises(SimulatedKill):
+        run_main(*small, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(f"resume={tmp_path / 'run'}")
     assert result.code == 0, result.err
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert read_outcome(tmp_path / "run") == read_outcome(tmp_path / "whole")
     assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()

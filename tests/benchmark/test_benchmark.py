@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 TINY = "data=digits", "model.channels=[4,4,4,4,4,4]", "--batches", 2, "--rounds", 1
 
 
-def test_the_ratios_are_those_of_the_speeds(program):
-    result = program(*TINY, main=main)
+def test_the_ratios_are_those_of_the_speeds(run_main):
+    result = run_main(*TINY, main=main)
     assert result.code == 0, result.err
     speeds = {
         name: float(value.replace(",", "")) for name, value in re.findall(r"^([abc]) +([\d,]+) i", result.out, re.M)
@@ -40,8 +40,8 @@ def test_the_runs_take_turns(monkeypatch):
     assert all(seconds > 0 for each in callback.seconds.values() for seconds in each)
 
 
-def test_the_time_to_a_score_is_that_of_whole_runs(program):
-    result = program("--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=main)
+def test_the_time_to_a_score_is_that_of_whole_runs(run_main):
+    result = run_main("--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=main)
     assert result.code == 0, result.err
     *own, other = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
     assert float(re.search(r"^c  seed 3  ([\d.]+) %", result.out, re.M)[1]) >= 30
@@ -53,12 +53,12 @@ def test_the_time_to_a_score_is_that_of_whole_runs(program):
     assert ratio == pytest.approx(other / sum(own) * 2, abs=0.1 + 0.2 / sum(own))
 
 
-def test_the_time_to_a_score_has_the_teacher_in_it(program, tmp_path, small_weights):
+def test_the_time_to_a_score_has_the_teacher_in_it(run_main, tmp_path, small_weights):
     pytest.importorskip("src.teachers", reason="the teachers are deleted")
     teacher = f"{{_target_:src.distillation.ensemble.Ensemble,files:[{small_weights}]}}"
     reinforce = f"{{_target_:src.distillation.soft_labels.SoftLabels,teacher:{teacher},folder:{tmp_path / 'answers'}}}"
     short = "data=digits", f"+data.soft_labels={reinforce}", "trainer.max_steps=3", "--seeds", 2
-    result = program("--time-to", 1, *short, "experiment=fast", "task.distill_weight=0", main=main)
+    result = run_main("--time-to", 1, *short, "experiment=fast", "task.distill_weight=0", main=main)
     assert result.code == 0, result.err
     found = re.findall(
         r"^b  seed [01]  .*, ([\d.]+) s, ([\d.]+) s of them for the teacher's answers$", result.out, re.M
@@ -78,12 +78,12 @@ def test_the_time_to_a_score_has_the_teacher_in_it(program, tmp_path, small_weig
         (("experiment=record",), "data=mnist"),
     ],
 )
-def test_a_mistake_is_one_line(program, arguments, words):
-    result = program(*arguments, main=main)
+def test_a_mistake_is_one_line(run_main, arguments, words):
+    result = run_main(*arguments, main=main)
     assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
 
 
-def test_side_by_side_adds_up_what_runs_at_once_have(monkeypatch, program):
+def test_side_by_side_adds_up_what_runs_at_once_have(monkeypatch, run_main):
     class Run:
         """Writes at its end what a run beside so many others would."""
 
@@ -103,7 +103,7 @@ def test_side_by_side_adds_up_what_runs_at_once_have(monkeypatch, program):
             return 0
 
     monkeypatch.setattr(speed.subprocess, "Popen", Run)
-    result = program("--side-by-side", "--rounds", 1, main=main)
+    result = run_main("--side-by-side", "--rounds", 1, main=main)
     rows = re.findall(r"^(\d) at once, (\w+).*? (\d+) images/s +([\d.]+)", result.out, re.M)
     assert rows == [
         *(("1", "divided", "100", "1.00"), ("2", "divided", "120", "1.20")),

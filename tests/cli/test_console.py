@@ -38,7 +38,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(program, monkeypatch):
+def terminal(run_main, monkeypatch):
     """Runs a main with a terminal for its output; gives the lines that stay on it."""
 
     def run(*arguments: object, main=train.main, columns: int = 80) -> list[str]:
@@ -47,7 +47,7 @@ def terminal(program, monkeypatch):
         for name, value in ("TERM", "xterm"), ("COLUMNS", str(columns)), ("LINES", "50"):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("rich._console", None)  # the one of a test before has its width
-        program(*arguments, main=main)
+        run_main(*arguments, main=main)
         # A line that is erased later was a state of the bar.
         seen = re.sub(r"[^\n]*\n?(\r|\x1b\[1A|\x1b\[\?25h)*\x1b\[2K", "", screen.getvalue())
         return re.sub(r"\r|\x1b\[[?\d;]*[A-Za-z]", "", seen).splitlines()
@@ -91,8 +91,8 @@ def test_a_sweep_on_a_terminal_has_a_line_a_job(terminal, tmp_path):
         (["optimizer.lr=[0.1"], "a bracket is open; close it"),
     ],
 )
-def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, arguments, said):
-    result = program(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+def test_a_first_mistake_is_one_line_that_names_the_fix(run_main, tmp_path, arguments, said):
+    result = run_main(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and result.err.startswith("error: ") and said in result.err
     assert len(result.err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -105,38 +105,38 @@ def test_a_first_mistake_is_one_line_that_names_the_fix(program, tmp_path, argum
         (["-m", "model=cnn,cn"], "model=cn: there is no such option; did you mean cnn?"),
     ],
 )
-def test_parts_that_do_not_fit_are_one_line_and_leave_nothing(program, tmp_path, arguments, said):
-    result = program(*arguments, f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+def test_parts_that_do_not_fit_are_one_line_and_leave_nothing(run_main, tmp_path, arguments, said):
+    result = run_main(*arguments, f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and said in result.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_that_cannot_begin_takes_nothing_that_was_there(program, tmp_path):
+def test_a_sweep_that_cannot_begin_takes_nothing_that_was_there(run_main, tmp_path):
     (tmp_path / "mine").mkdir()
-    assert program("-m", "model=cnn,cn", f"hydra.sweep.dir={tmp_path}").code == 2
+    assert run_main("-m", "model=cnn,cn", f"hydra.sweep.dir={tmp_path}").code == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
-def test_a_study_is_not_in_a_sweeps_folder(program, tmp_path):
+def test_a_study_is_not_in_a_sweeps_folder(run_main, tmp_path):
     places = f"hydra.run.dir={tmp_path / 'study'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    result = program(*places, main=tune.main)
+    result = run_main(*places, main=tune.main)
     assert result.code == 2 and "hydra.run.dir" in result.err and not list(tmp_path.iterdir())
 
 
-def test_an_empty_variable_is_named(program, monkeypatch):
+def test_an_empty_variable_is_named(run_main, monkeypatch):
     monkeypatch.setenv("MNIST_ROOT", "")
-    assert "MNIST_ROOT is empty" in program().err
+    assert "MNIST_ROOT is empty" in run_main().err
 
 
 @pytest.mark.parametrize(
     "key", ["optimizer.rl=1", "data=digits optimizer.rl=1", "+optimizer.ls=1", "-m +optimizer.ls=1,2"]
 )
-def test_a_mistyped_key_takes_one_composition(program, monkeypatch, key):
+def test_a_mistyped_key_takes_one_composition(run_main, monkeypatch, key):
     composed, compose = [], ConfigLoaderImpl.load_configuration
     monkeypatch.setattr(
         ConfigLoaderImpl, "load_configuration", lambda *given, **more: composed.append(1) or compose(*given, **more)
     )
-    assert "did you mean optimizer.lr?" in program(*key.split()).err and len(composed) == 1
+    assert "did you mean optimizer.lr?" in run_main(*key.split()).err and len(composed) == 1
 
 
 def test_overrides_may_stand_on_both_sides_of_a_flag():
@@ -168,21 +168,21 @@ def test_what_cannot_be_fetched_leaves_no_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
-def test_help_is_made_of_the_configs(program, monkeypatch):
+def test_help_is_made_of_the_configs(run_main, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = program("--help")
+    result = run_main("--help")
     assert result.code == 0 and max(map(len, result.out.splitlines())) <= 80
     for experiment in (CONF / "experiment").glob("*.yaml"):
         assert re.search(rf"^{experiment.stem}  +\S", result.out, re.M)
     for key in ROOT_KEYS.keys() & OmegaConf.load(CONF / "train.yaml").keys():
         assert re.search(rf"^{key}=", result.out, re.M)
     assert re.search(r"^seed=0 +weights, order", result.out, re.M) and "*sgd" in result.out
-    assert "n_trials=20" in program("--help", main=tune.main).out
-    group = program("--help", "optimizer", "optimizer=muon").out
+    assert "n_trials=20" in run_main("--help", main=tune.main).out
+    group = run_main("--help", "optimizer", "optimizer=muon").out
     assert re.search(r"^sgd  +Stochastic", group, re.M) and "optimizer.lr=0.1 " in group and "(a number above" in group
     assert re.search(r"^optimizer.sgd_lr_ratio=0.2 +learning rate of all but", group, re.M)
-    assert "trainer.max_epochs=5" in program("-h", "max_epochs").out
-    mistaken = program("--help", "optimzer")
+    assert "trainer.max_epochs=5" in run_main("-h", "max_epochs").out
+    mistaken = run_main("--help", "optimzer")
     assert mistaken.code == 2 and "did you mean optimizer?" in mistaken.err
 
 

@@ -62,9 +62,9 @@ def test_other_requests_are_refused(served, method, path, body, headers, status)
     assert ask(served(), method, path, body, headers)[0] == status
 
 
-def test_a_port_in_use_is_one_line(served, program, small_weights):
+def test_a_port_in_use_is_one_line(served, run_main, small_weights):
     port = served()
-    result = program(small_weights, "--port", port, main=draw.main)
+    result = run_main(small_weights, "--port", port, main=draw.main)
     assert result.code == 2 and result.err.startswith(f"error: port {port}: ") and result.err.count("\n") == 1
 
 

@@ -10,8 +10,8 @@ from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
 ort = pytest.importorskip("onnxruntime")
 
 
-def exported(program, folder, *arguments):
-    result = program(*arguments, "--output", folder, main=export.main)
+def exported(run_main, folder, *arguments):
+    result = run_main(*arguments, "--output", folder, main=export.main)
     assert result.code == 0, result.err
     session = ort.InferenceSession(folder / "digits.onnx", providers=["CPUExecutionProvider"])
     graph = torch.export.load(folder / "digits.pt2").module()
@@ -21,8 +21,8 @@ def exported(program, folder, *arguments):
     }
 
 
-def test_exports_take_bytes_in_batches_of_any_size(program, small_weights, tmp_path):
-    result, readers = exported(program, tmp_path / "new", small_weights, "--root", tmp_path)
+def test_exports_take_bytes_in_batches_of_any_size(run_main, small_weights, tmp_path):
+    result, readers = exported(run_main, tmp_path / "new", small_weights, "--root", tmp_path)
     net, images = load_predictor(small_weights), Digits().read(tmp_path).test.images
     for name, reader in readers.items():
         for count in 1, 2, 7, 360:
@@ -33,8 +33,8 @@ def test_exports_take_bytes_in_batches_of_any_size(program, small_weights, tmp_p
 
 
 @pytest.mark.mnist
-def test_the_shipped_weights_export_on_1000_test_images(program, real_mnist, tmp_path):
-    result, readers = exported(program, tmp_path, "--root", real_mnist)
+def test_the_shipped_weights_export_on_1000_test_images(run_main, real_mnist, tmp_path):
+    result, readers = exported(run_main, tmp_path, "--root", real_mnist)
     images, labels = (tensor[:1000] for tensor in MNIST().read(real_mnist).test)
     expected = load_predictor(SHIPPED_WEIGHTS)(images)
     for reader in readers.values():
@@ -46,13 +46,13 @@ def test_the_shipped_weights_export_on_1000_test_images(program, real_mnist, tmp
     assert accuracy > 0.99 and result.out.count(f"accuracy {accuracy:.2%}") == 3
 
 
-def test_a_missing_extra_is_one_line(program, small_weights, monkeypatch):
+def test_a_missing_extra_is_one_line(run_main, small_weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = program(small_weights, main=export.main)
+    result = run_main(small_weights, main=export.main)
     assert result.code == 2 and result.err == "error: onnxruntime is missing; pip install -e '.[export]' brings it\n"
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(program, small_weights, tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_line(run_main, small_weights, tmp_path):
     (tmp_path / "file").touch()
-    result = program(small_weights, "--output", tmp_path / "file", "--root", tmp_path, main=export.main)
+    result = run_main(small_weights, "--output", tmp_path / "file", "--root", tmp_path, main=export.main)
     assert result.code == 2 and result.err.splitlines()[-1].endswith("cannot be written (File exists)")

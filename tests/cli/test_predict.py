@@ -22,8 +22,8 @@ DRAWN = sorted((Path(__file__).parents[1] / "images").glob("[0-9].*"))
 
 
 @pytest.fixture
-def read(program, small_weights):
-    return lambda *arguments: program("--weights", small_weights, *arguments, main=predict.main)
+def read(run_main, small_weights):
+    return lambda *arguments: run_main("--weights", small_weights, *arguments, main=predict.main)
 
 
 def seven(size=(100, 140), ink=0, paper=255) -> Image.Image:
@@ -39,8 +39,8 @@ def encoded(image: Image.Image, format="PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def test_every_drawing_is_read_by_the_shipped_weights(program):
-    result = program("--json", *DRAWN, main=predict.main)
+def test_every_drawing_is_read_by_the_shipped_weights(run_main):
+    result = run_main("--json", *DRAWN, main=predict.main)
     assert result.code == 0, result.err
     answers = json.loads(result.out)
     right = [answer["digit"] == int(Path(answer["file"]).stem) for answer in answers]
@@ -278,8 +278,8 @@ def test_folders_are_searched_for_images(tmp_path):
         (["--show", "/proc/none/x.png", "{drawn}"], "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line(program, small_weights, tmp_path, arguments, words):
+def test_a_mistake_is_one_line(run_main, small_weights, tmp_path, arguments, words):
     arguments = [argument.format(tmp=tmp_path, drawn=DRAWN[0]) for argument in arguments]
-    result = program("--weights", small_weights, *arguments, main=predict.main)
+    result = run_main("--weights", small_weights, *arguments, main=predict.main)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
     assert not re.search("Traceback", result.err)

@@ -10,7 +10,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import starter
 import torch
 from torchvision.datasets import MNIST
 
@@ -238,7 +237,7 @@ train.main()
 """
     tiny = "model.channels=[4,4,4,4,4,4]", "data.val_size=10", "trainer.max_epochs=1", "callbacks.tensorboard=null"
     runs = [
-        starter.Popen(
+        subprocess.Popen(
             [sys.executable, "-c", code, *tiny, f"data.root={tmp_path / 'new'}", f"hydra.run.dir={tmp_path / name}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

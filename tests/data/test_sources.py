@@ -156,25 +156,25 @@ def test_a_set_that_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"GIF89a", None])
-def test_a_broken_picture_is_named(program, pictures, damage, tmp_path):
+def test_a_broken_picture_is_named(run_main, pictures, damage, tmp_path):
     file = pictures / "red/0.png"
     if damage is None:
         for colour in COLOURS[1:]:
             (pictures / colour).rename(tmp_path / colour)
     else:
         file.write_bytes(damage)
-    result = program(*TINY, "data=folder", f"data.root={pictures}", f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*TINY, "data=folder", f"data.root={pictures}", f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and not (tmp_path / "run").exists()
     assert ("red/0.png: " in result.err) if damage is not None else ("two classes" in result.err)
 
 
-def test_another_data_set_is_trained_on_scored_read_and_exported(program, fashion, tmp_path):
+def test_another_data_set_is_trained_on_scored_read_and_exported(run_main, fashion, tmp_path):
     folder = tmp_path / "run"
-    result = program(*TINY, "data=fashion", f"data.root={fashion}", f"hydra.run.dir={folder}", "optimizer.lr=0.05")
+    result = run_main(*TINY, "data=fashion", f"data.root={fashion}", f"hydra.run.dir={folder}", "optimizer.lr=0.05")
     assert result.code == 0, result.err
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["data"] == "fashionmnist"
-    result = program(folder, "--output", tmp_path / "out", main=evaluate.main)
+    result = run_main(folder, "--output", tmp_path / "out", main=evaluate.main)
     assert result.code == 0, result.err
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert scores["accuracy"] == pytest.approx(metrics["metrics"]["test/acc"]) and "Ankle boot" in result.out
@@ -183,11 +183,11 @@ def test_another_data_set_is_trained_on_scored_read_and_exported(program, fashio
     names = ["T-shirt", "Trouser"]
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i:03}_{names[labels[i]]}.png")
-    result = program(tmp_path, "--weights", folder, "--json", main=predict.main)
+    result = run_main(tmp_path, "--weights", folder, "--json", main=predict.main)
     answers = [one for one in json.loads(result.out) if Path(one["file"]).parent == tmp_path]
     right = [Path(one["file"]).stem[4:] == one["class"].partition("/")[0] for one in answers]
     assert sum(right) / len(right) == pytest.approx(scores["accuracy"])
 
     pytest.importorskip("onnxruntime")
-    result = program(folder, "--output", tmp_path / "out", main=export.main)
+    result = run_main(folder, "--output", tmp_path / "out", main=export.main)
     assert result.code == 0 and (tmp_path / "out/fashionmnist.onnx").exists(), result.err

@@ -105,7 +105,7 @@ def test_an_ensemble_is_the_mean_of_its_networks_and_known_by_their_files(tmp_pa
 
 
 @pytest.mark.parametrize("files, words", [("[]", "files is empty"), ("[nowhere]", "nowhere: no such file; name a run")])
-def test_teachers_that_are_not_there_are_one_line(program, tmp_path, files, words):
+def test_teachers_that_are_not_there_are_one_line(run_main, tmp_path, files, words):
     ensemble = f"+data.soft_labels={{_target_:src.distillation.ensemble.Ensemble,files:{files}}}"
-    result = program("data=digits", ensemble, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main("data=digits", ensemble, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err

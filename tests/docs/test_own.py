@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import starter
 import torch
 from PIL import Image
 
@@ -90,7 +89,7 @@ class Copy:
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess:
         piped = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-        return starter.run([sys.executable, *arguments], cwd=self.folder, **piped)
+        return subprocess.run([sys.executable, *arguments], cwd=self.folder, **piped)
 
     def pytest(self, chosen: str) -> None:
         """Imports all tests, and runs the chosen ones."""

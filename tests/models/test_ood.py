@@ -92,21 +92,21 @@ def test_at_most_one_in_a_hundred_test_images_is_doubted(real_mnist):
     assert doubted / sum(map(len, images)) <= 0.01
 
 
-def test_predict_says_so_and_ends_as_ever(program, tmp_path):
+def test_predict_says_so_and_ends_as_ever(run_main, tmp_path):
     dots(np.random.default_rng(0)).save(tmp_path / "dot.png")
-    result = program(tmp_path / "dot.png", main=predict.main)
+    result = run_main(tmp_path / "dot.png", main=predict.main)
     assert result.code == 0 and result.out.splitlines()[1].endswith("not sure: unlike what it was trained on")
-    (answer,) = json.loads(program(tmp_path / "dot.png", "--json", main=predict.main).out)
+    (answer,) = json.loads(run_main(tmp_path / "dot.png", "--json", main=predict.main).out)
     assert answer["sure"] is False
 
 
-def test_any_network_can_learn_what_it_knows(program, small_weights, tmp_path):
+def test_any_network_can_learn_what_it_knows(run_main, small_weights, tmp_path):
     content, own, picture = torch.load(small_weights, weights_only=True), tmp_path / "own.pt", tmp_path / "two.png"
     content["data"]["name"] = "digits"
     torch.save(content, own)
     two_digits(np.random.default_rng(0)).save(picture)
     assert load_predictor(own).read(picture)["sure"] is None
-    result = program(own, main=familiar.main)
+    result = run_main(own, main=familiar.main)
     assert result.code == 0 and "test images" in result.out, result.err
     assert load_predictor(own).read(picture)["sure"] in (True, False)
     # Of other weights in its place nothing is known.
@@ -114,9 +114,9 @@ def test_any_network_can_learn_what_it_knows(program, small_weights, tmp_path):
     torch.save(content, own)
     assert load_predictor(own).read(picture)["sure"] is None
     get_ood_file(own).write_bytes(b"no")
-    result = program(picture, "--weights", own, main=predict.main)
+    result = run_main(picture, "--weights", own, main=predict.main)
     assert result.code == 2 and "python -m src.familiar writes it anew" in result.err
-    assert program(own, main=familiar.main).code == 0 and load_predictor(own).familiar
+    assert run_main(own, main=familiar.main).code == 0 and load_predictor(own).familiar
 
 
 def test_distances_are_those_of_mahalanobis():

@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import starter
 import torch
 from omegaconf import OmegaConf
 from src.command import entry
@@ -66,14 +65,14 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_checkpoint_with_code_in_it_does_not_run(program, stopped, tmp_path):
+def test_a_checkpoint_with_code_in_it_does_not_run(run_main, stopped, tmp_path):
     newest = stopped / "checkpoints/last.ckpt"
     checkpoint = torch.load(newest, weights_only=True)
     torch.save(checkpoint | {"loops": Trap(tmp_path / "ran")}, newest)
     torch.load(newest, weights_only=False)
     assert (tmp_path / "ran").exists()  # the trap works where it is let
     (tmp_path / "ran").unlink()
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 0 and "last.ckpt cannot be used: it holds more than tensors and plain values" in result.err
     assert not (tmp_path / "ran").exists()
 
@@ -111,12 +110,12 @@ def test_a_config_cannot_name_what_is_not_offered(foreign, key):
         validate_config(resolve_config(config))
 
 
-def test_a_config_from_a_stranger_is_refused_before_anything_runs(program, stopped, monkeypatch):
+def test_a_config_from_a_stranger_is_refused_before_anything_runs(run_main, stopped, monkeypatch):
     monkeypatch.chdir(stopped)
     file = stopped / ".hydra/config.yaml"
     file.write_text(file.read_text().replace("torch.optim.SGD", "os.system") + "\nhydra: {callbacks: {x: 1}}\n")
     before = content(stopped)
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "_target_=os.system" in result.err
     assert content(stopped) == before
 
@@ -181,14 +180,14 @@ def test_damaged_checkpoints_are_refused_or_harmless(stopped, capfd):
     assert refused > 45 and capfd.readouterr().err.count("last.ckpt cannot be used") == refused
 
 
-def test_damaged_configs_are_refused_in_one_line(program, stopped):
+def test_damaged_configs_are_refused_in_one_line(run_main, stopped):
     """Or run, where what is changed is a comment, a name, or a number that is as good."""
     file = stopped / ".hydra/config.yaml"
     right, refused = file.read_bytes(), 0
     sound = content(stopped / "checkpoints")
     for wrong in damaged(right, 40):
         file.write_bytes(wrong)
-        result = program(f"resume={stopped}", "hydra.job_logging=disabled")
+        result = run_main(f"resume={stopped}", "hydra.job_logging=disabled")
         assert "Traceback" not in result.err
         if result.code == 0:
             (stopped / "metrics.json").unlink()
@@ -199,19 +198,19 @@ def test_damaged_configs_are_refused_in_one_line(program, stopped):
     assert refused > 25
 
 
-def test_a_foreign_network_is_refused_in_one_line(program, stopped):
+def test_a_foreign_network_is_refused_in_one_line(run_main, stopped):
     file = stopped / ".hydra/config.yaml"
     config = OmegaConf.load(file)
     config.model.channels[0] = 5
     OmegaConf.save(config, file)
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and "it is of a run with another config" in result.err and "Traceback" not in result.err
     assert "none of its checkpoints is sound" in result.err.splitlines()[-1]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(program, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_line(run_main, tmp_path):
     (tmp_path / "file").touch()
-    result = program(*TINY, f"hydra.run.dir={tmp_path / 'file/run'}")
+    result = run_main(*TINY, f"hydra.run.dir={tmp_path / 'file/run'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "hydra.run.dir" in result.err
 
 
@@ -286,13 +285,13 @@ def edited(folder: Path, text: str) -> None:
         "{model: {_target_: src.core.process._Output, stream: null}}",
     ],
 )
-def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, stopped, monkeypatch, text):
+def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(run_main, stopped, monkeypatch, text):
     monkeypatch.setenv("MY_SECRET", "secret")
     if "~" in text or "::" in text:
         monkeypatch.chdir(stopped)  # from where the path of such a text leads into the folder
     edited(stopped, text)
     before = content(stopped)
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "secret" not in result.err + result.out
     assert content(stopped) == before
 
@@ -309,11 +308,11 @@ def test_a_strangers_config_looks_nothing_up_and_writes_nowhere_else(program, st
         lambda folder, other: (folder / "mine").hardlink_to(other / "file"),
     ],
 )
-def test_a_strangers_folder_leads_nowhere_else(program, stopped, tmp_path, make):
+def test_a_strangers_folder_leads_nowhere_else(run_main, stopped, tmp_path, make):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
     make(stopped, tmp_path / "other")
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "no links" in result.err
     assert (tmp_path / "other/file").read_text() == "mine"
 
@@ -353,7 +352,7 @@ def test_weights_that_unfold_take_no_memory(small_weights, tmp_path, content):
 
 
 @pytest.mark.parametrize("path", ["{}/../../mine", "{}/../../mine/..", "http://127.0.0.1:9/mine", "/somewhere/mine"])
-def test_a_checkpoint_has_nothing_deleted_elsewhere(program, stopped, tmp_path, path):
+def test_a_checkpoint_has_nothing_deleted_elsewhere(run_main, stopped, tmp_path, path):
     """ModelCheckpoint deletes what its state calls the best so far, once there is a better one."""
     (tmp_path / "mine").mkdir()
     newest = stopped / "checkpoints/previous.ckpt"
@@ -364,7 +363,7 @@ def test_a_checkpoint_has_nothing_deleted_elsewhere(program, stopped, tmp_path, 
     state |= {"best_model_score": worst, "kth_value": worst, "best_k_models": {path: worst}}
     state |= {"kth_best_model_path": path, "best_model_path": path, "dirpath": str(stopped / "checkpoints")}
     newest.write_bytes(sealed(checkpoint, checkpoint["run"]))
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and "the checkpoint names" in result.err and len(result.err.splitlines()) == 1
     assert (tmp_path / "mine").is_dir()
 
@@ -395,7 +394,7 @@ NOT_RESULTS = (
 )
 
 
-def test_a_damaged_job_is_named_and_the_others_are_reported(program, stopped):
+def test_a_damaged_job_is_named_and_the_others_are_reported(run_main, stopped):
     sweep = stopped.parent / "sweep"
     for name in "ab":
         shutil.copytree(stopped, sweep / name)
@@ -412,74 +411,74 @@ def test_a_damaged_job_is_named_and_the_others_are_reported(program, stopped):
     assert [job.status for job in read_runs([sweep])] == ["finished", "damaged", *["not begun"] * 2]
     (sweep / "multirun.yaml").unlink()
     (sweep / "b/.hydra/overrides.yaml").write_text(overrides)
-    result = program(sweep, main=report.main)
+    result = run_main(sweep, main=report.main)
     assert result.code == 1 and len(result.err.splitlines()) == 1 and "b/metrics.json" in result.err
     assert "1 run: 1 finished" in result.out and "Damaged: 1" in result.out
     shutil.rmtree(sweep / "a")
-    result = program(sweep, main=report.main)
+    result = run_main(sweep, main=report.main)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and "b/metrics.json" in result.err
 
 
-def test_a_config_that_grows_without_end_is_refused(program, stopped):
+def test_a_config_that_grows_without_end_is_refused(run_main, stopped):
     lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))]
     (stopped / ".hydra/config.yaml").write_text("\n".join(lines))
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and "refers to its own parts" in result.err and len(result.err.splitlines()) == 1
 
 
-def test_an_edited_config_does_not_go_with_its_checkpoints(program, stopped):
+def test_an_edited_config_does_not_go_with_its_checkpoints(run_main, stopped):
     edited(stopped, "{optimizer: {lr: 0.2}}")
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and "it is of a run with another config" in result.err
 
 
-def test_one_command_continues_one_run(program, tmp_path):
-    result = program(f"resume={tmp_path / 'a'}", f"resume={tmp_path / 'b'}")
+def test_one_command_continues_one_run(run_main, tmp_path):
+    result = run_main(f"resume={tmp_path / 'a'}", f"resume={tmp_path / 'b'}")
     assert result.code == 2 and "name one run" in result.err and len(result.err.splitlines()) == 1
 
 
-def test_a_moved_folder_is_finished_and_knows_its_best(program, stopped, tmp_path):
+def test_a_moved_folder_is_finished_and_knows_its_best(run_main, stopped, tmp_path):
     moved = stopped.rename(tmp_path / "moved")
-    result = program(f"resume={moved}")
+    result = run_main(f"resume={moved}")
     assert result.code == 0, result.err
     assert json.loads((moved / "metrics.json").read_text())["best_epoch"] == 1
 
 
-def test_who_comes_too_late_takes_nothing_away(program, tmp_path, monkeypatch):
+def test_who_comes_too_late_takes_nothing_away(run_main, tmp_path, monkeypatch):
     """Two runs are begun together in a folder that neither of them found there."""
     monkeypatch.setattr(entry, "content", lambda folder: set())
     folder = tmp_path / "run"
     folder.mkdir()
     with exclusive_lock(folder):
-        result = program(*TINY, f"hydra.run.dir={folder}")
+        result = run_main(*TINY, f"hydra.run.dir={folder}")
     assert result.code == 2 and "another process is at work" in result.err and (folder / ".hydra/config.yaml").exists()
 
 
-def test_a_run_is_one_process_at_a_time(program, stopped):
+def test_a_run_is_one_process_at_a_time(run_main, stopped):
     with exclusive_lock(stopped):
-        result = program(f"resume={stopped}")
+        result = run_main(f"resume={stopped}")
     assert result.code == 2 and "another process is at work" in result.err and len(result.err.splitlines()) == 1
-    assert program(f"resume={stopped}").code == 0
+    assert run_main(f"resume={stopped}").code == 0
 
 
 MISTAKES = "optimizer.lr=-1", "data.val_size=5000", "+optimizer.nope=1", "optimized_metric=val/nope", "data.val_size=0"
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)  # said when it is read, built, by a library, before the first batch
-def test_a_mistake_takes_what_it_made_and_nothing_that_was_there(program, tmp_path, mistake):
+def test_a_mistake_takes_what_it_made_and_nothing_that_was_there(run_main, tmp_path, mistake):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/.gitkeep").touch()
     (tmp_path / "mine/link").symlink_to("nowhere")
     (tmp_path / "mine/events.out.tfevents.1").touch()
     before = set((tmp_path / "mine").rglob("*"))
     for folder in "mine", "new":
-        assert program(*TINY, f"hydra.run.dir={tmp_path / folder}", mistake).code == 2
+        assert run_main(*TINY, f"hydra.run.dir={tmp_path / folder}", mistake).code == 2
     assert set((tmp_path / "mine").rglob("*")) == before and not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_holds_a_run_is_not_used_again(program, stopped):
+def test_a_folder_that_holds_a_run_is_not_used_again(run_main, stopped):
     before = content(stopped)
-    result = program(*TINY, "seed=2", f"hydra.run.dir={stopped}")
+    result = run_main(*TINY, "seed=2", f"hydra.run.dir={stopped}")
     assert result.code == 2 and "holds a run; continue it with resume=" in result.err
     assert content(stopped) == before
 
@@ -487,7 +486,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(program, stopped):
 def test_a_run_outlives_the_reader_of_its_output(tmp_path):
     command = [sys.executable, "-m", "src.train", *TINY, f"hydra.run.dir={tmp_path / 'run'}"]
     environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    with starter.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
         run.stdout.readline()
         run.stdout.close()
     assert run.returncode == 0 and (tmp_path / "run/metrics.json").exists()
@@ -515,9 +514,9 @@ def test_weights_that_are_not_finite_are_refused(stopped):
     assert find_valid_checkpoint(stopped) == stopped / "checkpoints/previous.ckpt"
 
 
-def test_names_of_files_forge_no_lines(program, tmp_path):
+def test_names_of_files_forge_no_lines(run_main, tmp_path):
     (tmp_path / "a\nerror: all is lost\x1b[31m.png").write_bytes(b"")
-    result = program(tmp_path, main=predict.main)
+    result = run_main(tmp_path, main=predict.main)
     assert len(result.err.splitlines()) == 1 and "\x1b" not in result.err and result.code == 2
 
 

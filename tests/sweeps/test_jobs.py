@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import starter
 import torch
-from conftest import as_torchrun_does
+from conftest import run_with_processes
 from src.command import process
 
 from src.core.config import CONF
@@ -32,10 +31,10 @@ def final(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("before", ["trainer.deterministic", "trainer.detect_anomaly", "trainer.benchmark"])
-def test_a_job_is_the_same_after_another_as_alone(program, tmp_path, before):
-    assert program(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
+def test_a_job_is_the_same_after_another_as_alone(run_main, tmp_path, before):
+    assert run_main(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
     handlers, environment = list(logging.getLogger().handlers), dict(os.environ)
-    assert program("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
+    assert run_main("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
     assert final(tmp_path / f"sweep/{before}=False") == final(tmp_path / "alone")
     assert dict(os.environ) == environment
     assert len(logging.getLogger().handlers) <= max(len(handlers), 2)
@@ -67,9 +66,9 @@ def test_a_job_gives_back_the_process_as_it_was():
     assert state() == before
 
 
-def test_several_devices_in_a_multirun_are_refused(program, tmp_path):
+def test_several_devices_in_a_multirun_are_refused(run_main, tmp_path):
     many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
-    result = program("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    result = run_main("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "trainer.devices=2: a sweep or a search trains on one device a job" in result.err
     assert "Traceback" not in result.err and not list(tmp_path.rglob("*.ckpt"))
 
@@ -81,10 +80,10 @@ SLURM = {
 }
 
 
-def test_processes_that_slurm_starts_need_one_folder(program, monkeypatch):
+def test_processes_that_slurm_starts_need_one_folder(run_main, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    result = program(*TINY)
+    result = run_main(*TINY)
     assert result.code == 2 and "set hydra.run.dir=" in result.err and len(result.err.splitlines()) == 1
 
 
@@ -147,8 +146,8 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     settings = {"cwd": CONF.parent, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE}
     limit = {"check": True, "timeout": 300}
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    as_torchrun_does(3, *arguments, f"hydra.run.dir={whole}")
-    first = starter.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
+    run_with_processes(3, *arguments, f"hydra.run.dir={whole}")
+    first = subprocess.Popen([*command, *arguments, f"hydra.run.dir={folder}"], **settings)
     while first.poll() is None and not (folder / "checkpoints/last.ckpt").exists():
         time.sleep(0.05)
     second, _ = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
@@ -157,7 +156,7 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     said = "another process of this run has ended" in first.communicate(timeout=60)[1].decode()
     assert first.returncode == -signal.SIGKILL or (first.returncode == 1 and said)
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
-    starter.run([*command, f"resume={folder}"], **limit, **settings)
+    subprocess.run([*command, f"resume={folder}"], **limit, **settings)
     assert final(folder) == final(whole)
 
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import starter
 from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 from test_sweeps import TINY, sheet
@@ -21,7 +20,7 @@ from src.core.errors import UserError
 from src.sweeps.launcher import list_gpus, planned_jobs, run_jobs
 
 
-def test_keys_that_change_together_make_no_grid(program, tmp_path):
+def test_keys_that_change_together_make_no_grid(run_main, tmp_path):
     lr, size = "optimizer.lr=0.1,0.2,0.3", "data.batch_size=8,16,32"
     jobs = planned_jobs([lr, "data=digits", size, "seed=0,1"], ["optimizer.lr", "data.batch_size"])
     assert len(jobs) == 6 and jobs[0] == ["optimizer.lr=0.1", "data.batch_size=8", "data=digits", "seed=0"]
@@ -36,22 +35,22 @@ def test_keys_that_change_together_make_no_grid(program, tmp_path):
 
     arguments = [*TINY, "optimizer.lr=0.1,0.2", "data.batch_size=8,16", f"hydra.sweep.dir={tmp_path / 'zipped'}"]
     together = "hydra.callbacks.sweep.zip=[optimizer.lr,data.batch_size]"
-    assert program("-m", *arguments, together).code == 0
+    assert run_main("-m", *arguments, together).code == 0
     rows = sheet(tmp_path / "zipped")
     assert {(row["optimizer.lr"], row["data.batch_size"]) for row in rows} == {("0.1", "8"), ("0.2", "16")}
-    result = program("-m", *arguments, together)
+    result = run_main("-m", *arguments, together)
     assert result.out.count("finished before") == 2 and "2 runs: 2 finished" in result.out
 
-    result = program("-m", *arguments[:-1], "seed=0,1,2", "hydra.callbacks.sweep.zip=[seed,optimizer.lr]")
+    result = run_main("-m", *arguments[:-1], "seed=0,1,2", "hydra.callbacks.sweep.zip=[seed,optimizer.lr]")
     assert result.code == 2 and "seed has 3, optimizer.lr has 2" in result.err.splitlines()[-1]
 
 
-def test_none_begins_after_a_failure_if_so_asked(program, tmp_path):
+def test_none_begins_after_a_failure_if_so_asked(run_main, tmp_path):
     arguments = "-m", *TINY, f"hydra.sweep.dir={tmp_path}", "hydra.callbacks.sweep.fail_fast=true"
-    result = program(*arguments, "seed=0,-1,1")
+    result = run_main(*arguments, "seed=0,-1,1")
     assert result.code == 2 and "not begun, for another has failed: seed=1" in result.out
     assert "1 finished, 1 failed, 1 unfinished" in result.out
-    result = program(*arguments, "seed=0,1")
+    result = run_main(*arguments, "seed=0,1")
     assert "finished before: seed=0" in result.out and "2 finished, 1 failed" in result.out
 
 
@@ -114,11 +113,11 @@ def here(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_lost_job_is_named_and_jobs_in_other_processes_give_the_same(here, program, tmp_path, launcher):
+def test_a_lost_job_is_named_and_jobs_in_other_processes_give_the_same(here, run_main, tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     arguments = [*LOSING, f"hydra.sweep.dir={tmp_path}"]
     elsewhere = [f"hydra/launcher={launcher}", *["hydra.launcher.n_jobs=2"] * (launcher == "joblib")]
-    sweep = starter.Popen(
+    sweep = subprocess.Popen(
         [sys.executable, "-m", "src.train", *arguments, *elsewhere],
         cwd=CONF.parent,
         stderr=subprocess.PIPE,
@@ -131,7 +130,7 @@ def test_a_lost_job_is_named_and_jobs_in_other_processes_give_the_same(here, pro
     out, err = (text.decode() for text in sweep.communicate(timeout=300))
     assert sweep.returncode == 1 and "failed: seed=1: lost: " in err and "Traceback" not in err
     assert "failed: seed=-1: seed=-1: must be" in err and "1 finished, 2 failed" in out
-    result = program(*arguments)
+    result = run_main(*arguments)
     assert result.code == 2 and "2 finished, 1 failed" in result.out and result.out.count("finished before") == 1
     for job in "seed=0", "seed=1":
         one, other = (json.loads((folder / job / "metrics.json").read_text()) for folder in (here, tmp_path))

@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import starter
 from omegaconf import OmegaConf
 from test_sweeps import TINY, sheet
 
@@ -93,7 +92,7 @@ def test_four_workers_end_at_the_target_and_a_killed_ones_trial_is_done_once(kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(program, tmp_path, how):
+def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(run_main, tmp_path, how):
     place = f"hydra.run.dir={tmp_path / 'study'}"
     arguments = [
         *TINY[:-3],
@@ -104,7 +103,7 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(program, tmp_path
     arguments += ["~search.optimizer", "optimizer.lr=0.1", "heartbeat=1", f"storage={tmp_path}/study.log", place]
     command = [sys.executable, "-m", "src.tune", *arguments, "n_trials=2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first = starter.Popen(command, cwd=CONF.parent, **quiet)
+    first = subprocess.Popen(command, cwd=CONF.parent, **quiet)
     while not list(tmp_path.glob("study/000_*/checkpoints/last.ckpt")):
         assert first.poll() is None
         time.sleep(0.05)
@@ -112,7 +111,7 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(program, tmp_path
     assert first.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
     if how == signal.SIGKILL:
         time.sleep(3)  # two heartbeats
-    result = program(*arguments, "n_trials=2", main=tune.main)
+    result = run_main(*arguments, "n_trials=2", main=tune.main)
     assert result.code == 0 and "0 of 2 trials are done" in result.out, result.err
     (folder,) = tmp_path.glob("study/000_*")
     assert "2 runs: 2 finished" in result.out and len(sheet(tmp_path / "study")) == 2
@@ -120,12 +119,12 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(program, tmp_path
     dropout = folder.name.partition("_")[2]
     whole = tmp_path / "whole"
     train_arguments = [one for one in arguments if not one.startswith(("~search", "heartbeat", "storage", "hydra"))]
-    assert program(*train_arguments, dropout, f"hydra.run.dir={whole}").code == 0
+    assert run_main(*train_arguments, dropout, f"hydra.run.dir={whole}").code == 0
     one, other = (json.loads((place / "metrics.json").read_text())["metrics"] for place in (folder, whole))
     assert one == other
 
 
-def test_a_database_that_is_not_there_is_one_line(program, tmp_path):
+def test_a_database_that_is_not_there_is_one_line(run_main, tmp_path):
     for storage in "postgresql+psycopg://nobody@/none?host=/nowhere", "postgresql+nodriver://x/y":
-        result = program("n_trials=1", f"storage='{storage}'", f"hydra.run.dir={tmp_path}", main=tune.main)
+        result = run_main("n_trials=1", f"storage='{storage}'", f"hydra.run.dir={tmp_path}", main=tune.main)
         assert result.code == 2 and result.err.startswith("error: storage: ") and len(result.err.splitlines()) == 1

@@ -6,9 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-import starter
 import torch
-from conftest import as_torchrun_does
+from conftest import run_with_processes
 from slurm import Cluster, cluster, lacking
 from test_sweeps import TINY
 
@@ -47,12 +46,12 @@ def wait_for(there, seconds: float = 120) -> None:
 def sweep(slurm: Cluster, folder: Path, *arguments: str) -> subprocess.Popen:
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=main", "hydra.launcher.timeout_min=10"]
     command = [*PROGRAM, "-m", *LONG, *launcher, f"hydra.sweep.dir={folder}", *arguments]
-    return starter.Popen(
+    return subprocess.Popen(
         command, cwd=CONF.parent, env=slurm.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
+def test_a_sweep_of_six_survives_a_node(run_main, slurm, tmp_path):
     steps = "trainer.limit_train_batches=60"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     again = sweep(slurm, cut, steps, "seed=range(6)")
@@ -67,7 +66,7 @@ def test_a_sweep_of_six_survives_a_node(program, slurm, tmp_path):
         out, err = sweep(slurm, cut, steps, "seed=range(6)").communicate(timeout=400)
     assert "6 runs: 6 finished" in out, err
     assert before.items() <= {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}.items()
-    assert program("-m", *LONG, steps, "seed=range(6)", f"hydra.sweep.dir={whole}").code == 0
+    assert run_main("-m", *LONG, steps, "seed=range(6)", f"hydra.sweep.dir={whole}").code == 0
     assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(6))
 
 
@@ -80,7 +79,7 @@ def test_a_cancelled_job_is_named_and_the_others_finish(slurm, tmp_path):
     assert running.returncode == 1 and "failed: seed=1: lost: " in err and "2 finished, 1 failed" in out
 
 
-def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(program, slurm, tmp_path):
+def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(run_main, slurm, tmp_path):
     steps, twice = "trainer.limit_train_batches=150", "hydra.launcher.max_num_timeout=3"
     running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1")
     last = tmp_path / "cut/seed=1/checkpoints/last.ckpt"
@@ -90,7 +89,7 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(program, slurm, 
     out, err = running.communicate(timeout=400)
     assert "2 runs: 2 finished" in out, err
     assert "Caught signal SIGUSR2" in log.read_text() and "DUE TO JOB REQUEUE" in log.read_text()
-    assert program(*LONG, steps, "seed=1", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    assert run_main(*LONG, steps, "seed=1", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
     assert bits(tmp_path / "cut/seed=1") == bits(tmp_path / "whole")
 
 
@@ -110,5 +109,5 @@ def test_the_batch_script(slurm, tmp_path):
     assert slurm.wait(cut, "COMPLETED", "FAILED", seconds=300) == "COMPLETED"
     said = (tmp_path / f"{cut}.txt").read_text()
     assert said.count("stopped by SIGTERM; continue with") == 1
-    as_torchrun_does(4, *many, f"hydra.run.dir={tmp_path / 'whole'}")
+    run_with_processes(4, *many, f"hydra.run.dir={tmp_path / 'whole'}")
     assert bits(tmp_path / f"slurm-{cut}") == bits(tmp_path / "whole")

@@ -16,7 +16,6 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-import starter
 import torch
 import yaml
 from matplotlib import pyplot as plt
@@ -111,11 +110,11 @@ def mean_of(rows: list[dict[str, str]], setting: str) -> float:
     return fmean(float(r["val/acc"]) for r in rows if f"{r['optimizer.lr']} {r['model.dropout']}" == setting)
 
 
-def test_the_command_in_the_report_trains_the_winner_again(swept, program, tmp_path):
+def test_the_command_in_the_report_trains_the_winner_again(swept, run_main, tmp_path):
     winners = compare_runs(read_runs([swept])).best.jobs
     words = shlex.split(command(winners))
     assert words[:4] == ["python", "-m", "src.train", "-m"] and words[-1] == "seed=0,1"
-    assert program(*words[3:], f"hydra.sweep.dir={tmp_path}").code == 0
+    assert run_main(*words[3:], f"hydra.sweep.dir={tmp_path}").code == 0
     for winner in winners:
         again = json.loads((tmp_path / f"seed={winner.seed}/metrics.json").read_text())
         assert again["metrics"] == winner.results["metrics"]
@@ -311,20 +310,20 @@ def test_unfinished_failed_and_unborn_jobs_are_told(tmp_path, capsys):
     ]
 
 
-def test_several_folders_are_one_comparison(program, tmp_path, monkeypatch):
+def test_several_folders_are_one_comparison(run_main, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, epochs in ("one", 1), ("two", 2):
         pretend(tmp_path / name / "job", f"trainer.max_epochs={epochs}", metrics={"val/acc": epochs / 10})
-    result = program("one", "two", main=report.main)
+    result = run_main("one", "two", main=report.main)
     assert result.code == 0
     assert [row["trainer.max_epochs"] for row in sheet(tmp_path / "outputs/report")] == ["2", "1"]
     assert "trainer.max_epochs=2: val/acc 20.00 %" in result.out
 
 
 @pytest.mark.parametrize("make", [lambda folder: None, lambda folder: folder.mkdir()])
-def test_without_runs_there_is_one_line(program, tmp_path, make):
+def test_without_runs_there_is_one_line(run_main, tmp_path, make):
     make(tmp_path / "empty")
-    result = program(tmp_path / "empty", main=report.main)
+    result = run_main(tmp_path / "empty", main=report.main)
     assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.startswith("error: ")
 
 
@@ -345,8 +344,8 @@ def test_the_pictures_show_what_was_measured(tmp_path):
     plt.close("all")
 
 
-def test_one_of_four_fails_and_is_named(program, tmp_path):
-    result = program("-m", *TINY, "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}")
+def test_one_of_four_fails_and_is_named(run_main, tmp_path):
+    result = run_main("-m", *TINY, "optimizer.lr=0.1,-1,0.2,0.3", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "Traceback" not in result.err
     assert "failed: optimizer.lr=-1: optimizer.lr=-1: must be a number above 0" in result.err.splitlines()
     assert len(list(tmp_path.glob("*/metrics.json"))) == 3
@@ -354,7 +353,7 @@ def test_one_of_four_fails_and_is_named(program, tmp_path):
     assert (tmp_path / "optimizer.lr=-1/error.txt").read_text() == "optimizer.lr=-1: must be a number above 0\n"
 
 
-def test_a_bug_in_a_job_leaves_its_traceback(program, tmp_path, monkeypatch):
+def test_a_bug_in_a_job_leaves_its_traceback(run_main, tmp_path, monkeypatch):
     import lightning as L
 
     fit = L.Trainer.fit
@@ -365,20 +364,20 @@ def test_a_bug_in_a_job_leaves_its_traceback(program, tmp_path, monkeypatch):
         fit(trainer, module, data, **settings)
 
     monkeypatch.setattr(L.Trainer, "fit", broken)
-    result = program("-m", *TINY, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
+    result = run_main("-m", *TINY, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 1 and "failed: seed=1: ZeroDivisionError: a bug" in result.err
     assert "in broken" in (tmp_path / "seed=1/error.txt").read_text()
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
 
 
-def test_a_sweep_continues_where_it_stopped(swept, program, tmp_path):
+def test_a_sweep_continues_where_it_stopped(swept, run_main, tmp_path):
     arguments = "-m", *TINY, "seed=0,1", "model.dropout=0.1", "optimizer.lr=0.1", f"hydra.sweep.dir={tmp_path}"
     done, begun = tmp_path / "seed=0", tmp_path / "seed=1"
-    assert program(*arguments).code == 0
+    assert run_main(*arguments).code == 0
     results = [json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (done, begun)]
     before = (done / "metrics.json").stat()
     (begun / "metrics.json").rename(begun / ".metrics.json.part")  # as if killed while writing it
-    result = program(*arguments)
+    result = run_main(*arguments)
     assert result.code == 0 and "finished before: seed=0" in result.out and "2 runs: 2 finished" in result.out
     assert (done / "metrics.json").stat() == before
     assert [json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (done, begun)] == results
@@ -388,18 +387,18 @@ def test_a_sweep_continues_where_it_stopped(swept, program, tmp_path):
     assert len(curves[0]) == len(curves[1]) == 1  # one attempt's curve, not two
 
 
-def test_another_sweep_is_not_continued(program, tmp_path):
+def test_another_sweep_is_not_continued(run_main, tmp_path):
     where = f"hydra.sweep.dir={tmp_path}"
-    assert program("-m", *TINY, "seed=0,1", where).code == 0
+    assert run_main("-m", *TINY, "seed=0,1", where).code == 0
     before = [(file, file.stat().st_mtime_ns) for file in tmp_path.glob("*/metrics.json")]
-    result = program("-m", *TINY, "seed=0,1,2", "optimizer.momentum=0.5", where)
+    result = run_main("-m", *TINY, "seed=0,1,2", "optimizer.momentum=0.5", where)
     assert result.code == 2 and len(result.err.splitlines()) == 1
     assert "begun with optimizer.momentum=0.9, here it is 0.5" in result.err
     assert [(file, file.stat().st_mtime_ns) for file in tmp_path.glob("*/metrics.json")] == before
-    assert program("-m", *TINY, "seed=0,1,2", where).out.count("finished before") == 2  # more of the same is fine
+    assert run_main("-m", *TINY, "seed=0,1,2", where).out.count("finished before") == 2  # more of the same is fine
 
 
-def test_the_named_sweeps_have_the_jobs_that_they_say(program):
+def test_the_named_sweeps_have_the_jobs_that_they_say(run_main):
     for name, count in ("lr_dropout", 9), ("seeds", 5):
         params = OmegaConf.load(CONF / f"sweep/{name}.yaml").hydra.sweeper.params
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -412,11 +411,11 @@ def test_the_named_sweeps_have_the_jobs_that_they_say(program):
 def start(*arguments: str) -> subprocess.Popen:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-m", "src.train", *arguments]
-    return starter.Popen(command, cwd=CONF.parent, start_new_session=True, **quiet)
+    return subprocess.Popen(command, cwd=CONF.parent, start_new_session=True, **quiet)
 
 
 @pytest.mark.slow
-def test_eight_jobs_survive_two_kills(swept, program, tmp_path):
+def test_eight_jobs_survive_two_kills(swept, run_main, tmp_path):
     folder = tmp_path
 
     def finished() -> dict[Path, int]:
@@ -436,7 +435,7 @@ def test_eight_jobs_survive_two_kills(swept, program, tmp_path):
         assert kept.items() <= finished().items() and len(kept) < len(finished()) < 8
         kept = finished()
 
-    result = program(*SWEEP, f"hydra.sweep.dir={folder}")
+    result = run_main(*SWEEP, f"hydra.sweep.dir={folder}")
     assert result.code == 0 and result.out.count("finished before") == len(kept)
     assert kept.items() <= finished().items() and len(finished()) == 8 == len(sheet(folder))
     for job in finished():
@@ -456,7 +455,7 @@ def test_continue_command_of_a_named_sweep(tmp_path):
     )
 
 
-def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeypatch):
+def test_a_study_counts_towards_its_target_and_prunes(run_main, tmp_path, monkeypatch):
     optuna = pytest.importorskip("optuna")
     arguments = [one for one in TINY if "max_epochs" not in one]
     arguments += [
@@ -472,7 +471,7 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
         return optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db").trials
 
     for target, there in (4, 4), (8, 8), (8, 8):
-        result = program(*arguments, f"n_trials={target}", main=tune.main)
+        result = run_main(*arguments, f"n_trials={target}", main=tune.main)
         assert result.code == 0, result.err
         assert len(trials()) == there
     assert "8 of 8 trials are done" in result.out
@@ -489,7 +488,7 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
     for picture in "history.png", "parallel.png", "importance.png":
         assert f"]({picture})" in page and plt.imread(tmp_path / picture).std() > 0.05
 
-    result = program(*arguments, "n_trials=9", "optimizer.momentum=0.5", main=tune.main)
+    result = run_main(*arguments, "n_trials=9", "optimizer.momentum=0.5", main=tune.main)
     assert result.code == 2 and "begun with optimizer.momentum=0.9, here it is 0.5" in result.err.splitlines()[-1]
 
 
@@ -505,6 +504,6 @@ def test_a_study_counts_towards_its_target_and_prunes(program, tmp_path, monkeyp
         ("search.optimizer=3", "search.optimizer=3: must be keys with their ranges"),
     ],
 )
-def test_a_mistake_in_a_study_is_one_line(program, tmp_path, mistake, words):
-    result = program(*TINY, "n_trials=1", mistake, f"hydra.run.dir={tmp_path}", main=tune.main)
+def test_a_mistake_in_a_study_is_one_line(run_main, tmp_path, mistake, words):
+    result = run_main(*TINY, "n_trials=1", mistake, f"hydra.run.dir={tmp_path}", main=tune.main)
     assert result.code == 2 and words in result.err.splitlines()[-1] and "Traceback" not in result.err

@@ -191,20 +191,20 @@ def outcomes():
 
 
 @pytest.fixture
-def run(program, tmp_path, kill, outcomes):
+def run(run_main, tmp_path, kill, outcomes):
     """Runs what is given as a whole, unless that was done before, and killed and continued; compares the two."""
 
     def both(overrides, kills):
         if overrides not in outcomes:
-            result = program(*overrides, f"hydra.run.dir={tmp_path / 'whole'}")
+            result = run_main(*overrides, f"hydra.run.dir={tmp_path / 'whole'}")
             assert result.code == 0, result.err
             outcomes[overrides] = outcome(tmp_path / "whole")
         folder = tmp_path / "run"
         for at in kills:
             kill(at)
             with pytest.raises(Killed):
-                program(*([f"resume={folder}"] if folder.exists() else [*overrides, f"hydra.run.dir={folder}"]))
-        result = program(f"resume={folder}")
+                run_main(*([f"resume={folder}"] if folder.exists() else [*overrides, f"hydra.run.dir={folder}"]))
+        result = run_main(f"resume={folder}")
         assert result.code == 0, result.err
         whole, continued = outcomes[overrides], outcome(folder)
         return folder, continued, [part for part in whole if continued[part] != whole[part]]
@@ -214,7 +214,7 @@ def run(program, tmp_path, kill, outcomes):
 
 @pytest.mark.parametrize("group, option", OPTIONS)
 def test_a_config_trains_and_continues_to_the_same_bits(
-    program, tmp_path, monkeypatch, recwarn, data_overrides, run, group, option
+    run_main, tmp_path, monkeypatch, recwarn, data_overrides, run, group, option
 ):
     chosen = choices_for(group, option)
     images = data_overrides(chosen.get("data", option))
@@ -241,6 +241,6 @@ def test_a_config_trains_and_continues_to_the_same_bits(
         assert load_predictor(folder).file == folder / "checkpoints/last.ckpt"
         if group not in ("data", "model"):
             monkeypatch.setattr("src.training.plots.save", lambda *_: None)  # the pictures depend on these alone
-        result = program(folder, "--output", tmp_path, main=evaluate.main)
+        result = run_main(folder, "--output", tmp_path, main=evaluate.main)
         assert result.code == 0, result.err
         assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == accuracy

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from conftest import outcome
+from conftest import read_outcome
 from filelock import FileLock
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -57,24 +57,24 @@ def on_cpu(monkeypatch):
 @pytest.mark.parametrize(
     "how", [DECAY, (*PLAIN, "optimizer=muon", "data.augment=null", "trainer.limit_train_batches=1.0")]
 )
-def test_a_replayed_step_is_the_step_to_the_last_bit(program, tmp_path, on_cpu, how):
+def test_a_replayed_step_is_the_step_to_the_last_bit(run_main, tmp_path, on_cpu, how):
     outcomes = []
     for name, further in {"eager": (), "graph": ("trainer=cuda_graph", "trainer.accelerator=cpu")}.items():
-        result = program(*TINY, *how, *further, f"hydra.run.dir={tmp_path / name}")
+        result = run_main(*TINY, *how, *further, f"hydra.run.dir={tmp_path / name}")
         assert result.code == 0, result.err
-        outcomes.append(outcome(tmp_path / name))
+        outcomes.append(read_outcome(tmp_path / name))
     assert len(on_cpu) > 20
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_run_of_replayed_steps_continues_to_the_same_bits(program, tmp_path, on_cpu, stop):
+def test_a_run_of_replayed_steps_continues_to_the_same_bits(run_main, tmp_path, on_cpu, interrupt_at):
     arguments = *TINY, *DECAY, *PLAIN, "trainer=cuda_graph", "trainer.accelerator=cpu"
-    program(*arguments, f"hydra.run.dir={tmp_path / 'whole'}")
-    stop(12, 15)
-    assert program(*arguments, f"hydra.run.dir={tmp_path / 'run'}").code == 143
-    result = program(f"resume={tmp_path / 'run'}")
+    run_main(*arguments, f"hydra.run.dir={tmp_path / 'whole'}")
+    interrupt_at(12, 15)
+    assert run_main(*arguments, f"hydra.run.dir={tmp_path / 'run'}").code == 143
+    result = run_main(f"resume={tmp_path / 'run'}")
     assert result.code == 0, result.err
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert read_outcome(tmp_path / "run") == read_outcome(tmp_path / "whole")
 
 
 # Runs each list of arguments in one process: what it says, and per step the GPU's operations and the host's waits.
@@ -239,13 +239,13 @@ def test_a_step_is_captured_and_replayed(runs):
 
 
 @pytest.mark.slow
-def test_a_run_of_a_gpu_continues_and_is_read_without_one(runs, program, tmp_path):
+def test_a_run_of_a_gpu_continues_and_is_read_without_one(runs, run_main, tmp_path):
     from src import evaluate
 
-    result = program(f"resume={runs['folder'] / 'stopped'}", "trainer.accelerator=cpu")
+    result = run_main(f"resume={runs['folder'] / 'stopped'}", "trainer.accelerator=cpu")
     assert result.code == 0, result.err
     best = runs["folder"] / "sgd/checkpoints/best.ckpt"
-    result = program(best, "--output", tmp_path, main=evaluate.main)
+    result = run_main(best, "--output", tmp_path, main=evaluate.main)
     assert result.code == 0, result.err
 
 
@@ -271,25 +271,25 @@ def test_synchronized_batch_norm_keeps_the_shifts():
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_every_precision_trains_and_counts_right(program, tmp_path, precision):
+def test_every_precision_trains_and_counts_right(run_main, tmp_path, precision):
     how = f"trainer.precision={precision}", "trainer.accelerator=cpu", "trainer.max_epochs=1", "optimizer=muon"
-    result = program(*TINY, *how, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*TINY, *how, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 0, result.err
     right = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["train/acc"] * 20 * 32
     assert right == pytest.approx(round(right), abs=1e-3)
 
 
 @pytest.mark.parametrize(("amx", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_the_precision_that_is_fastest_here_is_that_of_the_run(program, tmp_path, monkeypatch, amx, precision):
+def test_the_precision_that_is_fastest_here_is_that_of_the_run(run_main, tmp_path, monkeypatch, amx, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     short = *TINY, "trainer.limit_train_batches=2", "trainer.accelerator=cpu", "test=false"
-    assert program(*short, "trainer.precision=auto", f"hydra.run.dir={tmp_path / 'run'}").code == 0
+    assert run_main(*short, "trainer.precision=auto", f"hydra.run.dir={tmp_path / 'run'}").code == 0
     assert f"precision: {precision}\n" in (tmp_path / "run/.hydra/config.yaml").read_text()
 
 
-def test_a_study_of_several_processes_is_refused(program, tmp_path):
+def test_a_study_of_several_processes_is_refused(run_main, tmp_path):
     several = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
-    result = program(*TINY, *several, f"hydra.run.dir={tmp_path / 'study'}", main=tune.main)
+    result = run_main(*TINY, *several, f"hydra.run.dir={tmp_path / 'study'}", main=tune.main)
     assert result.code == 2 and "a trial trains on one device, not on 2" in result.err.splitlines()[-1]
     assert not (tmp_path / "study/study.db").exists()
 

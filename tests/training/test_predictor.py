@@ -42,8 +42,8 @@ def test_run_folder_checkpoint_and_pt_file_give_the_same_network(run, tmp_path):
     assert torch.equal(load_predictor(tmp_path / "net.pt").net(images), expected)
 
 
-def test_evaluation_repeats_the_scores_of_the_run(run, program, tmp_path):
-    result = program(run, "--output", tmp_path / "out", main=evaluate.main)
+def test_evaluation_repeats_the_scores_of_the_run(run, run_main, tmp_path):
+    result = run_main(run, "--output", tmp_path / "out", main=evaluate.main)
     assert result.code == 0, result.err
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     metrics = json.loads((run / "metrics.json").read_text())["metrics"]
@@ -60,8 +60,8 @@ def test_evaluation_repeats_the_scores_of_the_run(run, program, tmp_path):
     [file for file in sorted(SHIPPED_WEIGHTS.parent.glob("*.pt")) if "." not in file.stem],
     ids=lambda file: file.stem,
 )
-def test_the_shipped_weights_score_what_their_run_did(program, real_mnist, tmp_path, file):
-    result = program(file, "--root", real_mnist, "--output", tmp_path, main=evaluate.main)
+def test_the_shipped_weights_score_what_their_run_did(run_main, real_mnist, tmp_path, file):
+    result = run_main(file, "--root", real_mnist, "--output", tmp_path, main=evaluate.main)
     assert result.code == 0, result.err
     recorded = json.loads(file.with_suffix(".json").read_text())["metrics"]
     found = json.loads((tmp_path / "scores.json").read_text())

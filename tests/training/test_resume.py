@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import starter
 import torch
-from conftest import Killed, outcome
+from conftest import SimulatedKill, read_outcome
 
 from src.core.config import CONF
 
@@ -33,27 +32,27 @@ def outcomes():
 
 
 @pytest.fixture
-def whole(program, tmp_path, outcomes):
-    """The outcome of the same run, not stopped."""
+def whole(run_main, tmp_path, outcomes):
+    """The read_outcome of the same run, not stopped."""
 
     def run(*overrides):
         if overrides not in outcomes:
-            assert program(*TINY, f"hydra.run.dir={tmp_path / 'whole'}", *overrides).code == 0
-            outcomes[overrides] = outcome(tmp_path / "whole")
+            assert run_main(*TINY, f"hydra.run.dir={tmp_path / 'whole'}", *overrides).code == 0
+            outcomes[overrides] = read_outcome(tmp_path / "whole")
         return outcomes[overrides]
 
     return run
 
 
 @pytest.mark.parametrize("batch", [0, 8, 11, 12, 13, 23])
-def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole, batch):
+def test_a_killed_run_continues_to_the_same_bits(run_main, tmp_path, interrupt_at, whole, batch):
     folder = tmp_path / "run"
-    stop(batch, Killed)
-    with pytest.raises(Killed):
-        program(*TINY, f"hydra.run.dir={folder}")
-    result = program(f"resume={folder}")
+    interrupt_at(batch, SimulatedKill)
+    with pytest.raises(SimulatedKill):
+        run_main(*TINY, f"hydra.run.dir={folder}")
+    result = run_main(f"resume={folder}")
     assert result.code == 0 and not result.err, result.err
-    assert outcome(folder) == whole()
+    assert read_outcome(folder) == whole()
 
 
 @pytest.mark.parametrize(
@@ -68,41 +67,41 @@ def test_a_killed_run_continues_to_the_same_bits(program, tmp_path, stop, whole,
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_every_state_is_in_the_checkpoint(program, tmp_path, stop, whole, overrides):
+def test_every_state_is_in_the_checkpoint(run_main, tmp_path, interrupt_at, whole, overrides):
     overrides, folder = (PLAIN, *overrides), tmp_path / "run"
     for batch in 8, 19:
-        stop(batch, Killed)
-        with pytest.raises(Killed):
-            program(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
-    assert program(f"resume={folder}").code == 0
-    assert outcome(folder) == whole(*overrides)
+        interrupt_at(batch, SimulatedKill)
+        with pytest.raises(SimulatedKill):
+            run_main(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
+    assert run_main(f"resume={folder}").code == 0
+    assert read_outcome(folder) == whole(*overrides)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(program, tmp_path, stop, whole, number, code):
+def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(run_main, tmp_path, interrupt_at, whole, number, code):
     folder = tmp_path / "optimizer.lr=0.1,model.dropout=it's 0"  # as in a sweep, and worse
-    stop(7, number)
-    result = program(*TINY, PLAIN, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
+    interrupt_at(7, number)
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
     assert result.code == code and "Traceback" not in result.err
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
     (line,) = [line for line in result.err.splitlines() if "resume=" in line]
     assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train resume=")
-    assert program(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
-    assert outcome(folder) == whole(PLAIN)
+    assert run_main(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
+    assert read_outcome(folder) == whole(PLAIN)
 
 
-def test_a_signal_ends_a_multirun_which_continues(program, tmp_path, stop, whole):
-    stop(7, signal.SIGTERM)
-    result = program("-m", *TINY, PLAIN, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+def test_a_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_at, whole):
+    interrupt_at(7, signal.SIGTERM)
+    result = run_main("-m", *TINY, PLAIN, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 143 and not (tmp_path / "seed=1").exists()
     (line,) = [line for line in result.err.splitlines() if "continue with" in line]
     command = shlex.split(line)
-    assert program(*command[command.index("src.train") + 1 :]).code == 0
+    assert run_main(*command[command.index("src.train") + 1 :]).code == 0
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
-    assert outcome(tmp_path / "seed=0") == whole(PLAIN)
+    assert read_outcome(tmp_path / "seed=0") == whole(PLAIN)
 
 
-def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, monkeypatch, whole):
+def test_a_run_stopped_after_training_is_tested_and_recorded(run_main, tmp_path, monkeypatch, whole):
     import lightning as L
 
     folder, test = tmp_path / "run", L.Trainer.test
@@ -112,33 +111,33 @@ def test_a_run_stopped_after_training_is_tested_and_recorded(program, tmp_path, 
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(L.Trainer, "test", terminated)
-    assert program(*TINY, PLAIN, f"hydra.run.dir={folder}").code == 143
-    assert program(f"resume={folder}").code == 0
-    assert outcome(folder) == whole(PLAIN)
+    assert run_main(*TINY, PLAIN, f"hydra.run.dir={folder}").code == 143
+    assert run_main(f"resume={folder}").code == 0
+    assert read_outcome(folder) == whole(PLAIN)
 
 
 @pytest.fixture
-def stopped(program, tmp_path, stop) -> Path:
+def stopped(run_main, tmp_path, interrupt_at) -> Path:
     """The folder of a run that has two checkpoints, of steps 5 and 10."""
-    stop(11, Killed)
-    with pytest.raises(Killed):
-        program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
+    interrupt_at(11, SimulatedKill)
+    with pytest.raises(SimulatedKill):
+        run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     return tmp_path / "run"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(program, stopped, whole):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run_main, stopped, whole):
     newest = stopped / "checkpoints/last.ckpt"
     newest.write_bytes(newest.read_bytes()[:-1000])
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 0 and "last.ckpt cannot be used: it is damaged" in result.err
-    assert outcome(stopped) == whole(PLAIN)
+    assert read_outcome(stopped) == whole(PLAIN)
 
 
-def test_without_a_sound_checkpoint_nothing_is_touched(program, stopped):
+def test_without_a_sound_checkpoint_nothing_is_touched(run_main, stopped):
     for file in (stopped / "checkpoints").iterdir():
         file.write_bytes(b"")
     before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
-    result = program(f"resume={stopped}")
+    result = run_main(f"resume={stopped}")
     assert result.code == 2 and "none of its checkpoints is sound" in result.err.splitlines()[-1]
     assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
 
@@ -151,22 +150,22 @@ def test_without_a_sound_checkpoint_nothing_is_touched(program, stopped):
         (["-m", "resume={}"], "leave out -m"),
     ],
 )
-def test_what_resume_refuses_is_one_line(program, stopped, arguments, words):
-    result = program(*(argument.format(stopped) for argument in arguments))
+def test_what_resume_refuses_is_one_line(run_main, stopped, arguments, words):
+    result = run_main(*(argument.format(stopped) for argument in arguments))
     assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
     assert not Path("nowhere").exists()
 
 
-def test_a_finished_run_is_left_alone(program, tmp_path):
+def test_a_finished_run_is_left_alone(run_main, tmp_path):
     folder = tmp_path / "run"
-    program(*TINY, PLAIN, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
+    run_main(*TINY, PLAIN, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    result = program(f"resume={folder}")
+    result = run_main(f"resume={folder}")
     assert result.code == 0 and "is finished" in result.out
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before(run_main, tmp_path, monkeypatch):
     folder, replace, done = tmp_path / "run", os.fsync, []
 
     def full(descriptor):
@@ -176,15 +175,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(program, tmp_path, monkeypatch
         replace(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    result = program(*TINY, PLAIN, f"hydra.run.dir={folder}")
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir={folder}")
     assert result.code == 2 and "No space left on device; make room" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
 
-def test_a_loss_that_is_not_finite_is_named(program, tmp_path):
-    result = program(
+def test_a_loss_that_is_not_finite_is_named(run_main, tmp_path):
+    result = run_main(
         *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}", "optimizer.lr=1e30", "trainer.gradient_clip_val=null"
     )
     line = result.err.splitlines()[-1]
@@ -192,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_named(program, tmp_path):
     assert re.search(r"the loss is (nan|inf) at step \d \(epoch 1, batch \d\); no checkpoint yet", line)
 
 
-def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(run_main, tmp_path, monkeypatch):
     from src.models.classifier import Classifier
 
     step = Classifier.training_step
@@ -202,7 +201,7 @@ def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatc
         return loss * float("nan") if self.global_step == 7 else loss
 
     monkeypatch.setattr(Classifier, "training_step", broken)
-    result = program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     assert "the loss is nan at step 8 (epoch 1, batch 8); the last good checkpoint is" in result.err
     assert "last.ckpt (step 5)" in result.err and result.code == 2
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
@@ -218,14 +217,14 @@ def test_weights_that_are_not_finite_are_not_saved(program, tmp_path, monkeypatc
         None,
     ],
 )
-def test_out_of_memory_names_the_batch_size(program, tmp_path, monkeypatch, message):
+def test_out_of_memory_names_the_batch_size(run_main, tmp_path, monkeypatch, message):
     from src.models.classifier import Classifier
 
     def full(*_):
         raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Classifier, "training_step", full)
-    result = program(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and "out of memory with data.batch_size=8" in result.err.splitlines()[-1]
 
 
@@ -236,15 +235,15 @@ def test_sigkill_at_random_moments(tmp_path, whole):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "src.train", *TINY, PLAIN, f"hydra.run.dir={folder}"]
     for _ in range(3):
-        process = starter.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
         while process.poll() is None and not (folder / "layers.txt").exists():
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 1.5))
         process.kill()
         process.wait()
         command = [sys.executable, "-m", "src.train", f"resume={folder}"]
-    starter.run(command, env=environment, cwd=CONF.parent, check=True)
-    assert outcome(folder) == whole(PLAIN)
+    subprocess.run(command, env=environment, cwd=CONF.parent, check=True)
+    assert read_outcome(folder) == whole(PLAIN)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -257,7 +256,7 @@ def test_a_signal_while_something_is_imported_ends_at_once(tmp_path, number, cod
     assert (result.returncode, result.stderr) == (code, f"\nstopped by {number.name}\n")
 
 
-def test_submitits_signal_is_passed_on_after_a_checkpoint(program, tmp_path, stop, whole):
+def test_submitits_signal_is_passed_on_after_a_checkpoint(run_main, tmp_path, interrupt_at, whole):
     saved = []
 
     def requeue(number, frame):  # as submitit does
@@ -266,11 +265,11 @@ def test_submitits_signal_is_passed_on_after_a_checkpoint(program, tmp_path, sto
 
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
-        stop(8, signal.SIGUSR2)
+        interrupt_at(8, signal.SIGUSR2)
         folder = tmp_path / "run"
-        assert program(*TINY, PLAIN, f"hydra.run.dir={folder}").code == -1
+        assert run_main(*TINY, PLAIN, f"hydra.run.dir={folder}").code == -1
         assert saved == [(signal.SIGUSR2, True)] and signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert program(f"resume={folder}").code == 0
-    assert outcome(folder) == whole(PLAIN)
+    assert run_main(f"resume={folder}").code == 0
+    assert read_outcome(folder) == whole(PLAIN)

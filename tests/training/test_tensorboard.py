@@ -14,8 +14,8 @@ from src.models.cnn import CNN
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "optimizer.lr=0.05", "trainer.log_every_n_steps=5"
 
 
-def train(program, folder: Path, *overrides: str) -> EventAccumulator:
-    result = program(*TINY, "trainer.max_epochs=1", f"hydra.run.dir={folder}", *overrides)
+def train(run_main, folder: Path, *overrides: str) -> EventAccumulator:
+    result = run_main(*TINY, "trainer.max_epochs=1", f"hydra.run.dir={folder}", *overrides)
     assert result.code == 0, result.err
     assert "Warning" not in result.err
     return EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0}).Reload()
@@ -25,8 +25,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
 
 
-def test_every_tab_has_something_to_show(program, tmp_path):
-    events = train(program, tmp_path, "trainer.max_epochs=2", "+callbacks.tensorboard.embedded=100")
+def test_every_tab_has_something_to_show(run_main, tmp_path):
+    events = train(run_main, tmp_path, "trainer.max_epochs=2", "+callbacks.tensorboard.embedded=100")
     tags = events.Tags()
     assert {"batch as augmented", "first layer", "test/confusion", "test/worst mistakes"} <= set(tags["images"])
     assert {"weights/conv1.0.weight", "weights/fc.bias", "watched activations/conv3.4"} <= set(tags["histograms"])
@@ -41,19 +41,19 @@ def test_every_tab_has_something_to_show(program, tmp_path):
     assert (projected.parent / "metadata.tsv").read_text().startswith("digit\tread as\n")
 
 
-def test_the_curves_are_in_percent_and_without_the_epoch(program, tmp_path):
-    events = train(program, tmp_path)
+def test_the_curves_are_in_percent_and_without_the_epoch(run_main, tmp_path):
+    events = train(run_main, tmp_path)
     assert "epoch" not in events.Tags()["scalars"] and "val/acc" not in events.Tags()["scalars"]
     scores = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert events.Scalars("val/acc %")[-1].value == pytest.approx(100 * scores["val/acc"])
     assert events.Scalars("val/loss")[-1].value == pytest.approx(scores["val/loss"])
 
 
-def test_the_dashboard_links_runs_by_short_names_and_knows_what_was_swept(program, tmp_path):
+def test_the_dashboard_links_runs_by_short_names_and_knows_what_was_swept(run_main, tmp_path):
     folder, view = tmp_path / "outputs", tmp_path / "view"
     sweep = folder / "mnist/2026-11-25_01-02-03-123456_multirun"
     metric = "optimized_metric=loss/E_total"
-    result = program("-m", "experiment=backprop", "optimizer.lr=0.1,0.5", f"hydra.sweep.dir={sweep}", metric)
+    result = run_main("-m", "experiment=backprop", "optimizer.lr=0.1,0.5", f"hydra.sweep.dir={sweep}", metric)
     assert result.code == 0, result.err
     assert dashboard.describe(folder, view) == ["loss/E_total"]
     dashboard.link(folder, view)
@@ -80,15 +80,15 @@ def test_names_say_what_differs():
     assert dashboard.names([]) == {}
 
 
-def test_training_goes_the_same_way_without_it(program, tmp_path):
-    train(program, tmp_path / "with", "model.dropout=0.1")
-    without = train(program, tmp_path / "without", "model.dropout=0.1", "callbacks.tensorboard=null")
+def test_training_goes_the_same_way_without_it(run_main, tmp_path):
+    train(run_main, tmp_path / "with", "model.dropout=0.1")
+    without = train(run_main, tmp_path / "without", "model.dropout=0.1", "callbacks.tensorboard=null")
     assert not without.Tags()["images"]
     expected = weights(tmp_path / "without")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "with").items())
 
 
-def test_the_gradient_norm_is_the_step_over_the_learning_rate(program, tmp_path):
+def test_the_gradient_norm_is_the_step_over_the_learning_rate(run_main, tmp_path):
     plain = (
         "optimizer.momentum=0",
         "optimizer.nesterov=false",
@@ -97,7 +97,7 @@ def test_the_gradient_norm_is_the_step_over_the_learning_rate(program, tmp_path)
         "trainer.gradient_clip_val=null",
     )
     limits = "trainer.max_steps=1", "trainer.log_every_n_steps=1", "optimized_metric=null", "callbacks.best=null"
-    events = train(program, tmp_path, *plain, *limits)
+    events = train(run_main, tmp_path, *plain, *limits)
     L.seed_everything(0, verbose=False)
     before, after = CNN([4] * 6, 0.0), weights(tmp_path)
     step = torch.cat([(after[f"net.{name}"] - p.detach()).flatten() for name, p in before.named_parameters()])

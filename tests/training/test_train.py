@@ -27,11 +27,11 @@ PLAIN = "callbacks.tensorboard=null", "trainer.limit_train_batches=12"
 
 
 @pytest.fixture
-def train(program, tmp_path):
+def train(run_main, tmp_path):
     """Trains a tiny network on the digits; gives the result and the run folder."""
 
     def run(*overrides, folder="run", plain=PLAIN[:1]):
-        result = program(*TINY, *plain, f"hydra.run.dir={tmp_path / folder}", *overrides)
+        result = run_main(*TINY, *plain, f"hydra.run.dir={tmp_path / folder}", *overrides)
         return result, tmp_path / folder
 
     return run
@@ -95,17 +95,17 @@ def test_logged_scores_are_those_of_the_final_weights(train):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_equal_seeds_give_equal_weights_alone_and_within_a_multirun(train, program, tmp_path, seed):
+def test_equal_seeds_give_equal_weights_alone_and_within_a_multirun(train, run_main, tmp_path, seed):
     some = *PLAIN, "model.dropout=0.1"
     _, alone = train(f"seed={seed}", *some, folder="alone")
-    result = program("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    result = run_main("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.code == 0, result.err
     assert torch.equal(weights(alone), weights(tmp_path / f"sweep/seed={seed}"))
     assert not torch.equal(weights(alone), weights(tmp_path / "sweep/seed=7"))
 
 
-def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(program, tmp_path):
-    result = program(
+def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(run_main, tmp_path):
+    result = run_main(
         *("-m", *TINY[:-1], *PLAIN, "optimizer.lr=0.01,0.1", "model.dropout=0,0.5", "trainer.max_time=null"),
         f"hydra.sweep.dir={tmp_path}",
     )
@@ -115,8 +115,8 @@ def test_a_multirun_makes_a_folder_a_job_named_by_what_differs(program, tmp_path
     }
 
 
-def test_a_failing_job_does_not_stop_the_others(program, tmp_path):
-    result = program("-m", *TINY, *PLAIN, "data.val_size=9999,150", f"hydra.sweep.dir={tmp_path}")
+def test_a_failing_job_does_not_stop_the_others(run_main, tmp_path):
+    result = run_main("-m", *TINY, *PLAIN, "data.val_size=9999,150", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "data.val_size=9999" in result.err and "Traceback" not in result.err
     assert [path.parent.name for path in tmp_path.glob("*/metrics.json")] == ["data.val_size=150"]
 
@@ -227,8 +227,8 @@ def test_a_training_score_that_nothing_logs_is_said_after_an_epoch(train):
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
-def test_what_turns_out_where_training_begins_is_one_line(program, tmp_path, mistake, words):
-    result = program(
+def test_what_turns_out_where_training_begins_is_one_line(run_main, tmp_path, mistake, words):
+    result = run_main(
         *mistake,
         *(one for one in TINY if "data=" not in one or len(mistake) < 2),
         f"hydra.{'sweep' if '-m' in mistake else 'run'}.dir={tmp_path / 'run'}",
@@ -330,8 +330,8 @@ def test_training_on_a_gpu(train):
 
 @pytest.mark.slow
 @pytest.mark.mnist
-def test_a_third_of_an_epoch_on_mnist_reaches_98_percent(program, real_mnist, tmp_path):
+def test_a_third_of_an_epoch_on_mnist_reaches_98_percent(run_main, real_mnist, tmp_path):
     short = "trainer.max_epochs=1", "trainer.limit_train_batches=0.3", PLAIN[0]
-    result = program(*short, f"data.root={real_mnist}", f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*short, f"data.root={real_mnist}", f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["test/acc"] > 0.98
