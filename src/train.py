@@ -1,74 +1,67 @@
-"""Trains, tests and records one experiment: python -m src.train. The keys are in conf/train.yaml."""
+"""Train, test and record one experiment: python -m src.train. The keys are in conf/train.yaml."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from src.cli.hydra_main import hydra_main  # the first import: of the file by its path it says how it is started
+from src.cli.hydra_main import hydra_main
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
     from omegaconf import DictConfig
 
 
-def train(cfg: DictConfig, *further_callbacks: Callback) -> float | None:
-    """The score that a search looks at. `cfg` is resolved."""
-    # Here, because --help, --cfg and a typing mistake should not wait for PyTorch.
+def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
+    """Train as the resolved config says and return its optimized metric, which sweeps and searches rank by."""
+    # Imported here, so that --help, --cfg and a typo do not wait for PyTorch.
     from pathlib import Path
     from time import perf_counter
 
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from src.core.process import (
-        disable_malloc_trimming,
-        divide_threads,
-        reject_subprocesses_in_multirun,
-        use_default_sigterm_while_connecting,
-    )
+    from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
     from src.training.checkpoints import find_resume_checkpoint
     from src.training.console import print_results, silence_routine_output
     from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
     from src.training.run_record import (
         RunRecorder,
-        clean_up_on_failure,
         collect_results,
         continue_logger_runs,
+        finish_loggers,
         get_optimized_metric,
         write_metrics,
     )
 
     silence_routine_output()
     disable_malloc_trimming()
-    divide_threads()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    record = RunRecorder(cfg)
-    callbacks = [*instantiate_all("callbacks", cfg.callbacks), *further_callbacks, record]
-    loggers = continue_logger_runs(instantiate_all("logger", cfg.logger), Path(cfg.output_dir), bool(cfg.resume))
+    folder, recorder = Path(cfg.output_dir), RunRecorder(cfg)
+    callbacks = [*instantiate_all("callbacks", cfg.callbacks), *extra_callbacks, recorder]
+    loggers = instantiate_all("logger", cfg.logger)
+    continue_logger_runs(loggers, folder, bool(cfg.resume))
     if not loggers:
-        callbacks = [one for one in callbacks if not isinstance(one, LearningRateMonitor)]  # Lightning would refuse it
-    root = (cfg.trainer and cfg.trainer.get("default_root_dir")) or cfg.output_dir  # Lightning's is where one stands
-    trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=root)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
     reject_subprocesses_in_multirun(trainer)
     module, data = instantiate_task(cfg)
-    folder = Path(cfg.output_dir)
-    with clean_up_on_failure(trainer, folder, bool(cfg.resume)):
-        checkpoint = find_resume_checkpoint(Path(cfg.resume), trainer, record.digest) if cfg.resume else None
-        use_default_sigterm_while_connecting(trainer)
-        started = perf_counter()
+    checkpoint = find_resume_checkpoint(folder, trainer) if cfg.resume else None
+    try:
+        started_at = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        fitted = perf_counter()
+        fitted_at = perf_counter()
         metrics = dict(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, data, verbose=False)
             metrics |= trainer.callback_metrics
-        seconds = {"fit": fitted - started, "test": perf_counter() - fitted}
-
-        results = collect_results(cfg, trainer, record, metrics, seconds)
-        if trainer.is_global_zero:
-            write_metrics(folder, results)
-            print_results(results, folder, reads=hasattr(data, "spec"))
-        return get_optimized_metric(results, cfg.optimized_metric)
+        seconds = {"fit": fitted_at - started_at, "test": perf_counter() - fitted_at}
+    finally:
+        finish_loggers(trainer)
+    results = collect_results(recorder, trainer, metrics, seconds)
+    if trainer.is_global_zero:
+        write_metrics(folder, results)
+        print_results(results, folder, reads=hasattr(data, "spec"))
+    return get_optimized_metric(results, cfg.optimized_metric)
 
 
 main = hydra_main("train", train)

@@ -4,7 +4,6 @@ A new version of one of them breaks this file first; nothing else here uses a na
 """
 
 import pickle
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
-from hydra.types import HydraContext, RunMode
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from src.core.files import write_atomically
@@ -28,51 +24,9 @@ if TYPE_CHECKING:
     import lightning as L
 
 
-def get_hydra_parser() -> ArgumentParser:
-    """Of Hydra's own flags; what is left over are overrides."""
-    return get_args_parser()
-
-
-def validate_before_run(look: Callable[[DictConfig, Sequence[Override]], None]) -> None:
-    """Has `look` see the config, and the overrides in it, before a run or a sweep begins.
-
-    There Hydra composes it only to know which of the two is meant, and passes over a mistake that it finds: then all is
-    composed once more to find it again. What is composed here is what the run gets.
-    """
-
-    def get_mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-        config = hydra.compose_config(
-            config_name,
-            overrides,
-            run_mode=RunMode.MULTIRUN,
-            with_log_configuration=False,
-            validate_sweep_overrides=False,
-        )
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        look(config, [override for override in parsed if not override.is_hydra_override()])
-        _compose_once(hydra.config_loader, config, parsed)
-        return config.hydra.mode
-
-    Hydra.get_mode = get_mode  # type: ignore[method-assign, assignment]
-
-
-def _compose_once(loader: Any, config: DictConfig, parsed: Sequence[Override]) -> None:
-    """Has the loader answer once with this config, composed of these overrides for a multirun, where it fits."""
-
-    def load_configuration(config_name: str, overrides: list[str], run_mode: RunMode, **settings: Any) -> DictConfig:
-        del loader.load_configuration
-        # A single run refuses both: Hydra says which.
-        refused = (
-            any(override.is_sweep_override() for override in parsed) or "???" in config.hydra.runtime.choices.values()
-        )
-        if refused:
-            return loader.load_configuration(config_name, overrides, run_mode, **settings)
-        for mode in overrides[len(parsed) :]:  # Hydra adds hydra.mode=… where the config does not say it
-            config.hydra.mode = RunMode[mode.partition("=")[2]]
-            config.hydra.overrides.hydra.append(mode)
-        return config
-
-    loader.load_configuration = load_configuration
+def use_mode_of_command_line() -> None:
+    """Let Hydra take run or multirun from its flags, without composing the config once more to look for hydra.mode."""
+    Hydra.get_mode = lambda *_: None  # type: ignore[method-assign, assignment]
 
 
 def get_composed_config(error: BaseException) -> DictConfig:

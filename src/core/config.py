@@ -1,7 +1,8 @@
-"""What a config may say: which classes it may name, which values their arguments allow, which key a mistyped one meant.
+"""Check a composed config: which classes it may name, which values their arguments take, what a typo meant.
 
-The rules stand where the arguments do, as annotations (src.core.value_types), and are read from the source without importing it;
-only those of other packages stand here.
+The rules are the annotations of the arguments themselves (src.core.value_types). They are parsed from the source
+without importing it, so that a mistake is reported before PyTorch is loaded. Only rules for classes of other packages
+are written down here.
 """
 
 import ast
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from src.core import value_types as values
+from src.core import value_types
 from src.core.errors import UserError
 from src.core.value_types import (
     NonEmptyStr,
@@ -37,25 +38,32 @@ ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 PACKAGE = __name__.partition(".")[0]
 
-# The keys that belong to no class: those of conf/train.yaml and conf/tune.yaml themselves.
+# Keys of conf/train.yaml and conf/tune.yaml that are no class's arguments.
 ROOT_KEYS: dict[str, Any] = {
     "name": NonEmptyStr,
     "seed": Seed,
+    "threads": PositiveInt | None,
     "test": bool,
     "optimized_metric": NonEmptyStr | None,
     "optimized_mode": Literal["max", "min"],
     "allowed_packages": Sequence[NonEmptyStr],
     "resume": NonEmptyStr | None,
     "n_trials": PositiveInt,
-    "study_name": StudyName,  # SQLite's address of its file would end there
+    "study_name": StudyName,  # SQLite's URL of the study's file would end at ? or #
     "storage": NonEmptyStr | None,
     "heartbeat": PositiveInt,
 }
 _UNLIMITED = PositiveInt | Literal[-1]
 _BATCHES = NonNegativeInt | UnitInterval | None
-# Of other packages' classes, those whose own messages are none or come late.
+# Arguments of other packages' classes whose own error messages are missing or come late.
 LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "torch.optim.*": {"lr": PositiveFloat, "momentum": Probability, "weight_decay": NonNegativeFloat, "nesterov": bool},
+    "torch.optim.*": {
+        "lr": PositiveFloat,
+        "momentum": Probability,
+        "weight_decay": NonNegativeFloat,
+        "nesterov": bool,
+        "betas": Sequence[Probability],
+    },
     "torch.optim.lr_scheduler.*": {
         "interval": Literal["step", "epoch"] | None,
         "monitor": NonEmptyStr | None,
@@ -64,21 +72,15 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "final_div_factor": PositiveFloat,
     },
     "lightning.Trainer": {
-        "max_epochs": _UNLIMITED,
-        "max_steps": _UNLIMITED,
-        "num_nodes": PositiveInt,
-        "limit_train_batches": PositiveInt | PositiveFraction | None,
-        "limit_val_batches": _BATCHES,
-        "limit_test_batches": _BATCHES,
+        **dict.fromkeys(("max_epochs", "max_steps"), _UNLIMITED),
+        **dict.fromkeys(("num_nodes", "log_every_n_steps", "accumulate_grad_batches"), PositiveInt),
+        **dict.fromkeys(("limit_train_batches", "val_check_interval"), PositiveInt | PositiveFraction | None),
+        **dict.fromkeys(("limit_val_batches", "limit_test_batches"), _BATCHES),
         "gradient_clip_val": NonNegativeFloat | None,
-        "log_every_n_steps": PositiveInt,
-        "accumulate_grad_batches": PositiveInt,
         "check_val_every_n_epoch": PositiveInt | None,
-        "val_check_interval": PositiveInt | PositiveFraction | None,
     },
 }
-# What a config may name of other packages. Classes alone, at the places they are documented at: a longer path would
-# lead on through the modules that a module imports, to os.system.
+# Only classes at their documented places: a longer path would lead through imported modules to os.system.
 ALLOWED_TARGETS = re.compile(
     r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
     r"|lightning\.Trainer"
@@ -86,182 +88,185 @@ ALLOWED_TARGETS = re.compile(
     r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
     r"|torchvision\.models\.[A-Za-z]\w*"
 )
-# What a function of this project has to say that it gives, for a config to name it.
-ALLOWED_RETURN_TYPES = (
-    "Module",
-    "Sequential",
-    "LightningModule",
-    "LightningDataModule",
-    "ProgressBar",
-    "Callback",
-    "Logger",
-)
+# A function of this project may be a _target_ if its return annotation is one of these.
+ALLOWED_RETURN_TYPES = {
+    *("Module", "Sequential", "LightningModule", "LightningDataModule", "ProgressBar", "Callback", "Logger"),
+}
+
+
+def resolve_and_validate(config: DictConfig, allowed_packages: Sequence[str] | None = None) -> DictConfig:
+    """Resolve interpolations, then validate the config. Raises UserError."""
+    config = resolve_config(config)
+    validate_config(config, allowed_packages)
+    return config
 
 
 def resolve_config(config: DictConfig) -> DictConfig:
-    """The config without interpolations, so that what is checked is what is built. Raises UserError, or OmegaConf's."""
+    """Return the config without interpolations, so that what is validated is what is instantiated.
+
+    Raises UserError for a missing value and for a value that would be interpolated again.
+    """
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value; set {error.full_key}=…") from error
     for key, value in iterate_items(plain):
-        if isinstance(value, str) and "${" in value:  # it would be resolved when it is built
-            raise UserError(f"{key}={value}: a value may not hold ${{")
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{key}={value}: a value may not contain ${{")
     result = OmegaConf.create(plain)
     assert isinstance(result, DictConfig)
     OmegaConf.set_struct(result, True)
     return result
 
 
-def validate_config(config: DictConfig, allowed: Sequence[str] | None = None) -> None:
-    """Raises UserError for a class that a resolved config may not name, and for a value that an argument cannot have.
+def validate_config(config: DictConfig, allowed_packages: Sequence[str] | None = None) -> None:
+    """Raise UserError for a class that a resolved config may not name, or a value that an argument does not take.
 
-    Packages beside those offered are `allowed`; by default, what the config itself says.
+    `allowed_packages` are other packages whose classes may be named; by default those that the config itself lists.
     """
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
-    packages = plain.get("allowed_packages", []) if allowed is None else allowed
+    packages = plain.get("allowed_packages", []) if allowed_packages is None else allowed_packages
     nodes = [(key, node) for key, node in [("", plain), *iterate_items(plain)] if isinstance(node, dict)]
-    for _, node in nodes:
-        if "_target_" in node and not _offered(node["_target_"], packages):
-            raise UserError(
-                f"_target_={node['_target_']}: not a class that this project or its libraries offer to configs; "
-                "a package of your own goes into allowed_packages: in conf/train.yaml"
-            )
     for prefix, node in nodes:
-        hints = get_annotations(node["_target_"]) if "_target_" in node else {} if prefix else ROOT_KEYS
+        target = node.get("_target_")
+        if "_target_" in node and not _is_allowed(target, packages):
+            raise UserError(
+                f"_target_={target}: neither a class of this project nor one that configs may name of its libraries; "
+                "add your own package to allowed_packages in conf/train.yaml"
+            )
+        annotations = get_annotations(target) if target else {} if prefix else ROOT_KEYS
         for name, value in node.items():
             key = f"{prefix}.{name}".removeprefix(".")
-            if hints.get("**") is None and "_target_" in node and name not in hints and not str(name).startswith("_"):
-                guess = find_closest(name, list(hints))
-                raise UserError(
-                    f"{key}: {node['_target_'].rpartition('.')[2]} has no such argument"
-                    + (f"; did you mean {guess}?" if guess else f"; it has {', '.join(hints) or 'none'}")
-                )
-            if (hint := hints.get(name)) and not matches_annotation(value, hint):
-                empty = value == os.environ.get("MNIST_ROOT") == ""
-                fix = "; MNIST_ROOT is empty: unset it, or name a folder" if empty else ""
-                raise UserError(f"{key}={value}: must be {describe_annotation(hint)}{fix}")
+            if target and not {name, "**"} & annotations.keys() and not str(name).startswith("_"):
+                match = find_closest(str(name), list(annotations))
+                hint = f"did you mean {match}?" if match else f"it has {', '.join(annotations) or 'none'}"
+                raise UserError(f"{key}: {target.rpartition('.')[2]} has no such argument; {hint}")
+            if (annotation := annotations.get(name)) and not matches_annotation(value, annotation):
+                is_empty_root = value == os.environ.get("MNIST_ROOT") == ""
+                fix = "; MNIST_ROOT is empty: unset it, or set it to a folder" if is_empty_root else ""
+                raise UserError(f"{key}={value}: must be {describe_annotation(annotation)}{fix}")
 
 
 def iterate_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a plain container with its value, inner ones included."""
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in inner:
+    """Yield every dotted key of a plain container with its value, nested ones included."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
         key = f"{prefix}.{name}".removeprefix(".")
         yield key, value
         yield from iterate_items(value, key)
 
 
 def load_allowed_packages() -> list[str]:
-    """The packages that conf/train.yaml admits, whatever a config from elsewhere says."""
-    config = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"))
-    return list(config["allowed_packages"]) if isinstance(config, dict) else []
+    """Return the packages that conf/train.yaml allows, whatever the config of a run folder says."""
+    return list(OmegaConf.load(CONF / "train.yaml").allowed_packages)
 
 
-def _offered(target: Any, allowed: Sequence[str]) -> bool:
-    """Whether a config may have it built. Of this project nothing is imported to find out."""
+def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
     if not isinstance(target, str):
         return False
     if ALLOWED_TARGETS.fullmatch(target):
         return True
     module, _, name = target.rpartition(".")
-    if module.partition(".")[0] in allowed and re.fullmatch(r"\w+(\.\w+)+", target):
+    package = module.partition(".")[0]
+    if package in packages and re.fullmatch(r"\w+(\.\w+)+", target):
         try:
-            found = getattr(importlib.import_module(module), name)
+            attribute = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"_target_={target}: {error}") from error
-        # Where it is from, lest a path lead through the package to what it imports.
-        return str(getattr(found, "__module__", "")).partition(".")[0] == module.partition(".")[0]
-    statement = _definition(target)
-    if name.startswith("_"):
-        return False
-    if isinstance(statement, ast.FunctionDef):
-        given = ast.unparse(statement.returns).rpartition(".")[2] if statement.returns else ""
-        return given in ALLOWED_RETURN_TYPES
-    return statement is not None
+        # The object must be defined in the package itself, not merely imported by it.
+        return str(getattr(attribute, "__module__", "")).partition(".")[0] == package
+    definition = None if name.startswith("_") else _find_definition(target)
+    if isinstance(definition, ast.FunctionDef):
+        returns = ast.unparse(definition.returns) if definition.returns else ""
+        return returns.rpartition(".")[2] in ALLOWED_RETURN_TYPES
+    return definition is not None
 
 
-def _definition(target: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """The statement that defines a class or a function of this project, the programs themselves left out."""
+def _find_definition(target: str) -> ast.ClassDef | ast.FunctionDef | None:
+    """Find the statement that defines a class or function of this project; entry points are left out."""
     module, _, name = target.rpartition(".")
-    if not re.fullmatch(rf"{PACKAGE}(?!\.(command|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
+    if not re.fullmatch(rf"{PACKAGE}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
         return None
     base = ROOT.joinpath(*module.split("."))
     file = next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
-    return _statements(file).get(name) if file else None
+    return _parse_definitions(file).get(name) if file else None
 
 
 @cache
-def _statements(file: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    body = ast.parse(file.read_text()).body
-    return {part.name: part for part in body if isinstance(part, ast.ClassDef | ast.FunctionDef)}
+def _parse_definitions(file: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
 @cache
 def get_annotations(target: str) -> dict[str, Any]:
-    """By name, what each argument of a class or a function may be; None where nothing is said.
+    """Return the annotation of each argument of a class or function by name, None where there is no rule.
 
-    "**" stands for further ones: of those nothing is known.
+    The key "**" means that further arguments are accepted.
     """
-    statement = _definition(target)
-    if isinstance(statement, ast.ClassDef):
-        statement = next((s for s in statement.body if isinstance(s, ast.FunctionDef) and s.name == "__init__"), None)
-    if statement is None:
+    definition = _find_definition(target)
+    if isinstance(definition, ast.ClassDef):
+        methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
+        definition = next((method for method in methods if method.name == "__init__"), None)
+    if definition is None:
         rules = LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(target.rpartition(".")[0] + ".*") or {}
         return {**rules, "**": Any}
-    named = [*statement.args.posonlyargs, *statement.args.args, *statement.args.kwonlyargs]
-    hints = {argument.arg: _hint(argument.annotation) for argument in named if argument.arg != "self"}
-    return hints | ({"**": Any} if statement.args.kwarg else {})
+    arguments = definition.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}
+    return annotations | ({"**": Any} if arguments.kwarg else {})
 
 
-def _hint(annotation: ast.expr | None) -> Any:
-    names = vars(values) | {"Sequence": Sequence, "Literal": Literal, "Annotated": Annotated}
+def _evaluate(annotation: ast.expr | None) -> Any:
+    names = vars(value_types) | {"Sequence": Sequence, "Literal": Literal}
     try:
-        return eval(ast.unparse(annotation), names) if annotation else None  # of this project's own source
+        return eval(ast.unparse(annotation), names) if annotation else None  # source of this project
     except (NameError, TypeError, AttributeError):  # a class that would have to be imported
         return None
 
 
-def matches_annotation(value: Any, hint: Any) -> bool:
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return parts[1].allows(value)
-    if kind in (Union, types.UnionType):
-        return any(matches_annotation(value, part) for part in parts)
-    if kind is Literal:
-        return any(value == part and type(value) is type(part) for part in parts)
-    if kind is not None and issubclass(kind, Sequence):
-        return isinstance(value, list) and all(matches_annotation(each, parts[0]) for each in value)
-    if hint in (None, types.NoneType):
+def matches_annotation(value: Any, annotation: Any) -> bool:
+    """Return whether a plain value is what an annotation of src.core.value_types or a simple type allows."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return bool(arguments[1].is_satisfied_by(value))
+    if origin in (Union, types.UnionType):
+        return any(matches_annotation(value, argument) for argument in arguments)
+    if origin is Literal:
+        return any(value == argument and type(value) is type(argument) for argument in arguments)
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(matches_annotation(item, arguments[0]) for item in value)
+    if annotation in (None, types.NoneType):
         return value is None
-    if hint in (bool, int, str):
-        return type(value) is hint
-    return type(value) in (int, float) if hint is float else True
+    if annotation in (bool, int, str):
+        return type(value) is annotation
+    return type(value) in (int, float) if annotation is float else True
 
 
-def describe_annotation(hint: Any) -> str:
-    kind, parts = get_origin(hint), get_args(hint)
-    if kind is Annotated:
-        return parts[1].words
-    if kind in (Union, types.UnionType):
-        return ", or ".join(map(describe_annotation, parts))
-    if kind is Literal:
-        return ("one of " if len(parts) > 1 else "") + ", ".join(map(str, parts))
-    if kind is not None and issubclass(kind, Sequence):
-        return f"a list; each of it {describe_annotation(parts[0])}"
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return "null" if hint in (None, types.NoneType) else plain[hint]
+def describe_annotation(annotation: Any) -> str:
+    """Describe which values an annotation allows, as in "int ≥ 1" or "list of float > 0"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return arguments[1].description
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe_annotation, arguments))
+    if origin is Literal:
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+    if origin is not None and issubclass(origin, Sequence):
+        return f"list of {describe_annotation(arguments[0])}"
+    if annotation in (None, types.NoneType):
+        return "null"
+    return {bool: "true or false", int: "int", float: "float", str: "string"}[annotation]
 
 
 def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
-    """The known key that `key` most likely meant; a bare last part, as in max_epochs, counts as well."""
+    """Return the known key that `key` most likely meant; its last part alone, as in max_epochs, counts as well."""
 
-    def likeness(candidate: str) -> float:
-        last = candidate.rpartition(".")[2]
-        whole_key = SequenceMatcher(None, key, candidate).ratio()
-        # A little less for the last part alone, so that the full key wins where both fit.
-        return max(whole_key, 0.95 * SequenceMatcher(None, key.rpartition(".")[2], last).ratio())
+    def similarity(candidate: str) -> float:
+        full = SequenceMatcher(None, key, candidate).ratio()
+        last = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return max(full, 0.95 * last)  # a little less for the last part, so that the full key wins if both match
 
-    best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= cutoff else None
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best) >= cutoff else None

@@ -1,8 +1,8 @@
-"""Atomic writes, locks and cleaning up."""
+"""Atomic writes and locks on folders."""
 
 import os
-from collections.abc import Iterator, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from src.core.errors import UserError
@@ -15,35 +15,23 @@ except ImportError:  # Windows
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
-    """What stood at `file` stays until all of `content` is on the disk."""
+    """Write `content` to a temporary file and rename it: the previous file stays until the new one is on the disk."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.part")
+    temporary = file.with_name(f".{file.name}.part")
     try:
-        with beside.open("wb") as stream:
+        with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, file)
+        os.replace(temporary, file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(file)) from error
-
-
-def list_tree(folder: Path) -> set[Path]:
-    """The folder and all in it; empty where it is not there."""
-    return {folder, *folder.rglob("*")} if folder.exists() else set()
-
-
-def remove_new_files(folder: Path, before: Set[Path]) -> None:
-    """Takes away all that was not there `before`, as `content` tells it."""
-    for part in sorted(list_tree(folder) - before, reverse=True):
-        with suppress(OSError):
-            part.unlink() if part.is_symlink() or not part.is_dir() else part.rmdir()
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes from the run in `folder`. Raises UserError where one is at work; ends with this process."""
+    """Hold an exclusive lock on a run folder, which ends with this process. Raise UserError if another holds it."""
     if not is_first_process() or fcntl is None:
         yield
         return
@@ -52,7 +40,7 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is at work on this run; wait for it, or stop it") from error
+            raise UserError(f"{folder}: another process is using this run folder; wait for it or stop it") from error
         except OSError:  # a file system without locks
             pass
         yield

@@ -1,12 +1,11 @@
-"""What a run leaves behind for people and programs: metrics.json."""
+"""Record a run: hyperparameters for the loggers, metrics.json with the final scores and where they come from."""
 
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -27,131 +26,119 @@ from torch.utils.data import DataLoader
 from src.core.compat import add_summary, continue_logger_run
 from src.core.config import iterate_items
 from src.core.errors import UserError
-from src.core.files import list_tree, remove_new_files
-from src.core.run_folder import compute_digest, get_choices, make_portable, read_strings, read_yaml
+from src.core.files import write_atomically
+from src.core.run_folder import METRICS_FILE, read_strings, read_yaml
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
-METRICS_FILE = "metrics.json"
-DERIVED = "scheduler.max_lr", "scheduler.T_max"  # from keys that are shown themselves
+CHOICES = "experiment", "data", "model", "task", "optimizer", "scheduler"
+HYPERPARAMETERS = ("model.", "task.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_")
+DERIVED = "scheduler.max_lr", "scheduler.T_max"  # interpolations of keys that are recorded themselves
 
 
 class RunRecorder(Callback):
-    """The seconds of training without validation, and in each checkpoint the digest of the run's config.
+    """Measure the seconds of training without validation, and check that the optimized metric is logged.
 
-    Raises UserError once it is clear that nothing logs what the config calls `optimized_metric`.
+    Raises UserError when it is clear that nothing logs what the config names as `optimized_metric`, or what a callback
+    monitors.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
-        self.cfg, self.metric, self.digest = cfg, cfg.optimized_metric, compute_digest(make_portable(cfg))
-        self.overrides, _ = get_original_overrides(cfg)
+        self.cfg, self.metric = cfg, cfg.optimized_metric
+        self.overrides, self.choices = _read_original_overrides(cfg)
         if str(self.metric).startswith("test/"):
             raise UserError(
-                f"optimized_metric={self.metric}: by a score on the test images nothing may be chosen; "
-                "set optimized_metric=val/acc, or null"
+                f"optimized_metric={self.metric}: a test score must not choose anything; set val/acc or null"
             )
-        self.seconds, self.since, self.samples = 0.0, 0.0, 0.0
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["run"] = self.digest
+        self.seconds, self.started_at, self.samples, self.first_epoch = 0.0, 0.0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if str(self.metric).startswith("val/") and not reaches_validation(trainer):
+        if str(self.metric).startswith("val/") and not _reaches_validation(trainer):
             raise UserError(
-                f"optimized_metric={self.metric}: this run ends before its first validation; let it validate sooner "
-                "or train longer, or set optimized_metric=null"
+                f"optimized_metric={self.metric}: this run ends before its first validation; validate earlier, train "
+                "longer, or set optimized_metric=null"
             )
-        log_hyperparameters(trainer, self.cfg)  # not before: a start that fails leaves no folder
-        self.first, self.since = trainer.current_epoch, perf_counter()
+        _log_hyperparameters(trainer, self.cfg, _collect_hyperparameters(self.cfg, self.overrides, self.choices))
+        self.first_epoch, self.started_at = trainer.current_epoch, perf_counter()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:  # which comes before the training
-            self.seconds += perf_counter() - self.since
+        if not trainer.sanity_checking:
+            self.seconds += perf_counter() - self.started_at
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.since = perf_counter()
-        self._check(trainer, lambda name: name.startswith("val/"))  # before the training, after the trainer's one batch
+        self.started_at = perf_counter()
+        self._check_metrics(trainer, prefix="val/")  # the sanity check shows a missing one before the training
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch > self.first:
-            self._check(trainer, lambda name: True)  # what is logged where an epoch ends is known then
-
-    def _check(self, trainer: L.Trainer, among: Callable[[str], bool]) -> None:
-        monitored = {f"{type(one).__name__}.monitor": getattr(one, "monitor", None) for one in trainer.callbacks}  # type: ignore[attr-defined]
-        for key, name in {"optimized_metric": self.metric, **monitored}.items():
-            if name and among(name) and name not in trainer.callback_metrics:
-                raise UserError(f"{key}={name}: the run has " + ", ".join(sorted(trainer.callback_metrics)))
+        if trainer.current_epoch > self.first_epoch:
+            self._check_metrics(trainer)  # metrics of the epoch's end are known from then on
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds += perf_counter() - self.since
+        self.seconds += perf_counter() - self.started_at
         loader = trainer.train_dataloader  # gone once the run is tested
-        if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):  # a stream cannot tell
-            images = len(loader.dataset) / len(loader)
-            self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * images
+        if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
+            samples_per_batch = len(loader.dataset) / len(loader)
+            self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * samples_per_batch
+
+    def _check_metrics(self, trainer: L.Trainer, prefix: str = "") -> None:
+        monitors = {
+            f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in trainer.callbacks
+        }  # type: ignore[attr-defined]
+        for key, name in {"optimized_metric": self.metric, **monitors}.items():
+            if name and name.startswith(prefix) and name not in trainer.callback_metrics:
+                raise UserError(f"{key}={name}: not logged; logged are {', '.join(sorted(trainer.callback_metrics))}")
 
 
-def reaches_validation(trainer: L.Trainer) -> bool:
-    """Whether a training comes to a validation, as far as can be told when it begins."""
-    none_loaded = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
-    if none_loaded or not trainer.enable_validation:
+def _reaches_validation(trainer: L.Trainer) -> bool:
+    """Return whether a training comes to a validation, as far as can be known when it begins."""
+    has_no_batches = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
+    if has_no_batches or not trainer.enable_validation:
         return False
-    epoch, wait = trainer.num_training_batches, trainer.check_val_every_n_epoch or 1
-    first = (wait - 1) * epoch + trainer.val_check_batch  # type: ignore[operator]
+    batches_per_epoch = trainer.num_training_batches
+    first = ((trainer.check_val_every_n_epoch or 1) - 1) * batches_per_epoch + trainer.val_check_batch  # type: ignore[operator]
     ends: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps != -1 else []
-    ends += [trainer.max_epochs * epoch] if trainer.max_epochs not in (None, -1) else []  # type: ignore[operator]
+    ends += [trainer.max_epochs * batches_per_epoch] if trainer.max_epochs not in (None, -1) else []  # type: ignore[operator]
     return first == math.inf or first <= min(ends, default=math.inf)
 
 
 def get_optimized_metric(results: dict[str, Any], name: str | None) -> float | None:
-    """The score that a search looks at; None where there is none to look at."""
+    """Return the metric that a sweep ranks by, None if there is none. Raise UserError if the run has not logged it."""
     if name is not None and name not in results["metrics"]:
-        raise UserError(f"optimized_metric={name}: the run has " + ", ".join(results["metrics"]))
+        raise UserError(f"optimized_metric={name}: not logged; logged are {', '.join(results['metrics'])}")
     return float(results["metrics"][name]) if name is not None else None
 
 
-def is_hyperparameter(key: str) -> bool:
-    groups = "model.", "task.", "optimizer.", "scheduler.", "data.augment.", "data.batch_size", "trainer.max_"
-    last = key.rpartition(".")[2]
-    shown = not last.startswith("_") and not last.isdigit() and key not in DERIVED
-    return key == "seed" or (key.startswith(groups) and shown)
-
-
-def get_original_overrides(cfg: DictConfig) -> tuple[list[str], dict[str, Any]]:
-    """The overrides that a run was begun with, and its options by group. Raises UserError where its file is damaged."""
-    hydra, own = HydraConfig.get(), Path(cfg.output_dir, ".hydra/hydra.yaml")
-    if not cfg.resume or not own.parent.is_dir():
+def _read_original_overrides(cfg: DictConfig) -> tuple[list[str], dict[str, Any]]:
+    """Return the overrides and the chosen options that a run was started with, also if it is resumed."""
+    hydra, file = HydraConfig.get(), Path(cfg.output_dir, ".hydra/hydra.yaml")
+    if not cfg.resume or not file.is_file():
         return list(hydra.overrides.task), dict(hydra.runtime.choices)
-    return read_strings(own, "hydra", "overrides", "task"), get_choices(
-        read_yaml(own)
-    )  # who continues a run names none of these
+    return read_strings(file, "hydra", "overrides", "task"), read_yaml(file)["hydra"]["runtime"]["choices"]
 
 
-def collect_hyperparameters(cfg: DictConfig) -> dict[str, bool | int | float | str]:
-    """What shapes the training, what the command line set, and the chosen config groups, as plain values."""
-    begun_with, choices = get_original_overrides(cfg)
-    overrides = OverridesParser.create().parse_overrides(begun_with)
-    leaves = {key: x for key, x in iterate_items(OmegaConf.to_container(cfg)) if not isinstance(x, dict)}
+def _collect_hyperparameters(cfg: DictConfig, overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
+    """Return what shapes the training, what the command line set, and the chosen config groups, as plain values."""
+    overridden = {override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)}
     plain: dict[str, bool | int | float | str] = {}
-    for key in [*filter(is_hyperparameter, leaves), *(override.key_or_group for override in overrides)]:
-        if key in leaves:
-            value = leaves[key]
+    for key, value in iterate_items(OmegaConf.to_container(cfg)):
+        name = key.rpartition(".")[2]
+        is_hyperparameter = key == "seed" or (key.startswith(HYPERPARAMETERS) and not name.startswith("_"))
+        is_shown = is_hyperparameter and not name.isdigit() and key not in DERIVED
+        if (is_shown or key in overridden) and not isinstance(value, dict):
             plain[key] = value if isinstance(value, bool | int | float) else "null" if value is None else str(value)
-    for group in "experiment", "data", "model", "optimizer", "scheduler":
-        plain[group] = str(choices.get(group) or "null")
-    return plain
+    return plain | {group: str(choices.get(group) or "null") for group in CHOICES}
 
 
 @rank_zero_only
-def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
-    """Tells every logger; TensorBoard's HParams tab, whose metrics are the scalars that the run logs, in its own way.
+def _log_hyperparameters(trainer: L.Trainer, cfg: DictConfig, plain: dict[str, Any]) -> None:
+    """Log hyperparameters to every logger, to TensorBoard's HParams tab without an experiment description.
 
-    Lightning's and PyTorch's own ways also write a description of the whole experiment, made from one run;
-    TensorBoard believes the first that it finds, and shows no column that it lacks. Without any it looks at all runs.
+    Lightning's and PyTorch's own methods describe the whole experiment by one run. TensorBoard uses the first
+    description that it finds and hides columns that it lacks; without any it looks at all runs.
     """
-    folder = Path(cfg.output_dir)
-    plain = collect_hyperparameters(cfg)
     data: Any = getattr(trainer, "datamodule", None)
-    if hasattr(data, "train_batch_size"):  # the config may leave it to the data
+    if hasattr(data, "train_batch_size"):  # data.batch_size may be null
         plain["data.batch_size"] = data.train_batch_size
+    folder = Path(cfg.output_dir)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             add_summary(logger.experiment, hparams_pb(plain, trial_id=f"{folder.name} in {folder.parent.name}"))
@@ -161,104 +148,89 @@ def log_hyperparameters(trainer: L.Trainer, cfg: DictConfig) -> None:
             logger.log_hyperparams(plain)
 
 
-def continue_logger_runs(loggers: list[Any], folder: Path, resumed: bool) -> list[Any]:
-    """W&B and MLflow name each run themselves, and begin another when it is resumed unless they are told its name."""
+def continue_logger_runs(loggers: list[Any], folder: Path, is_resumed: bool) -> None:
+    """Let W&B and MLflow continue their own run when a run is resumed: its id is kept in the run folder."""
     for logger in loggers:
         file = folder / f".{type(logger).__name__}"
         if isinstance(logger, WandbLogger | MLFlowLogger):
-            if resumed and file.is_file():
-                continue_logger_run(logger, file.read_text())
+            if is_resumed and file.is_file():
+                continue_logger_run(logger, file.read_text(encoding="utf-8"))
             elif getattr(rank_zero_only, "rank", 0) == 0:
                 logger.experiment  # noqa: B018  (begins the run)
                 file.write_text(str(logger.version if isinstance(logger, WandbLogger) else logger.run_id))
-    return loggers
 
 
-@contextmanager
-def clean_up_on_failure(trainer: L.Trainer, folder: Path, resumed: bool) -> Iterator[None]:
-    """Takes away what a run that fails before its first batch has made in its folder, unless it is a resumed one.
-
-    Ends what would go on into the next job of a multirun: a process has one run of W&B at a time.
-    """
-    before, begun = list_tree(folder), True
-    try:
-        yield
-    except Exception:
-        begun = resumed or trainer.fit_loop.total_batch_idx > 0
-        raise
-    finally:
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                logger.experiment.finish()
-        if not begun and trainer.is_global_zero:
-            remove_new_files(folder, before)
-
-
-def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Writes beside and renames, so that a metrics.json is always whole and its presence means done."""
-    beside = folder / f".{METRICS_FILE}.part"
-    beside.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(beside, folder / METRICS_FILE)
+def finish_loggers(trainer: L.Trainer) -> None:
+    """End the run of W&B, of which a process has one at a time, before the next job of a multirun begins its own."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
 
 
 def collect_results(
-    cfg: DictConfig, trainer: L.Trainer, record: RunRecorder, metrics: dict[str, Tensor], seconds: dict[str, float]
+    recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """The contents of metrics.json: scores of the final epoch, and where they come from. Epochs count from 1."""
+    """Return the content of metrics.json: scores of the final epoch (counted from 1), and where they come from.
+
+    Args:
+        recorder: The callback that was part of the training.
+        trainer: The trainer after fit and test.
+        metrics: Logged metrics of both.
+        seconds: Durations of fit and test.
+    """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    checkpoints = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint))
-    best = next((c.best_model_path for c in checkpoints if c.monitor and c.best_model_path), None)
+    checkpoints = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+    best = next(
+        (callback.best_model_path for callback in checkpoints if callback.monitor and callback.best_model_path), None
+    )
     return {
-        "name": cfg.name,
-        "run": record.digest,
-        "overrides": record.overrides,
+        "name": recorder.cfg.name,
+        "overrides": recorder.overrides,
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
-        "seed": cfg.seed,
+        "seed": recorder.cfg.seed,
+        "threads": recorder.cfg.threads,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,
         "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "samples_per_second": round(record.samples / record.seconds, 1) if record.seconds else 0.0,
-        **_surroundings(trainer.strategy.root_device),
-    }
-
-
-def _surroundings(device: torch.device) -> dict[str, Any]:
-    return {
-        "device": get_device_name(device),
-        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # None: all of the machine's
+        "samples_per_second": round(recorder.samples / recorder.seconds, 1) if recorder.seconds else 0.0,
+        "device": get_device_name(trainer.strategy.root_device),
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # null: all of the machine's
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "git_commit": GIT_COMMIT,
     }
 
 
+def write_metrics(folder: Path, results: dict[str, Any]) -> None:
+    """Write metrics.json atomically: its presence means that the run is finished."""
+    write_atomically(folder / METRICS_FILE, (json.dumps(results, indent=2) + "\n").encode())
+
+
 def get_device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or of the processor with the number of PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"{torch.backends.mps.get_name()}, mps"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that does not say
-        return platform.processor() or platform.machine()
+        processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor without a name
+        processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads"
 
 
-def _git_commit() -> str | None:
-    """The commit of the project, with "-dirty" behind it if files were changed since; None outside a checkout."""
+def _get_git_commit() -> str | None:
+    """Return the commit of the project, followed by "-dirty" if files have changed since; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
-GIT_COMMIT = _git_commit()  # when the run begins: the checkout may move on before it ends
+GIT_COMMIT = _get_git_commit()  # at the start of the run, because the checkout may change before it ends
