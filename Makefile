@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ARGS ?=
+SLOW := slow or browser or slurm
 
 help:  ## show this list
 	@awk -F ':.*## |^##@ ' '/^##@ /{print "\n" $$2} /^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@printf '\nTimes are about those of one core of a server. Overrides go in ARGS:\n'
+	@printf '\nTimes are for one core of a server. Overrides go in ARGS:\n'
 	@echo '  make train ARGS="optimizer.lr=0.1 trainer.max_epochs=3"; make train ARGS=--help shows all'
 
-# The stamp is touched last, so an install that was cut short is done again.
+# The stamp is touched last, so that an interrupted install is repeated.
 $(VENV)/.installed: pyproject.toml
 	@if command -v uv >/dev/null; then \
 	  test -x $(RUN) || uv venv $(VENV); uv pip install --python $(RUN) -e '.[dev]'; \
@@ -22,55 +23,58 @@ $(VENV)/.installed: pyproject.toml
 
 ##@ Train
 
-train: $(VENV)/.installed  ## the CNN: 2 minutes; 10 seconds on bundled digits where MNIST is out of reach
+train: $(VENV)/.installed  ## train the CNN on MNIST (2 min), or on bundled digits (10 s) if MNIST is not available
 	$(RUN) -m src.train data=auto $(ARGS)
 
-fast: $(VENV)/.installed  ## 99.5 % after one epoch: half a minute; needs MNIST, as record does
+fast: $(VENV)/.installed  ## 99.5% after one epoch: half a minute; needs MNIST, as record does
 	$(RUN) -m src.train experiment=fast $(ARGS)
 
-record: $(VENV)/.installed  ## the most that 15,544 parameters reach: half an hour the first time
+record: $(VENV)/.installed  ## best accuracy with 15,544 parameters: half an hour the first time
 	$(RUN) -m src.train experiment=record $(ARGS)
 
 sweep: $(VENV)/.installed  ## learning rate × dropout, nine runs: 20 minutes
 	$(RUN) -m src.train sweep=lr_dropout data=auto $(ARGS)
 
-tune: $(VENV)/.installed  ## search both with Optuna, bad trials end early: half an hour
+tune: $(VENV)/.installed  ## search both with Optuna, bad trials are pruned: half an hour
 	$(RUN) -m src.tune data=auto $(ARGS)
 
 ##@ Learn
 
-lesson:  ## backpropagation to touch, in the browser
+lesson:  ## interactive backpropagation lesson in the browser
 	@$(PYTHON) -c "import pathlib, webbrowser as w; a = pathlib.Path('docs/lesson.html').resolve().as_uri(); print(a); w.open(a)"
 
-backprop: $(VENV)/.installed  ## the 2-2-2 network at six learning rates: 20 seconds
+backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates: 20 seconds
 	$(RUN) -m src.train experiment=backprop sweep=backprop_lr $(ARGS)
 
-##@ Look, and use: the shipped network, or ARGS=outputs/mnist/FOLDER
+##@ Inspect and use: the shipped network, or ARGS=outputs/mnist/FOLDER
 
 dashboard: $(VENV)/.installed  ## TensorBoard on outputs/
-	$(RUN) -m src.dashboard $(ARGS)
+	$(RUN) -m tensorboard.main --logdir outputs $(ARGS)
 
-report: $(VENV)/.installed  ## compare runs: ARGS=outputs/mnist/…_multirun, all of outputs/ without
+report: $(VENV)/.installed  ## compare runs: ARGS=outputs/mnist/…_multirun; all of outputs/ by default
 	$(RUN) -m src.report $(if $(ARGS),,outputs) $(ARGS)
 
-evaluate: $(VENV)/.installed  ## score the test images, picture the mistakes
+evaluate: $(VENV)/.installed  ## score the test images, plot the mistakes
 	$(RUN) -m src.evaluate $(ARGS)
 
-predict: $(VENV)/.installed  ## read pictures: ARGS=FILES, those of tests/ without
+predict: $(VENV)/.installed  ## classify image files: ARGS=FILES; those of tests/ by default
 	$(RUN) -m src.predict $(if $(ARGS),,tests/images) $(ARGS)
 
-draw: $(VENV)/.installed  ## draw a digit in the browser and see it read
+draw: $(VENV)/.installed  ## draw a digit in the browser and see the prediction
 	$(RUN) -m src.draw $(ARGS)
 
-export: $(VENV)/.installed  ## to ONNX and torch.export
+export: $(VENV)/.installed  ## export to ONNX and torch.export
 	$(RUN) -m src.export $(ARGS)
 
-##@ Work on it
+##@ Develop
 
-test: $(VENV)/.installed  ## run the tests
-	$(RUN) -m pytest -n auto --dist worksteal $(ARGS)
+test: $(VENV)/.installed  ## run the tests: three minutes on two cores
+	$(RUN) -m pytest -n auto --dist worksteal -m "not ($(SLOW))" $(ARGS)
 
-lint: $(VENV)/.installed  ## check style, types, and that no import runs up the floors
+test-slow: $(VENV)/.installed  ## run the slow tests: whole programs, browser, Slurm, databases
+	$(RUN) -m pytest -n auto --dist worksteal -m "$(SLOW)" $(ARGS)
+
+lint: $(VENV)/.installed  ## check style, docstrings, types and the layers of imports
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports --no-cache
 
 format: $(VENV)/.installed  ## rewrite the code in the project's style
@@ -80,4 +84,4 @@ clean:  ## remove caches (outputs/, data/ and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help train fast record sweep tune lesson backprop dashboard report evaluate predict draw export test lint format clean
+.PHONY: help train fast record sweep tune lesson backprop dashboard report evaluate predict draw export test test-slow lint format clean

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.core.compat import use_mode_of_command_line
 from src.core.config import CONF, ROOT_KEYS, find_closest, load_allowed_packages, resolve_and_validate
 from src.core.error_messages import describe_error, describe_unknown_key, exit_on_error, list_keys
-from src.core.errors import DivergenceError, UserError
+from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
 from src.core.process import (
     FIRST_PROCESS,
@@ -108,10 +108,12 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
             line = describe_error(error, OmegaConf.select(config, "data.batch_size"))
             if line is None:
                 raise
-            is_own = CheckCommand.is_new_folder and is_first_process() and not is_multirun
+            if is_multirun:
+                raise UserError(line) from error
+            is_own = CheckCommand.is_new_folder and is_first_process()
             if is_own and not is_resumed and not isinstance(error, DivergenceError):
                 remove_if_untrained(folder)
-            raise UserError(line) from error
+            sys.exit(print_error(line))
 
     @functools.wraps(task)
     def main() -> None:
@@ -210,12 +212,13 @@ def _check_added_keys(config: DictConfig) -> None:
     """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
     overrides = config.hydra.overrides.task
     added = {override[1:].partition("=")[0] for override in overrides if re.match(r"\+[^+]", override)}
-    known = [
-        key for key in [*ROOT_KEYS, *list_keys(config)] if not any(f"{key}.".startswith(f"{name}.") for name in added)
-    ]
-    for key in sorted(added - {*known}):
-        parent = key.rpartition(".")[0]
-        siblings = [name for name in known if name.rpartition(".")[0] == parent]
-        is_new_group = "@" not in key and "/" not in key and key.partition(".")[0] not in known
-        if is_new_group or find_closest(key, siblings, cutoff=0.9):
-            raise UserError(describe_unknown_key(key, known))
+    is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
+    keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]
+    groups = {folder.name for folder in CONF.iterdir()}
+    sections = {key.partition(".")[0] for key in keys if "." in key} | groups
+    keys = [key for key in keys if key.partition(".")[0] in sections or key in ROOT_KEYS]
+    for key in sorted(added - {*keys}):
+        section = key.rpartition(".")[0]
+        siblings = [name for name in keys if name.rpartition(".")[0] == section]
+        if re.split(r"[.@/]", key)[0] not in sections or find_closest(key, siblings, cutoff=0.9):
+            raise UserError(describe_unknown_key(key, keys))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def use_mode_of_command_line() -> None:
     """Let Hydra take run or multirun from its flags, without composing the config once more to look for hydra.mode."""
-    Hydra.get_mode = lambda *_: None  # type: ignore[method-assign, assignment]
+    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign, assignment]
 
 
 def get_composed_config(error: BaseException) -> DictConfig:
