@@ -47,17 +47,16 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     module, data = instantiate_task(cfg)
     checkpoint = find_resume_checkpoint(folder, trainer) if cfg.resume else None
     try:
-        started_at = perf_counter()
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        fitted_at = perf_counter()
+        started_at = perf_counter()
         metrics = dict(trainer.callback_metrics)
         if cfg.test:
             trainer.test(module, data, verbose=False)
             metrics |= trainer.callback_metrics
-        seconds = {"fit": fitted_at - started_at, "test": perf_counter() - fitted_at}
+        test_seconds = perf_counter() - started_at
     finally:
         finish_loggers(trainer)
-    results = collect_results(recorder, trainer, metrics, seconds)
+    results = collect_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
         write_metrics(folder, results)
         print_results(results, folder, reads=hasattr(data, "spec"))

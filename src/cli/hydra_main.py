@@ -31,6 +31,7 @@ from src.core.process import (
 )
 from src.core.run_folder import (
     CONFIG_FILE,
+    RESUME_OVERRIDES,
     holds_run,
     is_finished,
     load_resumed_config,
@@ -162,6 +163,9 @@ def parse_arguments(arguments: list[str]) -> list[str]:
             raise UserError(f"resume={folder}: continues one run; leave out -m")
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"resume={folder}: not a run folder, {CONFIG_FILE} is missing; name one below outputs/")
+        settings = [item for item in overrides if not item.startswith(("resume=", "hydra."))]
+        if other := [item for item in settings if item.partition("=")[0] not in RESUME_OVERRIDES]:
+            raise UserError(f"resume={folder}: continues with the run's own config; leave out {' '.join(other)}")
         if is_finished(folder):
             print(f"{folder} is finished: its metrics are in metrics.json")
             sys.exit()

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +37,16 @@ def is_finished(folder: Path) -> bool:
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether a folder holds a config, checkpoints or metrics that a new run would overwrite."""
-    return any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, "checkpoints", "multirun.yaml"))
+    """Return whether a folder holds a config, checkpoints or metrics that a new run would overwrite.
+
+    A config that was cut short while it was written does not count where nothing was trained.
+    """
+    if any((folder / name).exists() for name in (METRICS_FILE, "multirun.yaml", "study.db")):
+        return True
+    try:
+        return any(folder.glob("checkpoints/*")) or bool(read_plain_config(folder / CONFIG_FILE))
+    except UserError:
+        return False
 
 
 def read_metrics(file: Path) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def load_resumed_config(config: DictConfig) -> DictConfig:
     file = Path(config.resume, CONFIG_FILE)
     saved = OmegaConf.create(read_plain_config(file))
     if missing := [str(key) for key in config if key not in saved]:
-        warnings.warn(f"{file} lacks {', '.join(missing)}; today's defaults are used", stacklevel=2)
+        print(f"warning: {file} lacks {', '.join(missing)}; today's defaults are used", file=sys.stderr)
         saved.update({key: config[key] for key in missing})
     saved.resume, saved.output_dir = config.resume, config.output_dir
     for override in HydraConfig.get().overrides.task:

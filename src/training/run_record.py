@@ -49,7 +49,19 @@ class RunRecorder(Callback):
             raise UserError(
                 f"optimized_metric={self.metric}: a test score must not choose anything; set val/acc or null"
             )
-        self.seconds, self.started_at, self.samples, self.first_epoch = 0.0, 0.0, 0.0, 0
+        self.seconds, self.started_at = {"train": 0.0, "validate": 0.0}, 0.0  # of all parts of a resumed run
+        self.samples, self.first_epoch = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = dict(state_dict["seconds"])
+
+    def _stop_clock(self, stage: str) -> None:
+        now = perf_counter()
+        self.seconds[stage] += now - self.started_at
+        self.started_at = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if str(self.metric).startswith("val/") and not _reaches_validation(trainer):
@@ -62,18 +74,24 @@ class RunRecorder(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.seconds += perf_counter() - self.started_at
+            self._stop_clock("train")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.started_at = perf_counter()
-        self._check_metrics(trainer, prefix="val/")  # the sanity check shows a missing one before the training
+        if not trainer.sanity_checking:
+            self._stop_clock("validate")
+            self._check_metrics(trainer, prefix="val/")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._stop_clock("train")  # before a checkpoint of this moment is written
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch > self.first_epoch:
             self._check_metrics(trainer)  # metrics of the epoch's end are known from then on
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds += perf_counter() - self.started_at
+        self._stop_clock("train")
         loader = trainer.train_dataloader  # gone once the run is tested
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
             samples_per_batch = len(loader.dataset) / len(loader)
@@ -168,7 +186,7 @@ def finish_loggers(trainer: L.Trainer) -> None:
 
 
 def collect_results(
-    recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], seconds: dict[str, float]
+    recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], test_seconds: float
 ) -> dict[str, Any]:
     """Return the content of metrics.json: scores of the final epoch (counted from 1), and where they come from.
 
@@ -176,7 +194,7 @@ def collect_results(
         recorder: The callback that was part of the training.
         trainer: The trainer after fit and test.
         metrics: Logged metrics of both.
-        seconds: Durations of fit and test.
+        test_seconds: Duration of the test.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
     checkpoints = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
@@ -194,8 +212,8 @@ def collect_results(
         "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "samples_per_second": round(recorder.samples / recorder.seconds, 1) if recorder.seconds else 0.0,
+        "seconds": {"fit": round(sum(recorder.seconds.values()), 3), "test": round(test_seconds, 3)},
+        "samples_per_second": round(recorder.samples / recorder.seconds["train"], 1) if recorder.samples else 0.0,
         "device": get_device_name(trainer.strategy.root_device),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # null: all of the machine's
         "python": platform.python_version(),

@@ -43,11 +43,12 @@ def read_weights(folder: Path) -> torch.Tensor:
 
 
 def test_samples_per_second_leaves_validation_out(train, monkeypatch):
-    monkeypatch.setattr("src.training.run_record.perf_counter", iter(range(100)).__next__)  # a second from look to look
+    monkeypatch.setattr("src.training.run_record.perf_counter", iter(range(100)).__next__)  # one second per call
     _, folder = train("trainer.max_epochs=2", "trainer.limit_train_batches=1.0", "data.batch_size=1347", "test=false")
     metrics = json.loads((folder / "metrics.json").read_text())
-    # From the start to the first validation, from its end to the second, from there to the end.
-    assert metrics["steps"] == 2 and 1200 < metrics["samples_per_second"] * 3 / 2 <= 1347
+    # Two seconds before each of the two validations, and one after the last.
+    assert metrics["steps"] == 2 and 1200 < metrics["samples_per_second"] * 5 / 2 <= 1347
+    assert metrics["seconds"]["fit"] == 5 + 2
 
 
 def test_run_writes_every_file_into_its_folder(train, tmp_path):
@@ -203,10 +204,12 @@ def test_cosine_schedule_steps_per_epoch(train):
 
 
 @pytest.mark.parametrize("monitor", ["optimized_metric", "callbacks.best.monitor"])
-def test_missing_validation_metric_is_reported_before_training(train, monitor):
-    result, folder = train("trainer.max_epochs=50", f"{monitor}=val/accuracy", "callbacks.resume.every_steps=1")
-    assert result.code == 2 and "=val/accuracy: not logged; logged are val/acc, val/loss" in result.err
-    assert "epoch 1/50" not in result.out and not list(folder.rglob("*.ckpt"))
+def test_missing_validation_metric_is_reported_after_the_first_validation(train, monitor):
+    result, _ = train("trainer.max_epochs=50", "trainer.limit_train_batches=6", f"{monitor}=val/accuracy")
+    assert (
+        result.code == 2 and "=val/accuracy: not logged; logged are" in result.err and "val/acc, val/loss" in result.err
+    )
+    assert "epoch 2/50" not in result.out
 
 
 def test_missing_training_metric_is_reported_after_one_epoch(train):

@@ -1,0 +1,134 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from omegaconf import OmegaConf
+
+from src.core.config import CONF
+from src.core.errors import DivergenceError, UserError
+from src.core.process import count_cores, resolve_threads
+from src.core.run_folder import read_status, record_status, remove_if_untrained
+
+
+def test_finished_run_has_status_and_resolved_portable_config(finished_run):
+    assert read_status(finished_run) == {"state": "finished", "message": "", "traceback": ""}
+    text = (finished_run / ".hydra/config.yaml").read_text()
+    assert str(finished_run) not in text and "dirpath: ${output_dir}/checkpoints" in text
+    assert json.loads((finished_run / "metrics.json").read_text())["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "is_trial", "state"),
+    [
+        (UserError("a mistake"), False, "failed"),
+        (DivergenceError("the loss is nan"), False, "failed"),
+        (DivergenceError("the loss is nan"), True, "pruned"),
+        (ZeroDivisionError("a bug"), False, "failed"),
+        (SystemExit(143), False, "interrupted"),
+    ],
+)
+def test_status_records_how_a_run_ended(tmp_path, error, is_trial, state):
+    with pytest.raises(type(error)), record_status(tmp_path, is_trial):
+        assert read_status(tmp_path)["state"] == "running"
+        raise error
+    status = read_status(tmp_path)
+    assert status["state"] == state
+    assert ("ZeroDivisionError" in status["traceback"]) == isinstance(error, ZeroDivisionError)
+
+
+def test_folder_of_a_run_is_not_used_again_whatever_its_name_is_made_of(run_main, finished_run, tmp_path):
+    folder = shutil.copytree(finished_run, tmp_path / "small_s0")
+    before = (folder / "metrics.json").read_bytes()
+    result = run_main(*SMALL, "name=small", f"hydra.run.dir={tmp_path}/${{name}}_s${{seed}}")
+    assert result.code == 2 and f"resume={folder}" in result.err and len(result.err.splitlines()) == 1
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_config_that_was_cut_short_does_not_block_a_new_run(run_main, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text("trainer: {max_ep")
+    result = run_main(*SMALL, f"hydra.run.dir={tmp_path}")
+    assert result.code == 0, result.err
+
+
+def test_failed_start_removes_nothing_that_was_there(run_main, tmp_path):
+    (tmp_path / "run/other").mkdir(parents=True)
+    (tmp_path / "run/other/note.txt").write_text("mine")
+    result = run_main(*SMALL, "optimized_metric=val/nope", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and (tmp_path / "run/other/note.txt").read_text() == "mine"
+
+
+def test_folder_with_a_checkpoint_is_never_removed(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
+    remove_if_untrained(tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+@pytest.fixture
+def unfinished_run(finished_run, tmp_path) -> Path:
+    folder = shutil.copytree(finished_run, tmp_path / "unfinished")
+    (folder / "metrics.json").unlink()
+    return folder
+
+
+def test_resume_takes_todays_default_for_a_missing_key(run_main, unfinished_run):
+    file = unfinished_run / ".hydra/config.yaml"
+    config = OmegaConf.load(file)
+    del config.threads
+    OmegaConf.save(config, file)
+    result = run_main(f"resume={unfinished_run}")
+    assert result.code == 0, result.err
+    assert "lacks threads; today's defaults are used" in result.err
+    assert (unfinished_run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seed=3"], "leave out seed=3"),
+        (["-m"], "leave out -m"),
+        (["resume=elsewhere"], "one command resumes one run"),
+    ],
+)
+def test_resume_refuses_other_settings(run_main, unfinished_run, arguments, words):
+    result = run_main(f"resume={unfinished_run}", *arguments)
+    assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
+
+
+def test_saved_config_must_not_use_resolvers(run_main, unfinished_run):
+    file = unfinished_run / ".hydra/config.yaml"
+    file.write_text(file.read_text().replace("name: small", "name: ${oc.env:HOME}"))
+    result = run_main(f"resume={unfinished_run}")
+    assert result.code == 2 and "name=${oc.env:HOME}" in result.err and len(result.err.splitlines()) == 1
+
+
+def test_threads_are_divided_among_workers_and_kept_in_the_config(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for given, workers, expected in (None, 1, count_cores()), (None, 10**6, 1), (3, 1, 3):
+            config = OmegaConf.create({"threads": given})
+            resolve_threads(config, workers)
+            assert config.threads == torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_during_imports_exits_without_a_traceback(number, code):
+    command = [sys.executable, "-m", "src.train", *SMALL]
+    with subprocess.Popen(command, cwd=CONF.parent, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        while "torch/" not in Path(f"/proc/{process.pid}/maps").read_text():
+            pass
+        process.send_signal(number)
+        _, err = process.communicate()
+    assert process.returncode == code and "Traceback" not in err, err
