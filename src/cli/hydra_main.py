@@ -5,18 +5,18 @@ import os
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.core.compat import use_mode_of_command_line
+from src.core.compat import parse_hydra_arguments, run_hydra
 from src.core.config import CONF, ROOT_KEYS, find_closest, load_allowed_packages, resolve_and_validate
 from src.core.error_messages import describe_error, describe_unknown_key, exit_on_error, list_keys
 from src.core.errors import DivergenceError, UserError, print_error
@@ -43,19 +43,6 @@ from src.core.run_folder import (
 
 CLUSTER_VARIABLES = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE_JOBS = None, "bash", "interactive"  # Slurm job names for which Lightning starts the processes itself
-FLAGS_WITH_VALUE = (
-    "-c",
-    "--cfg",
-    "-p",
-    "--package",
-    "-cn",
-    "--config-name",
-    "-cp",
-    "--config-path",
-    "-cd",
-    "--config-dir",
-)
-FLAGS = "-m", "--multirun", "-i", "--info", "--resolve", "-r", "--run", "-sc", "--shell-completion", "--hydra-help"
 
 
 class CheckCommand(Callback):
@@ -118,88 +105,56 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
 
     @functools.wraps(task)
     def main() -> None:
-        full_error, arguments = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors itself and exits with 1
-        try:
-            with exit_on_error():
-                if FIRST_PROCESS in os.environ:
-                    exit_with_first_process()  # before seconds of imports
-                if {"--help", "-h"} & {*arguments}:
-                    return _print_help(config_name, arguments[1:])
-                if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
-                    for name in CLUSTER_VARIABLES:
-                        os.environ.pop(name, None)
-                sys.argv = [arguments[0], *parse_arguments(arguments[1:])]
-                use_mode_of_command_line()
-                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
-        finally:
-            sys.argv = arguments
-            os.environ.pop("HYDRA_FULL_ERROR")
-            os.environ |= {"HYDRA_FULL_ERROR": full_error} if full_error else {}
+        with exit_on_error():
+            if FIRST_PROCESS in os.environ:
+                exit_with_first_process()  # before seconds of imports
+            if {"--help", "-h"} & {*sys.argv}:
+                from src.cli.help import print_help  # a run needs none of it
+
+                words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+                return print_help(
+                    config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word]
+                )
+            if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
+                for name in CLUSTER_VARIABLES:
+                    os.environ.pop(name, None)
+            arguments = parse_hydra_arguments(sys.argv[1:])
+            _complete_arguments(arguments)
+            run_hydra(arguments, job, CONF, config_name)
 
     return main
 
 
-def _print_help(config_name: str, arguments: list[str]) -> None:
-    from src.cli.help import print_help  # a run needs none of it
-
-    words = [argument for argument in arguments if not argument.startswith("-")]
-    print_help(config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word])
-
-
-def parse_arguments(arguments: list[str]) -> list[str]:
-    """Return the arguments as Hydra takes them: flags first, paths quoted, resume=RUN as that run's folder."""
-    flags, overrides = _split_flags(arguments)
-    is_multirun = bool({"-m", "--multirun"} & {*flags})
-    if not is_multirun and any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
-        flags.append("--multirun")
-    resumed = [override for override in overrides if override.startswith("resume=")]
-    if len(resumed) > 1:
-        raise UserError(f"{' '.join(resumed)}: one command resumes one run; type one resume=…")
+def _complete_arguments(arguments: Namespace) -> None:
+    """Quote paths, recognise sweeps by their config, and turn resume=RUN into the folder of that run."""
+    overrides = arguments.overrides = [_quote_path(override) for override in arguments.overrides]
+    if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
+        arguments.multirun = arguments.cfg is None and arguments.info is None
     has_folder = any(override.startswith("hydra.run.dir=") for override in overrides)
-    if resumed:
+    if resumed := [override for override in overrides if override.startswith("resume=")]:
         folder = Path(resumed[0].partition("=")[2].strip("'\""))
-        if "--multirun" in flags or is_multirun:
+        settings = [override for override in overrides if not override.startswith((resumed[0], "hydra."))]
+        if other := [override for override in settings if override.partition("=")[0] not in RESUME_OVERRIDES]:
+            raise UserError(f"resume={folder}: continues one run with its own config; leave out {' '.join(other)}")
+        if arguments.multirun:
             raise UserError(f"resume={folder}: continues one run; leave out -m")
         if not (folder / CONFIG_FILE).is_file():
             raise UserError(f"resume={folder}: not a run folder, {CONFIG_FILE} is missing; name one below outputs/")
-        settings = [item for item in overrides if not item.startswith(("resume=", "hydra."))]
-        if other := [item for item in settings if item.partition("=")[0] not in RESUME_OVERRIDES]:
-            raise UserError(f"resume={folder}: continues with the run's own config; leave out {' '.join(other)}")
         if is_finished(folder):
             print(f"{folder} is finished: its metrics are in metrics.json")
             sys.exit()
         if not has_folder:  # the other processes of a DDP run have it
             overrides += [resumed[0].replace("resume=", "hydra.run.dir=", 1), "hydra.output_subdir=null"]
-    elif _count_processes() > 1 and not (has_folder or flags):
+    elif _count_processes() > 1 and not (has_folder or arguments.multirun or arguments.cfg):
         raise UserError("several processes need one run folder; set hydra.run.dir=… to the same for each")
     elif not is_first_process():
         overrides.append("hydra.output_subdir=null")  # the first process writes the config
-    return flags + overrides
 
 
 def _count_processes() -> int:
     """Return how many processes a cluster or torchrun has started for this run."""
     tasks = os.environ.get("SLURM_NTASKS", "1") if os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE_JOBS else "1"
     return max(int(tasks), int(os.environ.get("WORLD_SIZE", "1")))
-
-
-def _split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Separate Hydra's flags from overrides, which Hydra does not take on both sides of a flag."""
-    flags, overrides, remaining = [], [], iter(arguments)
-    for argument in remaining:
-        if argument in FLAGS_WITH_VALUE:
-            flags += [argument, next(remaining, "")]
-        elif argument.startswith("-"):
-            if argument.partition("=")[0] not in FLAGS:
-                key = argument.lstrip("-")
-                raise UserError(
-                    f"{argument}: no such flag, and keys have no dashes; type {key if '=' in key else key + '=…'}"
-                )
-            flags.append(argument)
-        else:
-            overrides.append(_quote_path(argument))
-    return flags, overrides
 
 
 def _quote_path(argument: str) -> str:

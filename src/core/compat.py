@@ -3,30 +3,56 @@
 A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
 """
 
+import os
 import pickle
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job
 from hydra.types import HydraContext
+from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 
+from src.core.errors import UserError
 from src.core.files import write_atomically
 
 if TYPE_CHECKING:
     import lightning as L
 
 
-def use_mode_of_command_line() -> None:
-    """Let Hydra take run or multirun from its flags, without composing the config once more to look for hydra.mode."""
+def parse_hydra_arguments(arguments: list[str]) -> Namespace:
+    """Parse Hydra's flags and the overrides, which may stand on both sides of a flag. Raises UserError."""
+
+    def fail(message: str) -> NoReturn:
+        raise UserError(f"{message}; keys have no dashes, and python -m src.train --hydra-help lists the flags")
+
+    parser = get_args_parser()
+    parser.error = fail  # type: ignore[method-assign, assignment]
+    return parser.parse_intermixed_args(arguments)
+
+
+def run_hydra(arguments: Namespace, task: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
+    """Do what hydra.main does once the command line is parsed, with errors raised instead of printed.
+
+    The flags alone say whether it is a multirun: Hydra would compose the config once more to look for hydra.mode.
+    """
+    setbase("1.3")
     Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    previous = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _run_hydra(arguments, get_args_parser(), task, str(config_dir), config_name)
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = previous
 
 
 def get_composed_config(error: BaseException) -> DictConfig:

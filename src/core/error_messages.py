@@ -1,7 +1,6 @@
 """Describe errors of Hydra, OmegaConf, Lightning, PyTorch and the disk as one line that names the fix."""
 
 import errno
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,15 +100,10 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
     if isinstance(error, ConfigCompositionException) and text.startswith("Ambiguous value for argument"):
         key, _, values = text.split("'")[1].partition("=")
         return f"{key}={values}: several values; add -m for one run per value, or type a list as {key}=[{values}]"
-    if isinstance(error, OverrideParseException) and error.override.count("[") != error.override.count("]"):
-        argument = error.override
-        for part in sys.argv[sys.argv.index(argument) + 1 :] if argument in sys.argv else []:
-            argument += f" {part}" * (argument.count("[") != argument.count("]"))
-        is_closed = argument.count("[") == argument.count("]")
-        fix = f"quote a value with spaces: {shlex.quote(argument)}" if is_closed else "close it"
-        return f"{error.override}: a bracket is open; {fix}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {error.message.splitlines()[0]}; overrides look like key=value"
+        has_open_bracket = error.override.count("[") != error.override.count("]")
+        fix = "quote a list with spaces: 'key=[a, b]'" if has_open_bracket else "overrides look like key=value"
+        return f"{error.override}: {error.message.splitlines()[0]}; {fix}"
     is_omegaconf_cause = type(cause).__module__.startswith("omegaconf.")
     return f"{text} {' '.join(str(cause).split())}" if is_omegaconf_cause else text
 

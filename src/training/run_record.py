@@ -1,7 +1,6 @@
 """Record a run: hyperparameters for the loggers, metrics.json with the final scores and where they come from."""
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -64,11 +63,6 @@ class RunRecorder(Callback):
         self.started_at = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if str(self.metric).startswith("val/") and not _reaches_validation(trainer):
-            raise UserError(
-                f"optimized_metric={self.metric}: this run ends before its first validation; validate earlier, train "
-                "longer, or set optimized_metric=null"
-            )
         _log_hyperparameters(trainer, self.cfg, _collect_hyperparameters(self.cfg, self.overrides, self.choices))
         self.first_epoch, self.started_at = trainer.current_epoch, perf_counter()
 
@@ -106,22 +100,11 @@ class RunRecorder(Callback):
                 raise UserError(f"{key}={name}: not logged; logged are {', '.join(sorted(trainer.callback_metrics))}")
 
 
-def _reaches_validation(trainer: L.Trainer) -> bool:
-    """Return whether a training comes to a validation, as far as can be known when it begins."""
-    has_no_batches = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
-    if has_no_batches or not trainer.enable_validation:
-        return False
-    batches_per_epoch = trainer.num_training_batches
-    first = ((trainer.check_val_every_n_epoch or 1) - 1) * batches_per_epoch + trainer.val_check_batch  # type: ignore[operator]
-    ends: list[float] = [trainer.max_steps * trainer.accumulate_grad_batches] if trainer.max_steps != -1 else []
-    ends += [trainer.max_epochs * batches_per_epoch] if trainer.max_epochs not in (None, -1) else []  # type: ignore[operator]
-    return first == math.inf or first <= min(ends, default=math.inf)
-
-
 def get_optimized_metric(results: dict[str, Any], name: str | None) -> float | None:
     """Return the metric that a sweep ranks by, None if there is none. Raise UserError if the run has not logged it."""
     if name is not None and name not in results["metrics"]:
-        raise UserError(f"optimized_metric={name}: not logged; logged are {', '.join(results['metrics'])}")
+        logged = ", ".join(results["metrics"])
+        raise UserError(f"optimized_metric={name}: not logged, logged are {logged}; set one of them or null")
     return float(results["metrics"][name]) if name is not None else None
 
 

@@ -95,7 +95,7 @@ def test_resume_takes_todays_default_for_a_missing_key(run_main, unfinished_run)
     [
         (["seed=3"], "leave out seed=3"),
         (["-m"], "leave out -m"),
-        (["resume=elsewhere"], "one command resumes one run"),
+        (["resume=elsewhere"], "continues one run"),
     ],
 )
 def test_resume_refuses_other_settings(run_main, unfinished_run, arguments, words):

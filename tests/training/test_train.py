@@ -222,10 +222,6 @@ def test_missing_training_metric_is_reported_after_one_epoch(train):
     "mistake, words",
     [
         (["trainer.val_check_interval=1000"], "val_check_interval"),
-        (["data.val_size=0"], "ends before its first validation"),
-        (["trainer.limit_val_batches=0"], "ends before its first validation"),
-        (["trainer.max_steps=1"], "ends before its first validation"),
-        (["trainer.check_val_every_n_epoch=9"], "ends before its first validation"),
         (["data=backprop", "optimized_metric=null"], "data=backprop has no images"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
@@ -238,6 +234,13 @@ def test_mistake_found_at_training_start_prints_one_line(run_main, tmp_path, mis
     )
     assert result.code == 2 and "Traceback" not in result.err
     assert result.err.splitlines()[-1].startswith("error: ") and words in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("override", ["data.val_size=0", "trainer.max_steps=1", "trainer.check_val_every_n_epoch=9"])
+def test_run_without_validation_is_recorded_and_names_what_it_has_logged(train, override):
+    result, folder = train("trainer.limit_train_batches=6", override, "callbacks.best=null", "scheduler=none")
+    assert result.code == 2 and "optimized_metric=val/acc: not logged" in result.err
+    assert "test/acc" in json.loads((folder / "metrics.json").read_text())["metrics"]
 
 
 def test_overfit_batches_trains_on_those_batches(train):
