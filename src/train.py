@@ -49,9 +49,8 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         test_seconds = perf_counter() - started_at
     finally:
         run_record.finish_loggers(trainer)
-    results = run_record.collect_results(recorder, trainer, metrics, test_seconds)
+    results = run_record.write_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
-        run_record.write_metrics(folder, results)
         print_results(results, folder, reads=hasattr(data, "spec"))
     return run_record.get_optimized_metric(results, cfg.optimized_metric)
 
