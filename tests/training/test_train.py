@@ -84,7 +84,7 @@ def test_logged_scores_are_those_of_the_final_weights(train):
     net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items() if name[:4] == "net."})
     data = instantiate(config.data)
     data.setup("test")
-    images, labels = data.sets.test
+    images, labels = data.splits.test
 
     with torch.no_grad():
         log_probabilities = net(data.spec.normalize(images))
