@@ -152,6 +152,28 @@ def restore_global_state() -> Iterator[None]:
         gc.collect()  # a Trainer and its parts refer to each other
 
 
+def list_gpus(config: Any) -> list[str]:
+    """Return the names of the GPUs that this process may use; none if the config asks for none."""
+    trainer = config.get("trainer")
+    if not trainer or trainer.accelerator not in ("auto", "gpu", "cuda"):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def pin_gpu(config: Any) -> None:
+    """Give the job of a parallel sweep one GPU by its number, if it wants one and there are several."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra, gpus = HydraConfig.get(), list_gpus(config)
+    is_parallel = str(hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher"))
+    if is_parallel and len(gpus) > 1 and config.trainer.devices == 1:
+        config.trainer.devices = [hydra.job.num % len(gpus)]
+
+
 def reject_subprocesses_in_multirun(trainer: Any) -> None:
     """Raise UserError if Lightning would start processes within a multirun: each would begin the whole multirun."""
     from hydra.core.hydra_config import HydraConfig
