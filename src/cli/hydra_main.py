@@ -23,7 +23,7 @@ from src.core.config import CONF, ROOT_KEYS, find_closest, load_allowed_packages
 from src.core.error_messages import describe_error, describe_unknown_key, exit_on_error, list_keys
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
-from src.core.process import is_first_process, resolve_precision, resolve_threads, restore_global_state
+from src.core.process import is_first_process, pin_gpu, resolve_precision, resolve_threads, restore_global_state
 
 CLUSTER_VARIABLES = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE_JOBS = None, "bash", "interactive"  # Slurm job names for which Lightning starts the processes itself
@@ -56,22 +56,30 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
         hydra_config = HydraConfig.get()
         folder, is_multirun = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
         is_resumed = bool(config.resume)
+        if is_multirun and run_folder.is_finished(folder):
+            print(f"already finished: {folder.name}", flush=True)
+            return None
+        if is_multirun and Path(hydra_config.sweep.dir, run_folder.STOP_FILE).exists():
+            print(f"not started, because another job has failed: {folder.name}", flush=True)
+            return None
+        # Several processes may work on one study; its trials have folders of their own.
+        is_study = config_name == "tune"
+        lock, status = (
+            (nullcontext(), nullcontext()) if is_study else (exclusive_lock(folder), run_folder.record_status(folder))
+        )
         try:
-            saved = run_folder.load_resumed_config(config) if is_resumed else config
-            config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
-            if is_multirun:
-                if run_folder.is_finished(folder):
-                    print(f"already finished: {folder.name}", flush=True)
-                    return None
-                config.resume = str(folder)  # continues from a checkpoint that an earlier start of the sweep left
-            # Several processes may work on one study; its trials have folders of their own.
-            lock = exclusive_lock(folder) if config_name == "train" else nullcontext()
-            with lock, restore_global_state(), run_folder.record_status(folder):
-                resolve_precision(config)
-                resolve_threads(config)
-                if is_first_process() and config_name == "train":
-                    run_folder.write_config(config, folder)
-                return task(config)
+            with lock, status:
+                saved = run_folder.load_resumed_config(config) if is_resumed else config
+                config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
+                with restore_global_state():
+                    resolve_precision(config)
+                    resolve_threads(config)
+                    if is_multirun:
+                        pin_gpu(config)
+                        config.resume = str(folder)  # continue if an earlier start of the sweep left a checkpoint
+                    if is_first_process() and not is_study:
+                        run_folder.write_config(config, folder)
+                    return task(config)
         except SystemExit as stop:
             if stop.code in (130, 143) and is_first_process() and not parent_process():  # not of a sweep's worker
                 run_folder.print_continue_command(folder, signal.Signals(stop.code - 128).name)

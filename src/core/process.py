@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import io
 import os
 import signal
 import sys
@@ -33,32 +32,6 @@ def exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class _StdoutFile(io.FileIO):
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return len(data)
-
-
-@contextmanager
-def survive_closed_stdout() -> Iterator[None]:
-    """Let a program go on when nobody reads its output any more, as in `| head`, and print names in any encoding."""
-    previous = sys.stdout
-    try:
-        file = _StdoutFile(previous.fileno(), "w", closefd=False)
-    except (AttributeError, OSError, ValueError):  # closed by the caller, or replaced by an object without a file
-        sys.stdout = previous or open(os.devnull, "w")  # noqa: SIM115
-    else:
-        settings: Any = {"encoding": previous.encoding, "line_buffering": previous.isatty()}
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(file), errors="backslashreplace", **settings)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = previous
 
 
 def is_first_process() -> bool:
@@ -150,6 +123,28 @@ def restore_global_state() -> Iterator[None]:
             restore(value)
         cudnn.benchmark, cudnn.deterministic = flags
         gc.collect()  # a Trainer and its parts refer to each other
+
+
+def list_gpus(config: Any) -> list[str]:
+    """Return the names of the GPUs that this process may use; none if the config asks for none."""
+    trainer = config.get("trainer")
+    if not trainer or trainer.accelerator not in ("auto", "gpu", "cuda"):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def pin_gpu(config: Any) -> None:
+    """Give the job of a parallel sweep one GPU by its number, if it wants one and there are several."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra, gpus = HydraConfig.get(), list_gpus(config)
+    is_parallel = str(hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher"))
+    if is_parallel and len(gpus) > 1 and config.trainer.devices == 1:
+        config.trainer.devices = [hydra.job.num % len(gpus)]
 
 
 def reject_subprocesses_in_multirun(trainer: Any) -> None:

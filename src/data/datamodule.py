@@ -202,7 +202,8 @@ class ImageDataModule(L.LightningDataModule):
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
-        return trainer.precision_plugin.convert_input(Batch(self.spec.normalize(images), labels, teacher_log_probs))
+        images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
+        return Batch(images, labels, teacher_log_probs)
 
     def _get_epoch_soft_labels(self, trainer: Any) -> Any:
         epoch = trainer.current_epoch

@@ -42,9 +42,8 @@ class ImageSpec(NamedTuple):
             channels, height, width = shape = tuple(map(int, values["shape"]))
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
             classes = tuple(map(str, values["classes"]))
-            if min(shape) < 1 or math.prod(shape) > MAX_NUMBERS or len(classes) < 2 or not min(std) > 0:
-                raise ValueError(values)
-            if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)):
+            is_valid = min(shape) > 0 and math.prod(shape) <= MAX_NUMBERS and len(classes) > 1 and min(std) > 0
+            if not is_valid or not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)):
                 raise ValueError(values)
             return cls(values["name"], (channels, height, width), classes, mean, std, values["preprocess"])
         except (KeyError, TypeError, ValueError) as error:

@@ -29,10 +29,7 @@ def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
 
 
 def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network in a memory layout that the device computes correctly in.
-
-    PyTorch before 2.15 gets convolutions and batch norm wrong in channels_last on mps (pytorch#192212, #175189).
-    """
+    """Move a network; on mps out of channels_last, which PyTorch before 2.15 computes wrongly (pytorch#192212)."""
     return net.to(device, memory_format=torch.contiguous_format) if device.type == "mps" else net.to(device)  # type: ignore[call-overload]
 
 
