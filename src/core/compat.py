@@ -95,35 +95,27 @@ def get_loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
     return loader._state_dicts() if loader else []
 
 
-def restart_at_next_batch(trainer: "L.Trainer") -> int:
-    """Resume at the start of the batch before which the checkpoint was written; return its index in the epoch.
+def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, Any]]) -> None:
+    """Resume with the batch at whose start the checkpoint was written, and with the DataLoaders in these states.
 
-    Lightning counts such a batch and its step twice, because it expects checkpoints of the end of a batch, and skips
-    ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics. It also begins a DataLoader before it
-    has loaded its state if a module asks for the number of steps.
+    Lightning expects checkpoints of the end of a batch, and would count this batch and the last step twice. It skips
+    ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics. If a module asks for the number of
+    steps, it begins the DataLoaders before it has loaded their states.
     """
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch_loop.batch_progress.is_last_batch = False
     epoch_loop.batch_progress.total.ready = epoch_loop.batch_progress.total.completed
     epoch_loop._batches_that_stepped -= not epoch_loop._should_accumulate()
     fit_loop._restarting = False
-    return epoch_loop.batch_progress.current.completed
-
-
-def restart_dataloaders(trainer: "L.Trainer", states: list[dict[str, Any]]) -> None:
-    """Begin the training batches again where the DataLoaders' samplers or states say.
-
-    Lightning begins them before it has loaded the states if a module asks for the number of steps.
-    """
-    fit_loop = trainer.fit_loop
-    assert fit_loop._combined_loader
+    assert fit_loop._combined_loader and fit_loop._data_fetcher
     fit_loop._combined_loader_states_to_load = []
-    fit_loop._combined_loader._load_state_dicts(states)
-    iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
+    fit_loop._combined_loader._load_state_dicts(loader_states)
+    iter(fit_loop._data_fetcher)
 
 
-def disable_sigterm_broadcast(trainer: "L.Trainer") -> None:
-    """Save the broadcast before every step by which Lightning's processes tell each other of a SIGTERM."""
+def disable_requeue_and_broadcast(trainer: "L.Trainer") -> None:
+    """Disable Lightning's requeueing on Slurm, and the broadcast before every step of whether SIGTERM was received."""
+    trainer._accelerator_connector.cluster_environment.auto_requeue = False  # type: ignore[attr-defined]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 

@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,12 +20,14 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside the old one and rename it; Lightning writes to /tmp, which may be on another disk."""
+    """Replace a checkpoint when the new one is on the disk (Lightning moves it from /tmp); keep previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
+        file, buffer = Path(path), io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_atomically(Path(path), buffer.getbuffer())
+        if file.name == LAST and file.exists():
+            file.with_name(PREVIOUS).write_bytes(file.read_bytes())
+        write_atomically(file, buffer.getbuffer())
 
 
 def load_weights_only(file: Path) -> Any:
@@ -36,9 +38,7 @@ def load_weights_only(file: Path) -> Any:
                 raise zipfile.BadZipFile(part)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise exceptions of any type
-        is_refused = "Weights only load failed" in str(error)
-        reason = "holds more than tensors and plain values" if is_refused else f"damaged ({type(error).__name__})"
-        raise UserError(reason) from error
+        raise UserError(f"damaged, or more than tensors and plain values ({type(error).__name__})") from error
 
 
 def is_finite(state: dict[str, Any]) -> bool:
@@ -46,13 +46,13 @@ def is_finite(state: dict[str, Any]) -> bool:
     return all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def find_resume_checkpoint(run_folder: Path, trainer: L.Trainer) -> Path | None:
+def find_resume_checkpoint(run_folder: Path, trainer: Trainer) -> Path | None:
     """Return the newest undamaged checkpoint, or None if the run was stopped before its first one.
 
     Prints a warning for each damaged one and raises UserError if all are. Removes what will be logged again.
     """
-    files = [file for name in (LAST, PREVIOUS) if (file := run_folder / "checkpoints" / name).exists()]
     checkpoint, step = None, 0
+    files = [file for name in (LAST, PREVIOUS) if (file := run_folder / "checkpoints" / name).exists()]
     for file in files:
         try:
             checkpoint, step = file, load_weights_only(file)["global_step"]
@@ -63,13 +63,10 @@ def find_resume_checkpoint(run_folder: Path, trainer: L.Trainer) -> Path | None:
         raise UserError(f"resume={run_folder}: all checkpoints are damaged; start the run again in another folder")
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
-            for _ in range(2):  # TensorBoard drops events from this step on; one of its readers ignores the first start
-                start = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-                logger.experiment.file_writer.add_event(start)
+            for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
+                writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
         elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
-            with file.open(newline="") as stream:
-                rows = [row for row in csv.DictReader(stream, restval="") if row["step"].isdigit()]
-            kept = [{key: value for key, value in row.items() if value} for row in rows if int(row["step"]) < step]
-            logger.experiment.metrics.extend(kept)  # Lightning's logger begins a new file
-            logger.save()
+            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.read_text().splitlines())]
+            logger.experiment.metrics.extend(row for row in rows if int(row.get("step", step)) < step)
+            logger.save()  # to the new file that Lightning begins
     return checkpoint
