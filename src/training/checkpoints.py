@@ -47,10 +47,7 @@ def is_finite(state: dict[str, Any]) -> bool:
 
 
 def find_resume_checkpoint(run_folder: Path, trainer: Trainer) -> Path | None:
-    """Return the newest undamaged checkpoint, or None if the run was stopped before its first one.
-
-    Prints a warning for each damaged one and raises UserError if all are. Removes what will be logged again.
-    """
+    """Return the newest undamaged checkpoint or None, warn of damaged ones, and remove what will be logged again."""
     checkpoint, step = None, 0
     files = [file for name in (LAST, PREVIOUS) if (file := run_folder / "checkpoints" / name).exists()]
     for file in files:
