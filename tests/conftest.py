@@ -182,7 +182,7 @@ class SimulatedKill(BaseException):
 
 
 @pytest.fixture
-def stop(monkeypatch):
+def interrupt_at(monkeypatch):
     """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
     from src.training.resume import ResumeCheckpoint
 
