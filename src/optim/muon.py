@@ -62,24 +62,21 @@ class Muon(Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
             directions = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-            for is_kernel, lr in (True, group["lr"]), (False, group["lr"] * group["sgd_lr_ratio"]):
+            for is_kernel, factor in (True, 1.0), (False, group["sgd_lr_ratio"]):
                 indices = [i for i, x in enumerate(parameters) if (x.ndim == 4 and x.shape[1] > 1) == is_kernel]
-                chosen = [directions[i] for i in indices]
-                chosen = _orthogonalize_all(chosen) if is_kernel else chosen
-                _descend([parameters[i] for i in indices], chosen, lr, group["weight_decay"])
+                if not indices:
+                    continue
+                chosen, updates = [parameters[i] for i in indices], [directions[i] for i in indices]
+                lr = group["lr"] * factor
+                decay = 1 - lr * group["weight_decay"]
+                if isinstance(lr, Tensor):  # in a CUDA graph, rounded like the floats
+                    lr, decay = lr.to(updates[0].dtype), decay.to(updates[0].dtype)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(chosen, decay)
+                updates = _orthogonalize_all(updates) if is_kernel else updates
+                torch._foreach_mul_(updates, lr)
+                torch._foreach_sub_(chosen, updates)
         return loss
-
-
-def _descend(parameters: list[Tensor], directions: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
-    if not parameters:
-        return
-    factor: float | Tensor = 1 - lr * weight_decay
-    if isinstance(lr, Tensor) and isinstance(factor, Tensor):  # in a CUDA graph, rounded like the floats
-        lr, factor = lr.to(directions[0].dtype), factor.to(directions[0].dtype)
-    if weight_decay:
-        torch._foreach_mul_(parameters, factor)
-    torch._foreach_mul_(directions, lr)
-    torch._foreach_sub_(parameters, directions)
 
 
 def _orthogonalize_all(kernels: list[Tensor]) -> list[Tensor]:
