@@ -51,7 +51,7 @@ class Page(BaseHTTPRequestHandler):
         pixels = image.expand(3, -1, -1).permute(1, 2, 0)
         classes = self.reader.spec.classes
         self._send_json(
-            200, {"answer": answer[self.reader.spec.noun], "classes": classes, "image": pixels.tolist(), **answer}
+            200, {"answer": answer[self.reader.spec.label_name], "classes": classes, "image": pixels.tolist(), **answer}
         )
 
     def _send_json(self, status: int, value: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ def predict_all(reader: "Reader", data: Any) -> "tuple[Tensor, Tensor, Tensor]":
 
     parts = []
     with torch.inference_mode():
-        for images, labels in data.test_dataloader():  # as they are: the normalisation is the network's own
+        for images, labels in data.raw_batches("test"):  # the network normalises them
             parts.append((images, labels, reader(images)))
     images, labels, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
     return images, labels, log_probabilities
@@ -107,7 +107,7 @@ def main() -> None:
         raise UserError(f"{file_of_scores}: {error.strerror}") from error
     print(
         f"{os.path.relpath(reader.file)} on {data.spec.name}",
-        format_scores(scores, reader.spec.noun, classes),
+        format_scores(scores, reader.spec.label_name, classes),
         f"folder {folder}",
         sep="\n",
     )

@@ -44,13 +44,13 @@ def main() -> None:
     # Images that are at hand: the graphs must agree on digits, not on noise.
     at_hand = reader.spec.name != "mnist" or has_mnist(arguments.root or Path(os.environ.get("MNIST_ROOT", "data")))
     data = load_test_data(reader, None if at_hand else "digits", arguments.root)
-    images, labels = next(iter(data.test_dataloader()))
+    images, labels = next(data.raw_batches("test"))
     images, labels, name = images[:CHECKED], labels[:CHECKED], data.spec.name
 
     program = torch.export.export(
         reader, (images[:2],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
     )
-    stem = "digits" if reader.spec.noun == "digit" else reader.spec.name
+    stem = "digits" if reader.spec.label_name == "digit" else reader.spec.name
     onnx_file, program_file = (arguments.output / f"{stem}.{kind}" for kind in ("onnx", "pt2"))
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,9 @@ def main() -> None:
     from src.training.predictor import get_ood_file, load_test_data
 
     data = load_test_data(reader, root=arguments.root)
-    data.seed = None  # in order
     known, test = (
         ((reader.spec.normalize(images), labels) for images, labels in batches)
-        for batches in (data.train_dataloader(), data.test_dataloader())
+        for batches in (data.raw_batches("train"), data.raw_batches("test"))
     )
     familiar = fit_ood_detector(reader.net, known)
     alarms = torch.cat([familiar.distances(reader.net, images) > familiar.limit for images, _ in test])

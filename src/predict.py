@@ -60,7 +60,7 @@ def main() -> int:
     reader = load(arguments.weights)
     from src.data.preprocess import find_images
 
-    noun, width = reader.spec.noun, max(5, *map(len, reader.spec.classes))
+    noun, width = reader.spec.label_name, max(5, *map(len, reader.spec.classes))
     files = [file for path in arguments.images for file in find_images(path)]
     results: list[dict[str, Any]] = []
     images: list[Tensor] = []

@@ -134,7 +134,7 @@ def mnist_root(tmp_path, monkeypatch) -> Path:
         files[f"{split}-labels-idx1-ubyte"] = b"".join(header) + labels.numpy().tobytes()
     for name, content in files.items():
         (raw / name).write_bytes(content)
-    known = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in files.items()}
+    known = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(datasets, "MNIST_FILES", known)
     return tmp_path / "mnist"
 
@@ -161,7 +161,7 @@ def small_weights(tmp_path_factory) -> Path:
     model = {"_target_": ".models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
     net = CNN(model["channels"], model["dropout"])
     file = tmp_path_factory.mktemp("weights") / "small.pt"
-    torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.plain()}, file)
+    torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.to_dict()}, file)
     return file
 
 

@@ -95,11 +95,9 @@ def timed(run: Iterator[None], count: int, device: torch.device) -> float:
 
 def inputs(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch of what the network is trained on, from the same tensors as ours."""
-    assert data.sets and isinstance(data.sets.train, LabeledImages)
+    assert isinstance(data.splits.train, LabeledImages)
     for step, batch in enumerate(data.train_dataloader()):
-        images, labels = (
-            batch if len(batch) == 2 else (part[batch[0]] for part in data.sets.train)
-        )  # trainer=cuda_graph
+        images, labels = (part[batch] for part in data.splits.train)
         if data.augment:
             images = data.augment(images.float(), make_generator(cfg.seed, step, 0, device=device))
         yield data.spec.normalize(images), labels
@@ -168,10 +166,9 @@ def fitted(cfg: DictConfig, data: ImageDataModule, *further: Callback, **setting
 def source(
     data: ImageDataModule, batch_size: int, device: torch.device
 ) -> tuple[nn.Module, DataLoader, Iterator[None]]:
-    assert data.sets is not None
     net = CNN(dropout=0.25).to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    loader = DataLoader(PerImage(load_into_memory(data.sets.train)), batch_size=batch_size, shuffle=True)
+    loader = DataLoader(PerImage(load_into_memory(data.splits.train)), batch_size=batch_size, shuffle=True)
     return net, loader, steps(net, optimizer, lambda: ((x.to(device), y.to(device)) for x, y in loader))
 
 
@@ -205,7 +202,6 @@ def fast(cfg: DictConfig, data: ImageDataModule, seed: int) -> tuple[float, floa
 
 def source_to(target: float, data: ImageDataModule, device: torch.device) -> tuple[float, float, int]:
     """Seconds of training, percent and epochs when c reaches `target` percent, or those of its 19 epochs."""
-    assert data.sets is not None
     net, loader, run = source(data, 128, device)
     seconds, accuracy, epoch = 0.0, 0.0, 0
     while accuracy < target and epoch < 19:
@@ -214,8 +210,8 @@ def source_to(target: float, data: ImageDataModule, device: torch.device) -> tup
         epoch += 1
         net.eval()
         with torch.no_grad():
-            right = sum(int((net(data.spec.normalize(x)).argmax(1) == y).sum()) for x, y in data.test_dataloader())
-        accuracy = 100 * right / len(load_into_memory(data.sets.test).labels)
+            right = sum(int((net(data.spec.normalize(x)).argmax(1) == y).sum()) for x, y in data.raw_batches("test"))
+        accuracy = 100 * right / len(load_into_memory(data.splits.test).labels)
     return seconds, accuracy, epoch
 
 
@@ -226,7 +222,7 @@ def asked_anew(data: ImageDataModule) -> Iterator[list[float]]:
     if data.soft_labels is None:
         yield seconds
         return
-    kept, view = data.soft_labels.folder, data.soft_labels.view
+    kept, view = data.soft_labels.folder, data.soft_labels.prepare_epoch
 
     def timed_view(*arguments: Any) -> Any:
         started = perf_counter()
@@ -235,9 +231,9 @@ def asked_anew(data: ImageDataModule) -> Iterator[list[float]]:
         return found
 
     with tempfile.TemporaryDirectory() as folder:
-        data.view, data.soft_labels.folder, data.soft_labels.view = None, Path(folder), timed_view
+        data.epoch_soft_labels, data.soft_labels.folder, data.soft_labels.prepare_epoch = None, Path(folder), timed_view
         yield seconds
-        data.soft_labels.folder, data.soft_labels.view = kept, view
+        data.soft_labels.folder, data.soft_labels.prepare_epoch = kept, view
 
 
 def time_to(

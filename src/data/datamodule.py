@@ -1,43 +1,50 @@
-"""Images of classes as a LightningDataModule: in memory, on the training device, or read by num_workers."""
+"""Labelled images as a LightningDataModule: in memory on the training device, or read by worker processes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from src.core.errors import UserError
 from src.core.value_types import NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Seed, UnitInterval
 from src.data.augment import RandomAffine
-from src.data.datasets import DatasetSplits, ImageDataset, LabeledImages, load_into_memory
+from src.data.datasets import DatasetSplits, LabeledImages, load_into_memory
 from src.data.image_spec import ImageSpec
-from src.data.sampler import IndexBatchSampler, hash_seed, make_in_memory_loader, make_worker_loader
+from src.data.sampler import IndexBatchSampler, hash_seed
 
-SAMPLED = 2000  # pictures that the mean and the deviation are taken from where num_workers read them
+STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
+
+
+class Batch(NamedTuple):
+    """The input of a step. It iterates over what is not None: `images, labels = batch` works without soft labels."""
+
+    images: Tensor  # [N, C, H, W], normalised
+    labels: Tensor  # [N]
+    teacher_log_probs: Tensor | None = None  # [N, classes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (part for part in (self.images, self.labels, self.teacher_log_probs) if part is not None)
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Batches of ([N, C, H, W] normalised images, [N] labels) from a `dataset` of src.data.datasets below `root`.
+    """Serve the images of a class of src.data.datasets, normalised and, for training, augmented.
 
-    `val_size` images are held out of the training images, drawn by `split_seed`, or the last ones: a writer's
-    images stand together in MNIST, so that those are of other writers, as the test images are. Of the rest `train_size`
-    are trained on, of which those of a smaller number are a part; None: all. `batch_size` is that of one process. None
-    for `batch_size` is 128, or 32 for fewer than 10,000 images; for `val_size` a tenth, at most 5,000. `seed` keys the
-    order and the augmentation.
-    With `test_every_epoch` the test images are scored after every epoch: that draws a curve, and must never choose.
-    With `soft_labels`, of src.teachers, the batches for training have a third part, a teacher's answers: [N, classes]
-    log-probabilities; `seed` keys the order alone then.
-    With `num_workers` the images stay where they are, and so many processes read each batch.
-    `mean` and `std` are fractions of white, one a channel; None: those of the training images.
-    `spec` tells what there is once `prepare_data` has been called.
+    `batch_size` is per process; None is 128, or 32 for fewer than 10,000 images. `val_size` training images are held
+    out, at random by `split_seed`, or the last ones: MNIST is ordered by writer, so validation is then writer-disjoint,
+    like the test. None is a tenth, at most 5,000. `train_size` limits the others; fewer are a subset of more. `seed`
+    keys order and augmentation. `soft_labels`, of src.distillation, adds teachers' outputs to training batches, and
+    keys the augmentation by a seed of its own. With `num_workers` the images stay on disk, and so many processes read
+    them. `mean` and `std` are fractions of white per channel; None measures them on the training images.
     """
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Any,
         root: NonEmptyStr = "data",
         seed: Seed = 0,
         batch_size: PositiveInt | None = None,
@@ -57,148 +64,120 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if num_workers and soft_labels:
             raise UserError("data.soft_labels needs its images in memory; set data.num_workers=null")
-        self.dataset = dataset
-        self.root = Path(root).expanduser()
-        self.batch_size = batch_size
-        self.seed = seed
-        self.augment = augment
-        self.soft_labels = soft_labels
-        self.view: tuple[int, Any] | None = None  # of which epoch
-        self.val_size = val_size
-        self.train_size = train_size
-        self.test_every_epoch = test_every_epoch
+        self.dataset, self.root, self.seed = dataset, Path(root).expanduser(), seed
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.augment, self.soft_labels = augment, soft_labels
+        self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
         self.val_split, self.split_seed = val_split, split_seed
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.preprocess = preprocess
-        self.mean, self.std = mean, std
-        self.sets: DatasetSplits | None = None
-        self.val: LabeledImages | Dataset = Subset(LabeledImages, [])  # type: ignore[arg-type]
-        self._spec: ImageSpec | None = None
+        self.preprocess, self.mean, self.std = preprocess, mean, std
+        self.is_prepared = False
+        self.epoch_soft_labels: tuple[int, Any] | None = None  # of one epoch, with its number
         self.device = torch.device("cpu")
         self.generator = torch.Generator()
-        self.progress: float | Tensor = 0.0  # a tensor where a CUDA graph reads it
+        self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
 
     def prepare_data(self) -> None:
-        if self.sets is None:  # fit has read them, for test
-            self.dataset.prepare(self.root)
+        if not self.is_prepared:  # Lightning prepares for the test again
+            self.dataset.download(self.root)
+        self.is_prepared = True
 
     def setup(self, stage: str | None = None) -> None:
-        if self.sets is None:
-            self._read()
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         self.progress = 0.0
-        if device != self.generator.device:
-            self.generator = torch.Generator(device)
-        if device != self.device and self.sets and not self.num_workers:
-            self.device = device
-            train, test, self.val = (_put(part, device) for part in (self.sets.train, self.sets.test, self.val))
-            self.sets = self.sets._replace(train=train, test=test)
+        self.device = self.trainer.strategy.root_device if self.trainer else self.device
+        self.generator = torch.Generator(self.device)
+        if not self.num_workers:
+            moved = {name: getattr(self.splits, name).to(self.device) for name in ("train", "test", "val")}
+            self.splits = self.splits._replace(**moved)
 
-    def _read(self) -> None:
-        read = self.dataset.read(self.root)
-        train, test = (
-            (read.train, read.test) if self.num_workers else (load_into_memory(read.train), load_into_memory(read.test))
-        )
-        count = _count(train)
+    @cached_property
+    def splits(self) -> DatasetSplits:
+        """Load the images and hold the validation images out of the training images."""
+        splits = self.dataset.load(self.root)
+        if not self.num_workers:
+            splits = splits._replace(train=load_into_memory(splits.train), test=load_into_memory(splits.test))
+        count = _count(splits.train)
         val_size = min(count // 10, 5000) if self.val_size is None else self.val_size
         if val_size >= count:
-            raise UserError(f"data.val_size={val_size}: {read.name} has {count:,} training images; use fewer")
-        if self.train_size and self.train_size > count - val_size:
-            left = f"{count - val_size:,} images are not held out"
-            raise UserError(f"data.train_size={self.train_size}: {left}; use fewer")
-        if self.val_split == "last":
-            order = torch.arange(count).flip(0)
-        else:
+            raise UserError(f"data.val_size={val_size}: {splits.name} has {count:,} training images; use fewer")
+        if self.train_size and self.train_size > (rest := count - val_size):
+            raise UserError(f"data.train_size={self.train_size}: {rest:,} images are not held out; use fewer")
+        order = torch.arange(count).flip(0)
+        if self.val_split == "random":
             order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
-        held_out, kept = order[:val_size], order[val_size:][: self.train_size].sort().values
-        self.sets = read._replace(train=_part(train, kept), test=test)
-        self.val = test if self.test_every_epoch else _part(train, held_out)
-        self._spec = self._describe(self.sets)
+        train = _select(splits.train, order[val_size:][: self.train_size].sort().values)
+        val = splits.test if self.test_every_epoch else _select(splits.train, order[:val_size])
+        return splits._replace(train=train, val=val)
 
-    def _describe(self, sets: DatasetSplits) -> ImageSpec:
-        count = _count(sets.train)
-        every = 1 if isinstance(sets.train, LabeledImages) else max(1, count // SAMPLED)
-        some = load_into_memory(_part(sets.train, torch.arange(0, count, every)) if every > 1 else sets.train)
-        channels, height, width = shape = tuple(some.images.shape[1:])
-        if self.preprocess == "mnist" and shape != (1, 28, 28):
-            raise UserError(f"data.preprocess=mnist: {sets.name} has images of {shape}; use resize")
-        mean, std = self.mean, self.std
-        if mean is None or std is None:
-            levels = torch.arange(256, dtype=torch.float64)
-            counts = [torch.bincount(some.images[:, c].flatten().int(), minlength=256) for c in range(shape[0])]
-            means = [float(each @ levels / each.sum()) for each in map(Tensor.double, counts)]
-            squares = [float(each @ levels**2 / each.sum()) for each in map(Tensor.double, counts)]
-            mean = mean or [m / 255 for m in means]
-            std = std or [max((s - m * m) ** 0.5, 1.0) / 255 for s, m in zip(squares, means, strict=True)]
-        if not len(mean) == len(std) == shape[0]:
-            raise UserError(f"data.mean and data.std need a number for each of {shape[0]} channels")
-        return ImageSpec(sets.name, (channels, height, width), sets.classes, tuple(mean), tuple(std), self.preprocess)
-
-    @property
+    @cached_property
     def spec(self) -> ImageSpec:
-        if self._spec is None:
-            self._read()
-        assert self._spec is not None
-        return self._spec
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.spec.plain()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (before := ImageSpec.of(state_dict)) != self.spec:
-            raise UserError(f"the run was begun with other images: {before}, here they are {self.spec}")
-
-    def _loader(
-        self, part: LabeledImages | Dataset, size: int, seed: int | None = None, index: bool = False
-    ) -> DataLoader:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        if not isinstance(part, LabeledImages):
-            assert self.num_workers
-            return make_worker_loader(part, self.num_workers, _count(part), size, seed, rank, world_size)
-        device = part.images.device
-        places = torch.arange(len(part.labels), device=device)
-        batches = IndexBatchSampler(len(part.labels), size, seed, rank, world_size, device)
-        if index and self._gives_places:
-            return make_in_memory_loader([places], batches)
-        return make_in_memory_loader((*part, places) if index else part, batches)
+        """Describe the images; measure on the training images what the config leaves open."""
+        train, count = self.splits.train, _count(self.splits.train)
+        if self.num_workers:
+            train = _select(train, torch.arange(0, count, max(1, count // STATISTICS_SAMPLE)))
+        images = load_into_memory(train).images
+        shape: Any = tuple(images.shape[1:])
+        if self.preprocess == "mnist" and shape != (1, 28, 28):
+            raise UserError(f"data.preprocess=mnist: {self.splits.name} has images of {shape}; use resize")
+        moments = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(shape[0])]
+        mean = self.mean or [mean.item() for _, mean in moments]
+        std = self.std or [max(std.item(), 1 / 255) for std, _ in moments]
+        if not len(mean) == len(std) == shape[0]:
+            raise UserError(f"data.mean and data.std need one number for each of {shape[0]} channels")
+        return ImageSpec(self.splits.name, shape, self.splits.classes, tuple(mean), tuple(std), self.preprocess)
 
     @property
     def train_batch_size(self) -> int:
-        assert self.sets is not None
-        return self.batch_size or (128 if _count(self.sets.train) >= 10_000 else 32)
+        """Return the batch size per process."""
+        return self.batch_size or (128 if _count(self.splits.train) >= 10_000 else 32)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.spec.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (saved := ImageSpec.from_dict(state_dict)) != self.spec:
+            raise UserError(f"data: the run began with other images ({saved}) than now ({self.spec}); set data.root")
+
+    def _make_loader(self, split: Any, batch_size: int, seed: int | None = None) -> DataLoader:
+        """Return a loader of index tensors for images in memory, otherwise of images and labels."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        device = None if self.num_workers else self.device
+        sampler: Any = IndexBatchSampler(_count(split), batch_size, seed, rank, world_size, device)
+        if not self.num_workers:
+            return DataLoader(torch.arange(sampler.size, device=device), sampler=sampler, batch_size=None)  # type: ignore[arg-type]
+        options: Any = {"persistent_workers": True, "pin_memory": torch.cuda.is_available()}
+        return DataLoader(split, batch_sampler=sampler, num_workers=self.num_workers, **options)
 
     def train_dataloader(self) -> DataLoader:
-        assert self.sets is not None
-        overfit = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        seed = None if overfit else self.seed  # the same batches in every epoch
-        index = self._gives_places or self.soft_labels is not None
-        return self._loader(self.sets.train, self.train_batch_size, seed, index)
+        is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
+        return self._make_loader(self.splits.train, self.train_batch_size, None if is_overfitting else self.seed)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader(self.val, self.eval_batch_size) if _count(self.val) else []
+        return self._make_loader(self.splits.val, self.eval_batch_size) if _count(self.splits.val) else []
 
     def test_dataloader(self) -> DataLoader:
-        assert self.sets is not None
-        return self._loader(self.sets.test, self.eval_batch_size)
+        return self._make_loader(self.splits.test, self.eval_batch_size)
 
-    def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
-    @property
-    def _gives_places(self) -> bool:
-        """Whether the loader for training gives the places of images alone, which the strategy makes a batch of."""
-        return not self.num_workers and getattr(getattr(self.trainer, "strategy", None), "wants_indices", False)
+    def raw_batches(self, split: Literal["train", "test"]) -> Iterator[LabeledImages]:
+        """Yield a split's uint8 images in order, neither augmented nor normalised."""
+        images = getattr(self.splits, split)
+        for batch in self._make_loader(images, self.eval_batch_size):
+            yield _select(images, batch) if isinstance(batch, Tensor) else LabeledImages(*batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, Tensor) or len(batch) == 1:  # an example input, of which Lightning makes a summary; places
+        assert self.trainer
+        is_index = isinstance(batch, Tensor)
+        if is_index and batch.is_floating_point():  # the example input of Lightning's summary
             return batch
-        if self.trainer and self.trainer.training:
+        if self.trainer.training:
+            if is_index and getattr(self.trainer.strategy, "wants_indices", False):
+                return batch
             self.begin_batch()
-        return self._seen(*batch)
+        return self.make_batch(batch)
 
     def begin_batch(self) -> None:
-        """Keyed by the batch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        """Seed the generator by the batch, so that a resumed run draws the same numbers, and set the progress."""
         assert self.trainer
         batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
         self.generator.manual_seed(hash_seed(self.seed, batch_number, self.trainer.global_rank))
@@ -208,45 +187,38 @@ class ImageDataModule(L.LightningDataModule):
         else:
             self.progress = progress
 
-    def batch(self, places: Tensor) -> Any:
-        """Of the training images at these places."""
-        assert self.sets and isinstance(self.sets.train, LabeledImages)
-        return self._seen(*(part[places] for part in self.sets.train), *[places] * bool(self.soft_labels))
-
-    def _seen(self, images: Tensor, labels: Tensor, *index: Tensor) -> Any:
-        batch: tuple[Tensor, ...]
-        if index:
-            assert self.trainer and self.soft_labels
-            images, answers = self._view_of(self.trainer.current_epoch).batch(images, *index)
-            batch = self.spec.normalize(images), labels, answers
+    def make_batch(self, batch: Any) -> Batch:
+        """Make a batch of the images at these indices of the stage's split, or of images read by a worker process."""
+        trainer: Any = self.trainer
+        if isinstance(batch, Tensor):
+            is_validation = trainer.validating or trainer.sanity_checking
+            split = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
+            images, labels = _select(split, batch)
         else:
-            if self.augment and self.trainer and self.trainer.training:
-                images = self.augment(images.float(), self.generator, self.progress)
-            batch = self.spec.normalize(images), labels
-        # Lightning converts batches before this hook, when the images are bytes still.
-        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
+            images, labels = batch
+        teacher_log_probs = None
+        if self.soft_labels and trainer.training:
+            images, teacher_log_probs = self._get_epoch_soft_labels(trainer).select(images, batch)
+        elif self.augment and trainer.training:
+            images = self.augment(images.float(), self.generator, self.progress)
+        # Lightning converts a batch to trainer.precision before it has floats.
+        return trainer.precision_plugin.convert_input(Batch(self.spec.normalize(images), labels, teacher_log_probs))
 
-    def _view_of(self, epoch: int) -> Any:
-        if self.view is None or self.view[0] != epoch:
-            assert self.trainer and self.soft_labels and self.sets
-            batches = epoch * self.trainer.num_training_batches
-            progress = batches / (self.trainer.accumulate_grad_batches * self.trainer.estimated_stepping_batches)
-            augment, images = self.augment or RandomAffine(), load_into_memory(self.sets.train).images
-            self.view = epoch, self.soft_labels.view(images, augment, self.spec, epoch, progress)
-        return self.view[1]
-
-
-def _count(part: Any) -> int:
-    return len(part.labels) if isinstance(part, LabeledImages) else len(part)
-
-
-def _part(whole: Any, index: Tensor) -> Any:
-    return (
-        LabeledImages(*(each[index] for each in whole))
-        if isinstance(whole, LabeledImages)
-        else Subset(whole, index.tolist())
-    )
+    def _get_epoch_soft_labels(self, trainer: Any) -> Any:
+        epoch = trainer.current_epoch
+        if self.epoch_soft_labels is None or self.epoch_soft_labels[0] != epoch:
+            batches = epoch * trainer.num_training_batches
+            progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
+            images, augment = load_into_memory(self.splits.train).images, self.augment or RandomAffine()
+            self.epoch_soft_labels = epoch, self.soft_labels.prepare_epoch(images, augment, self.spec, epoch, progress)
+        return self.epoch_soft_labels[1]
 
 
-def _put(part: Any, device: torch.device) -> LabeledImages:
-    return LabeledImages(*(each.to(device) for each in part))
+def _count(split: Any) -> int:
+    return len(split.labels if isinstance(split, LabeledImages) else split)
+
+
+def _select(split: Any, indices: Tensor) -> Any:
+    if isinstance(split, LabeledImages):
+        return LabeledImages(split.images[indices], split.labels[indices])
+    return Subset(split, indices.tolist())

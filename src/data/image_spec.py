@@ -1,4 +1,4 @@
-"""What a network has to know of the images it is trained on."""
+"""Describe the images that a network is trained on."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +10,22 @@ from torch import Tensor
 
 from src.core.errors import UserError
 
-MAX_NUMBERS = 150_000_000  # of an image: 50 million pixels in colour
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of its training pixels, as fractions of white
+MAX_NUMBERS = 150_000_000  # per image: 50 million pixels in colour
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as fractions of white
 
 
 @cache
 def make_constants(device: torch.device, *numbers: float) -> Tensor:
-    """Kept on the device: to bring them there in every step would be to wait for it."""
+    """Return the numbers as float32 on the device, cached, because copying them in every step would wait for a GPU."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device, dtype=torch.float32)
 
 
 class ImageSpec(NamedTuple):
-    """`shape` is (channels, height, width), `mean` and `std` are fractions of white, one a channel.
+    """Shape, classes and normalisation of a data set, saved in each checkpoint.
 
-    `preprocess` says how a picture from elsewhere becomes such an image: as a "digit" in MNIST's form, or by "resize".
+    `shape` is (channels, height, width); `mean` and `std` are fractions of white, one per channel. `preprocess` says
+    how other images are converted: to MNIST's format ("mnist"), or by resizing ("resize").
     """
 
     name: str
@@ -35,28 +36,27 @@ class ImageSpec(NamedTuple):
     preprocess: Literal["mnist", "resize"]
 
     @classmethod
-    def of(cls, plain: Any) -> "ImageSpec":
-        """From what `plain` gave. Raises UserError for anything else."""
+    def from_dict(cls, values: Any) -> "ImageSpec":
+        """Build the spec from what `to_dict` returned. Raises UserError for anything else."""
         try:
-            name, preprocess = plain["name"], plain["preprocess"]
-            shape = tuple(int(n) for n in plain["shape"])
-            classes = tuple(str(name) for name in plain["classes"])
-            mean, std = (tuple(float(x) for x in plain[key]) for key in ("mean", "std"))
+            channels, height, width = shape = tuple(map(int, values["shape"]))
+            mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+            classes = tuple(map(str, values["classes"]))
+            if min(shape) < 1 or math.prod(shape) > MAX_NUMBERS or len(classes) < 2 or not min(std) > 0:
+                raise ValueError(values)
+            if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)):
+                raise ValueError(values)
+            return cls(values["name"], (channels, height, width), classes, mean, std, values["preprocess"])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"what it says of its images is damaged ({error})") from error
-        spec = cls(name, shape, classes, mean, std, preprocess)  # type: ignore[arg-type]
-        drawable = len(shape) == 3 and min(shape) > 0 and math.prod(shape) <= MAX_NUMBERS
-        scaled = drawable and len(mean) == len(std) == shape[0] and min(std) > 0
-        if not scaled or not all(map(math.isfinite, mean + std)) or len(classes) < 2:
-            raise UserError(f"what it says of its images is damaged ({spec})")
-        return spec
+            raise UserError(f"the description of its images is damaged ({error})") from error
 
-    def plain(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in self._asdict().items()}
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
 
     @property
-    def noun(self) -> str:
+    def label_name(self) -> str:
+        """Return what a label is called: "digit" or "class"."""
         return "digit" if self.preprocess == "mnist" else "class"
 
     def _scale(self, values: Sequence[float], like: Tensor) -> Any:
@@ -64,11 +64,11 @@ class ImageSpec(NamedTuple):
         return levels[0] if len(levels) == 1 else make_constants(like.device, *levels).view(-1, 1, 1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """[..., C, H, W] pixels in 0 … 255 to floats with the mean taken off, in units of the standard deviation."""
+        """Convert [..., C, H, W] pixels in 0 … 255 to floats of mean 0 and standard deviation 1."""
         return (images.float() - self._scale(self.mean, images)) / self._scale(self.std, images)
 
-    def pixels(self, normalized: Tensor) -> Tensor:
-        """What `normalize` was given, as uint8."""
+    def denormalize(self, normalized: Tensor) -> Tensor:
+        """Convert normalised images back to uint8 pixels."""
         levels = normalized * self._scale(self.std, normalized) + self._scale(self.mean, normalized)
         return levels.round().clamp(0, 255).byte()
 

@@ -1,106 +1,114 @@
-"""Training images with what larger networks say of them, asked once for all runs (https://arxiv.org/abs/2303.08983)."""
+"""Soft labels: teachers' outputs for every augmented training image, computed once and cached for all runs.
+
+Source: Faghri et al. 2023, https://arxiv.org/abs/2303.08983.
+"""
 
 import hashlib
+import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.core.errors import UserError
 from src.core.files import write_atomically
 from src.core.process import has_amx_bf16
 from src.core.value_types import NonEmptyStr, Seed
-from src.data.augment import AugmentationSample, RandomAffine
+from src.data.augment import RandomAffine
 from src.data.image_spec import ImageSpec
 from src.data.sampler import make_generator
-from src.training.checkpoints import load_weights_only, sealed
+from src.models.classifier import move_to_device
+from src.training.checkpoints import load_weights_only
 from src.training.console import make_bar
+from src.training.predictor import load_predictor
 from src.training.run_record import get_device_name
 
-AT_ONCE = 250  # images; other batches would give other last bits
+BATCH_SIZE = 250  # a constant, because other batches would give other last bits
 
 
-class Teacher(Protocol):
-    digest: str  # another one where the answers are others
+class Ensemble(nn.Module):
+    """The mean of the log-probabilities of networks from run folders, .ckpt or .pt files."""
 
-    def to(self, device: torch.device) -> Callable[[Tensor], Tensor]: ...
+    def __init__(self, files: Sequence[str]) -> None:
+        super().__init__()
+        if not files:
+            raise UserError("data.soft_labels.teachers is empty; name run folders or .pt files")
+        self.predictors = nn.ModuleList(load_predictor(Path(file)) for file in files)
+        contents = b"".join(predictor.file.read_bytes() for predictor in self.predictors)  # type: ignore[union-attr, operator]
+        self.digest = hashlib.sha256(contents).hexdigest()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map [N, C, H, W] normalised images to [N, classes]; a softmax makes the means sum to one again."""
+        return torch.stack([predictor.log_probabilities(images) for predictor in self.predictors]).mean(dim=0)  # type: ignore[union-attr, operator]
 
 
 class EpochSoftLabels(NamedTuple):
-    """All N training images as one epoch sees them."""
+    """The augmentation and the soft labels of all N training images in one epoch."""
 
     augment: RandomAffine
-    draws: AugmentationSample
-    progress: float
-    answers: Tensor  # [N, classes] log-probabilities
+    sample: list[Tensor]  # the augmentation's random numbers
+    progress: float  # fraction of the run when the epoch begins
+    log_probs: Tensor  # [N, classes]
 
-    def batch(self, images: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The augmented images, whose places among the N are `index`, and the answers to them."""
-        return self.augment.apply(images.float(), self.draws.of(index), self.progress), self.answers[index]
+    def select(self, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the augmented images at `indices`, not normalised, with their soft labels."""
+        sample = [numbers[indices] for numbers in self.sample]
+        return self.augment.apply(images.float(), sample, self.progress), self.log_probs[indices]
 
 
 class SoftLabels:
-    """Each epoch's draws of the augmentation, keyed by `seed` and no other, and the answers of `teacher` to them.
+    """Compute and cache the outputs of `teachers`, run folders or .pt files, for each epoch's augmented images.
 
-    The answers are worked out where an epoch begins, and kept in `folder`, a file an epoch: a run that differs in
-    its own seed alone finds them there. Those of a device other than the CPU, in other last bits, have its name and
-    the precision of its convolutions in the file's name; on a processor with AMX it is asked in bfloat16.
+    `seed` alone keys the augmentation, so that runs with other seeds find the same files in `folder`. Files from other
+    devices or precisions differ in their last bits and in their names. A processor with AMX computes in bfloat16.
     """
 
-    def __init__(self, teacher: Teacher, folder: NonEmptyStr, seed: Seed = 0) -> None:
-        self.teacher, self.folder, self.seed = teacher, Path(folder), seed
+    def __init__(self, teachers: Sequence[NonEmptyStr], folder: NonEmptyStr, seed: Seed = 0) -> None:
+        self.ensemble, self.folder, self.seed = Ensemble(teachers), Path(folder), seed
 
-    def view(
+    def prepare_epoch(
         self, images: Tensor, augment: RandomAffine, spec: ImageSpec, epoch: int, progress: float
     ) -> EpochSoftLabels:
-        """`images`: [N, C, H, W], uint8, all of them; `progress`: the fraction of the run when the epoch begins."""
-        drawn = augment.draw(len(images), make_generator(self.seed, epoch))  # on the CPU: alike for every device
-        draws = drawn.to(images.device)
-        key = hashlib.sha256(images.cpu().numpy().tobytes())
-        asked = self.teacher.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
-        key.update(repr(asked).encode())
-        file = self.folder / f"{key.hexdigest()[:16]}{_made_on(images.device)}.pt"
+        """Load or compute one epoch's soft labels of all training images, [N, C, H, W] uint8."""
+        # Drawn on the CPU, so that every device gets the same numbers.
+        sample = [x.to(images.device) for x in augment.draw(len(images), make_generator(self.seed, epoch))]
+        settings = self.ensemble.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
+        key = hashlib.sha256(images.cpu().numpy().tobytes() + repr(settings).encode()).hexdigest()[:16]
+        file = self.folder / f"{key}{_format_device(images.device)}.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):  # of runs side by side, one asks
+        with FileLock(file.with_suffix(".lock")):  # one of several concurrent runs computes
             if not file.exists():
-                answers = self._ask(images, augment, draws, spec, progress, epoch)
-                write_atomically(file, sealed(answers.cpu(), key.hexdigest()))
+                print(f"computing teacher outputs, epoch {epoch + 1} (cached in {self.folder})", file=sys.stderr)
+                buffer = io.BytesIO()
+                torch.save(self._compute(images, augment, sample, spec, progress).cpu(), buffer)
+                write_atomically(file, buffer.getvalue())
         try:
-            answers = load_weights_only(file, key.hexdigest())
-        except UserError as error:
-            raise UserError(f"{file}: damaged; delete it, and the teacher is asked again ({error})") from error
-        answers = answers.to(images.device)
-        return EpochSoftLabels(augment, draws, progress, answers)
+            log_probs = load_weights_only(file).to(images.device)
+        except (UserError, AttributeError) as error:
+            raise UserError(f"{file}: damaged ({error}); delete it and it is computed again") from error
+        return EpochSoftLabels(augment, sample, progress, log_probs)
 
-    def _ask(
-        self,
-        images: Tensor,
-        augment: RandomAffine,
-        draws: AugmentationSample,
-        spec: ImageSpec,
-        progress: float,
-        epoch: int,
+    def _compute(
+        self, images: Tensor, augment: RandomAffine, sample: list[Tensor], spec: ImageSpec, progress: float
     ) -> Tensor:
-        print(f"asking the teacher about epoch {epoch + 1}; kept in {self.folder} for further runs", file=sys.stderr)
-        teacher, parts = self.teacher.to(images.device), torch.arange(len(images), device=images.device).split(AT_ONCE)
-        in_tiles = images.device.type == "cpu" and has_amx_bf16()
-
-        def answers(some: Tensor) -> Tensor:
-            seen = spec.normalize(augment.apply(images[some].float(), draws.of(some), progress))
-            with torch.autocast("cpu", torch.bfloat16, enabled=in_tiles):  # the network alone: places are not rounded
-                return teacher(seen).float()
-
-        with torch.inference_mode(), make_bar(len(parts)) as shown:
-            description = f"the teacher's answers for epoch {epoch + 1}"
-            return torch.cat([answers(some) for some in shown.track(parts, description=description)])
+        move_to_device(self.ensemble, images.device)
+        outputs, use_bf16 = [], images.device.type == "cpu" and has_amx_bf16()
+        batches = torch.arange(len(images), device=images.device).split(BATCH_SIZE)
+        with torch.inference_mode(), make_bar(len(batches)) as bar:
+            for indices in bar.track(batches, description="teacher outputs"):
+                augmented = augment.apply(images[indices].float(), [x[indices] for x in sample], progress)
+                normalized = spec.normalize(augmented)
+                with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):  # the networks alone
+                    outputs.append(self.ensemble(normalized).float())
+        return torch.cat(outputs)
 
 
-def _made_on(device: torch.device) -> str:
+def _format_device(device: torch.device) -> str:
     if device.type == "cpu":
         return "-bfloat16" if has_amx_bf16() else ""
     precision = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"

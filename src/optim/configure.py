@@ -1,8 +1,8 @@
-"""What every LightningModule here does with its optimizer and its schedule."""
+"""Build the optimizer and the scheduler of any LightningModule."""
 
 from collections.abc import Callable, Iterable
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from torch import nn
@@ -12,49 +12,37 @@ from torch.optim.lr_scheduler import LRScheduler
 from src.core.errors import UserError
 
 
-class Scheduler:
-    """A scheduler that awaits its optimizer, and after what it is stepped: each "step" or each "epoch".
+class Scheduler(NamedTuple):
+    """A partial scheduler, when it steps, and the metric that it monitors, if any."""
 
-    By default a schedule that is told the number of steps counts steps, and any other epochs, as PyTorch's do.
-    `monitor` is the metric that it looks at, if it does.
-    """
-
-    def __init__(
-        self,
-        scheduler: Callable[..., LRScheduler],
-        interval: Literal["step", "epoch"] | None = None,
-        monitor: str | None = None,
-    ) -> None:
-        self.scheduler, self.monitor = scheduler, monitor
-        self.counts_steps = "total_steps" in signature(scheduler).parameters
-        self.interval = interval or ("step" if self.counts_steps else "epoch")
-
-    def __call__(self, optimizer: Optimizer, **settings: Any) -> LRScheduler:
-        return self.scheduler(optimizer, **settings)
+    scheduler: Callable[..., LRScheduler]
+    interval: Literal["step", "epoch"] | None = None  # None: "step" if it takes `total_steps`, otherwise "epoch"
+    monitor: str | None = None
 
 
 def configure_optimizers(
     module: L.LightningModule,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-    scheduler: Callable[..., LRScheduler] | None,
-) -> Any:
-    """For `configure_optimizers`. A schedule is told the number of steps if it asks for `total_steps`.
+    scheduler: Callable[..., LRScheduler] | Scheduler | None,
+) -> dict[str, Any]:
+    """Return the result of LightningModule.configure_optimizers for a partial optimizer and scheduler.
 
-    Raises UserError for what either refuses.
+    A scheduler that takes `total_steps` gets the number of training steps. Raises UserError for invalid settings.
     """
     try:
         built = optimizer(module.parameters())
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: {error}") from error
     if scheduler is None:
-        return built
-    schedule = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
-    total = {"total_steps": int(module.trainer.estimated_stepping_batches)} if schedule.counts_steps else {}
+        return {"optimizer": built}
+    partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
+    takes_steps = "total_steps" in signature(partial).parameters
+    steps = int(module.trainer.estimated_stepping_batches) if takes_steps else None
     try:
-        made = schedule(built, **total)
-    except ZeroDivisionError as error:  # OneCycleLR, where its first phase has no step
-        raise UserError(f"{total['total_steps']} steps are too few for the scheduler; use scheduler=none") from error
+        schedule = partial(built, total_steps=steps) if takes_steps else partial(built)
+    except ZeroDivisionError as error:  # OneCycleLR, if its first phase has no step
+        raise UserError(f"{steps} steps are too few for the scheduler; set scheduler=none") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
-    how = {"interval": schedule.interval, "monitor": schedule.monitor, "name": "lr"}
-    return {"optimizer": built, "lr_scheduler": {"scheduler": made, **{k: v for k, v in how.items() if v}}}
+    settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, **{k: x for k, x in settings.items() if x}}}

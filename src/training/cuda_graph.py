@@ -60,25 +60,27 @@ class CUDAGraphStrategy(SingleDeviceStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        tensors = [batch] if isinstance(batch, Tensor) else [*batch]
         if batch_idx == 0 or not self.eager:  # not at the first when it is resumed
             self.graph, self.eager = None, 0
-            self.indexed = len(batch) == 1
+            self.indexed = isinstance(batch, Tensor)
             if self.indexed:
                 data.progress = torch.zeros((), dtype=torch.float64, device=self.root_device)
         log = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        fits = self.graph is None or all(a.shape == b.shape for a, b in zip(self.static, batch, strict=True))
+        fits = self.graph is None or all(a.shape == b.shape for a, b in zip(self.static, tensors, strict=True))
         self.replays = self.eager >= EAGER and fits and not log
         if self.replays and self.graph:
-            for static, tensor in zip(self.static, batch, strict=True):
+            for static, tensor in zip(self.static, tensors, strict=True):
                 static.copy_(tensor)
         elif self.replays:
-            self.static = [tensor.clone() for tensor in batch]
+            self.static = [tensor.clone() for tensor in tensors]
         if self.indexed:
             data.begin_batch()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        batch = self.static if self.capturing else batch
-        return super().training_step(self.trainer.datamodule.batch(*batch) if self.indexed else batch, batch_idx)  # type: ignore[attr-defined]
+        if self.capturing:
+            batch = self.static[0] if self.indexed else self.static
+        return super().training_step(self.trainer.datamodule.make_batch(batch) if self.indexed else batch, batch_idx)  # type: ignore[attr-defined]
 
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if not self.replays:

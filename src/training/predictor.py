@@ -88,9 +88,9 @@ class Predictor(nn.Module):
 
     def _answer(self, probabilities: Tensor, sure: bool | None) -> dict[str, Any]:
         (first, second), best = (top.tolist() for top in probabilities.topk(2))
-        named: list[Any] = best if self.spec.noun == "digit" else [self.spec.classes[i] for i in best]
+        named: list[Any] = best if self.spec.label_name == "digit" else [self.spec.classes[i] for i in best]
         return {
-            self.spec.noun: named[0],
+            self.spec.label_name: named[0],
             "probability": first,
             "sure": sure,
             "runner_up": named[1],
@@ -146,7 +146,7 @@ def load_predictor(path: Path | str | None = None, familiar: bool = True) -> Pre
     prefix = "" if "model" in content else "net."
     state = {name.removeprefix(prefix): x for name, x in content["state_dict"].items() if name.startswith(prefix)}
     try:
-        spec = ImageSpec.of(plain)
+        spec = ImageSpec.from_dict(plain)
         spec = spec._replace(
             name=escape_control_characters(spec.name), classes=tuple(map(escape_control_characters, spec.classes))
         )

@@ -101,9 +101,9 @@ class TensorBoardCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.images is None and (writer := self._writer(trainer)) and (spec := self._spec(trainer)):
-            images = batch[0] if len(batch) > 1 else trainer.datamodule.batch(*batch)[0]  # type: ignore[attr-defined]
+            images = (trainer.datamodule.make_batch(batch) if isinstance(batch, Tensor) else batch)[0]  # type: ignore[attr-defined]
             self.images = images[: self.watched]
-            writer.add_image("batch as augmented", make_grid(spec.pixels(images[:64])), trainer.global_step)
+            writer.add_image("batch as augmented", make_grid(spec.denormalize(images[:64])), trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % trainer.log_every_n_steps or not (writer := self._writer(trainer)):  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ class TensorBoardCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if spec := self._spec(trainer):
-            self.seen["images"].append(spec.pixels(batch[0]))
+            self.seen["images"].append(spec.denormalize(batch[0]))
             self.seen["labels"].append(batch[1])
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -178,7 +178,7 @@ class TensorBoardCallback(Callback):
             writer.add_figure("test/worst mistakes", worst, step)
         wrong = torch.bincount(labels[read != labels], minlength=len(classes))
         for label in wrong.argsort(descending=True, stable=True)[: self.curves].sort().values.tolist():
-            tag = f"test/{spec.noun} {classes[label]}"
+            tag = f"test/{spec.label_name} {classes[label]}"
             writer.add_pr_curve(tag, labels == label, probabilities[:, label], step)
         if "features" in found and found["features"].ndim == 2:
             few = slice(self.embedded)
@@ -188,4 +188,4 @@ class TensorBoardCallback(Callback):
                 colours = torch.tensor(matplotlib.color_sequences["tab10"])[labels[few] % 10]
                 shown = shown * colours[:, :, None, None]
             features = found["features"][few].float()
-            writer.add_embedding(features, pairs, shown, step, tag="test", metadata_header=[spec.noun, "read as"])
+            writer.add_embedding(features, pairs, shown, step, tag="test", metadata_header=[spec.label_name, "read as"])

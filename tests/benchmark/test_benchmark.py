@@ -55,8 +55,9 @@ def test_the_time_to_a_score_is_that_of_whole_runs(run_main):
 
 def test_the_time_to_a_score_has_the_teacher_in_it(run_main, tmp_path, small_weights):
     pytest.importorskip("src.teachers", reason="the teachers are deleted")
-    teacher = f"{{_target_:src.distillation.ensemble.Ensemble,files:[{small_weights}]}}"
-    reinforce = f"{{_target_:src.distillation.soft_labels.SoftLabels,teacher:{teacher},folder:{tmp_path / 'answers'}}}"
+    reinforce = (
+        f"{{_target_:src.distillation.soft_labels.SoftLabels,teachers:[{small_weights}],folder:{tmp_path / 'answers'}}}"
+    )
     short = "data=digits", f"+data.soft_labels={reinforce}", "trainer.max_steps=3", "--seeds", 2
     result = run_main("--time-to", 1, *short, "experiment=fast", "task.distill_weight=0", main=main)
     assert result.code == 0, result.err

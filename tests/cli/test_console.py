@@ -164,7 +164,7 @@ def test_what_cannot_be_fetched_leaves_no_folder(tmp_path, monkeypatch):
     for source in MNIST(), TorchvisionDataset("KMNIST"):
         for root in tmp_path / "not/there", tmp_path / "there":
             with pytest.raises(UserError, match="could not be downloaded"):
-                source.prepare(root)
+                source.download(root)
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 

@@ -23,7 +23,7 @@ def exported(run_main, folder, *arguments):
 
 def test_exports_take_bytes_in_batches_of_any_size(run_main, small_weights, tmp_path):
     result, readers = exported(run_main, tmp_path / "new", small_weights, "--root", tmp_path)
-    net, images = load_predictor(small_weights), Digits().read(tmp_path).test.images
+    net, images = load_predictor(small_weights), Digits().load(tmp_path).test.images
     for name, reader in readers.items():
         for count in 1, 2, 7, 360:
             expected = net(images[:count])
@@ -35,7 +35,7 @@ def test_exports_take_bytes_in_batches_of_any_size(run_main, small_weights, tmp_
 @pytest.mark.mnist
 def test_the_shipped_weights_export_on_1000_test_images(run_main, real_mnist, tmp_path):
     result, readers = exported(run_main, tmp_path, "--root", real_mnist)
-    images, labels = (tensor[:1000] for tensor in MNIST().read(real_mnist).test)
+    images, labels = (tensor[:1000] for tensor in MNIST().load(real_mnist).test)
     expected = load_predictor(SHIPPED_WEIGHTS)(images)
     for reader in readers.values():
         # Log-probabilities go down to -53, where float32's own steps are 4e-6 and PyTorch's two layouts differ by 1e-5.

@@ -60,7 +60,7 @@ def test_the_longer_side_fills_20_pixels_about_the_centre_of_mass():
 
 
 def test_images_in_the_form_of_mnist_stay_nearly_as_they_are():
-    images = Digits().read(Path()).test.images[:50, 0]
+    images = Digits().load(Path()).test.images[:50, 0]
     for image in images:
         again = preprocess_digit(encoded(Image.fromarray(image.numpy())))
         assert preprocess_digit(encoded(Image.fromarray(again[0].numpy()))).float().sub(again).abs().mean() < 12
@@ -82,7 +82,7 @@ def test_place_margin_size_and_polarity_do_not_matter():
 @pytest.mark.mnist
 def test_mnist_as_pencil_on_paper_is_read_as_well(real_mnist):
     random = np.random.default_rng(0)
-    images, labels = (tensor[:200] for tensor in MNIST().read(real_mnist).test)
+    images, labels = (tensor[:200] for tensor in MNIST().load(real_mnist).test)
     again = []
     for image in images[:, 0]:
         drawn = Image.fromarray(image.numpy()).resize((280, 280), Image.Resampling.BICUBIC)

@@ -87,7 +87,7 @@ def test_what_is_no_digit_is_told():
 @pytest.mark.mnist
 def test_at_most_one_in_a_hundred_test_images_is_doubted(real_mnist):
     reader = load_predictor(SHIPPED_WEIGHTS)
-    images, _ = zip(*weights.load_test_data(reader).test_dataloader(), strict=True)
+    images, _ = zip(*weights.load_test_data(reader).raw_batches("test"), strict=True)
     doubted = sum(answer["sure"] is False for some in images for answer in reader.answers(some))
     assert doubted / sum(map(len, images)) <= 0.01
 

@@ -380,8 +380,7 @@ def killing(name: str, base: Path, small_weights: Path) -> Killing:
         return command("resume=FOLDER/run")(folder, before)
 
     one = "hydra.run.dir=FOLDER/run"
-    teacher = f"{{_target_:src.distillation.ensemble.Ensemble,files:[{small_weights}]}}"
-    reinforce = f"+data.soft_labels={{_target_:src.distillation.soft_labels.SoftLabels,teacher:{teacher},folder:FOLDER/answers}}"
+    reinforce = f"+data.soft_labels={{_target_:src.distillation.soft_labels.SoftLabels,teachers:[{small_weights}],folder:FOLDER/answers}}"
     runs = {
         "run": command(*TINY, one),
         "reinforced run": command(*TINY, reinforce, one),

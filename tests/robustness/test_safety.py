@@ -159,10 +159,10 @@ def test_damaged_idx_files_are_refused(mnist_root):
                 continue
             file.write_bytes(wrong)
             with pytest.raises(UserError, match=file.name):
-                sources.MNIST().read(mnist_root)
+                sources.MNIST().load(mnist_root)
             count += 1
         file.write_bytes(right)
-    assert count > 50 and sources.MNIST().read(mnist_root).train.images.shape == (40, 1, 28, 28)
+    assert count > 50 and sources.MNIST().load(mnist_root).train.images.shape == (40, 1, 28, 28)
 
 
 def test_damaged_checkpoints_are_refused_or_harmless(stopped, capfd):
@@ -341,8 +341,8 @@ def test_a_network_that_does_not_fit_its_weights_takes_no_memory(small_weights, 
         {"state_dict": {"x": torch.zeros(1).expand(100_000, 100_000)}},  # 40 GB
         {"state_dict": {"x": torch.sparse_coo_tensor(size=(100_000, 100_000))}},
         {"state_dict": {}, "model": {"_target_": "torch.nn.ZeroPad2d", "padding": 50_000}},
-        {"data": MNIST_SPEC.plain() | {"shape": [1, 100_000, 100_000]}},
-        {"data": MNIST_SPEC.plain() | {"std": [float("nan")]}},
+        {"data": MNIST_SPEC.to_dict() | {"shape": [1, 100_000, 100_000]}},
+        {"data": MNIST_SPEC.to_dict() | {"std": [float("nan")]}},
     ],
 )
 def test_weights_that_unfold_take_no_memory(small_weights, tmp_path, content):

@@ -106,7 +106,7 @@ def data_overrides(tmp_path, mnist_root, small_weights):
         np.savez(tmp_path / "own.npz", **arrays)
         return (f"data.root={tmp_path / 'own.npz'}",)
 
-    teacher = f"data.soft_labels.teacher.files=[{small_weights}]", f"data.soft_labels.folder={tmp_path / 'answers'}"
+    teacher = f"data.soft_labels.teachers=[{small_weights}]", f"data.soft_labels.folder={tmp_path / 'answers'}"
     known = {
         "digits": tuple,
         "images": lambda: ("data.dataset={_target_:src.data.datasets.Digits}",),

@@ -32,7 +32,7 @@ def test_run_folder_checkpoint_and_pt_file_give_the_same_network(run, tmp_path):
     from_folder, from_checkpoint = load_predictor(run), load_predictor(run / "checkpoints/last.ckpt")
     state = from_folder.net.state_dict()
     model = {"_target_": ".models.cnn.CNN", "channels": CHANNELS, "dropout": 0.0}
-    torch.save({"state_dict": state, "model": model, "data": MNIST_SPEC.plain()}, tmp_path / "net.pt")
+    torch.save({"state_dict": state, "model": model, "data": MNIST_SPEC.to_dict()}, tmp_path / "net.pt")
     images = torch.randn(3, 1, 28, 28)
     expected = from_folder.net(images)
     assert (
@@ -114,7 +114,7 @@ def model(**settings):
 def test_a_file_that_is_no_trained_network_is_refused(content, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, dict) and "model" in content:
-        content["data"] = MNIST_SPEC.plain()
+        content["data"] = MNIST_SPEC.to_dict()
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=words):
         load_predictor(tmp_path / "x.pt")

@@ -107,4 +107,4 @@ def test_the_gradient_norm_is_the_step_over_the_learning_rate(run_main, tmp_path
 
 def test_pixels_undo_the_normalisation():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(MNIST_SPEC.pixels(MNIST_SPEC.normalize(levels)), levels)
+    assert torch.equal(MNIST_SPEC.denormalize(MNIST_SPEC.normalize(levels)), levels)
