@@ -16,24 +16,20 @@ if TYPE_CHECKING:
 def compute_scores(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
     """Return the scores of [N, classes] predictions as plain values: accuracies as fractions, the loss in nats."""
     from torch.nn.functional import nll_loss
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-        multiclass_confusion_matrix,
-    )
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
     from src.training.plots import find_worst_mistakes
 
     probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
-    predicted = probabilities.argmax(1)
+    counts, predicted = multiclass_confusion_matrix(probabilities, labels, classes), probabilities.argmax(1)
     return {
         "images": len(labels),
         "mistakes": int((predicted != labels).sum()),
-        "accuracy": multiclass_accuracy(probabilities, labels, classes, average="micro").item(),
+        "accuracy": (predicted == labels).float().mean().item(),
         "loss": nll_loss(log_probabilities, labels).item(),
         "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-        "accuracy_by_class": multiclass_accuracy(probabilities, labels, classes, average="none").tolist(),
-        "confusion_matrix": multiclass_confusion_matrix(probabilities, labels, classes).tolist(),
+        "accuracy_by_class": (counts.diag() / counts.sum(1).clamp(min=1)).tolist(),
+        "confusion_matrix": counts.tolist(),
         "worst_mistakes": [
             {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
             for i in find_worst_mistakes(labels, probabilities).tolist()

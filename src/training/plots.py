@@ -20,8 +20,7 @@ def save_figure(figure: Figure, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=100)
     except (OSError, ValueError) as error:  # ValueError: an unknown suffix
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: cannot be written ({reason}); name another file or folder") from error
+        raise UserError(f"{file}: cannot be written ({error}); name another file") from error
 
 
 def plot_image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> Figure:
@@ -59,13 +58,13 @@ def plot_confusion_matrix(labels: Tensor, probabilities: Tensor, classes: Sequen
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # slow to import
     from torchmetrics.utilities.plot import plot_confusion_matrix
 
-    has_room, is_short = len(classes) <= MAX_NAMED_CLASSES, max(map(len, classes)) <= 3
+    has_room = len(classes) <= MAX_NAMED_CLASSES
     counts = multiclass_confusion_matrix(probabilities, labels, len(classes))
     size = 6.4 if len(classes) <= 10 else 9  # inches, small so that the labels are large
     figure = Figure(figsize=(size, 0.9 * size), layout="constrained")
     axes: Any = figure.add_subplot()
     plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=list(classes), add_text=has_room)
-    axes.tick_params("x", labelsize=12, rotation=0 if is_short else 90)
+    axes.tick_params("x", labelsize=12, rotation=0 if max(map(len, classes)) <= 3 else 90)
     axes.tick_params("y", labelsize=12, rotation=0)
     if not has_room:
         axes.set(xticks=[], yticks=[])

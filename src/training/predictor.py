@@ -66,7 +66,7 @@ class Predictor(nn.Module):
         labels = range(len(self.spec.classes)) if self.spec.label_name == "digit" else self.spec.classes
         predictions = []
         for probabilities, sure in zip(self(images).exp().tolist(), is_sure, strict=True):
-            (first, label), (second, runner_up) = sorted(zip(probabilities, labels), reverse=True)[:2]
+            (first, label), (second, runner_up) = sorted(zip(probabilities, labels, strict=True), reverse=True)[:2]
             prediction = {self.spec.label_name: label, "probability": first, "sure": sure, "runner_up": runner_up}
             predictions.append(prediction | {"runner_up_probability": second, "probabilities": probabilities})
         return predictions
