@@ -1,6 +1,6 @@
-"""Compares the runs below some folders: python -m src.report outputs/mnist/…_multirun
+"""Compare the runs below some folders: python -m src.report outputs/mnist/…_multirun
 
-Writes sweep.csv, report.md and its pictures, and prints the table, the best first. Every sweep does so at its end.
+Writes sweep.csv, report.md and plots, and prints the table, best first. Every sweep does so at its end.
 """
 
 from pathlib import Path
@@ -10,17 +10,17 @@ from src.cli.argparse_main import Parser, argparse_main
 
 @argparse_main
 def main() -> int:
-    parser = Parser(prog="python -m src.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or what holds them")
-    parser.add_argument(
-        "--output", type=Path, help="where the report goes: the folder itself, or outputs/report for several folders"
-    )
+    """Write the report of the folders on the command line."""
+    parser = Parser(prog="python -m src.report", description="Compare the runs below some folders.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or a folder of both")
+    parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER, for several outputs/report")
     arguments = parser.parse_args()
 
-    from src.sweeps.report import report
+    from src.sweeps.report import write_report
 
-    alone = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
-    return report(arguments.folders, arguments.output or alone)
+    default = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
+    code = write_report(arguments.folders, arguments.output or default)
+    return code if code == 1 else 0  # failed runs are part of the report
 
 
 if __name__ == "__main__":

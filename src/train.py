@@ -21,25 +21,18 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
+    from src.training import run_record
     from src.training.checkpoints import find_resume_checkpoint
     from src.training.console import print_results, silence_routine_output
     from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
-    from src.training.run_record import (
-        RunRecorder,
-        collect_results,
-        continue_logger_runs,
-        finish_loggers,
-        get_optimized_metric,
-        write_metrics,
-    )
 
     silence_routine_output()
     disable_malloc_trimming()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    folder, recorder = Path(cfg.output_dir), RunRecorder(cfg)
+    folder, recorder = Path(cfg.output_dir), run_record.RunRecorder(cfg)
     callbacks = [*instantiate_all("callbacks", cfg.callbacks), *extra_callbacks, recorder]
     loggers = instantiate_all("logger", cfg.logger)
-    continue_logger_runs(loggers, folder, bool(cfg.resume))
+    run_record.continue_logger_runs(loggers, folder, bool(cfg.resume))
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
@@ -55,12 +48,11 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
             metrics |= trainer.callback_metrics
         test_seconds = perf_counter() - started_at
     finally:
-        finish_loggers(trainer)
-    results = collect_results(recorder, trainer, metrics, test_seconds)
+        run_record.finish_loggers(trainer)
+    results = run_record.write_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
-        write_metrics(folder, results)
         print_results(results, folder, reads=hasattr(data, "spec"))
-    return get_optimized_metric(results, cfg.optimized_metric)
+    return run_record.get_optimized_metric(results, cfg.optimized_metric)
 
 
 main = hydra_main("train", train)

@@ -8,6 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,13 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
 from src.core.config import CONF, ROOT_KEYS, find_closest, load_allowed_packages, resolve_and_validate
 from src.core.error_messages import describe_error, describe_unknown_key, exit_on_error, list_keys
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
-from src.core.process import (
-    FIRST_PROCESS,
-    exit_with_first_process,
-    is_first_process,
-    resolve_precision,
-    resolve_threads,
-    restore_global_state,
-)
-from src.core.run_folder import (
-    CONFIG_FILE,
-    RESUME_OVERRIDES,
-    holds_run,
-    is_finished,
-    load_resumed_config,
-    print_continue_command,
-    record_status,
-    remove_if_untrained,
-    write_config,
-)
+from src.core.process import is_first_process, pin_gpu, resolve_precision, resolve_threads, restore_global_state
 
 CLUSTER_VARIABLES = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE_JOBS = None, "bash", "interactive"  # Slurm job names for which Lightning starts the processes itself
@@ -55,7 +39,8 @@ class CheckCommand(Callback):
         CheckCommand.is_new_folder = not folder.exists()
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
             _check_added_keys(config)
-            if not config.resume and holds_run(folder) and "LOCAL_RANK" not in os.environ and _count_processes() == 1:
+            is_alone = "LOCAL_RANK" not in os.environ and _count_processes() == 1 and "study_name" not in config
+            if not config.resume and is_alone and run_folder.holds_run(folder):
                 raise UserError(f"hydra.run.dir={folder}: holds a run; type resume={folder}, or another folder")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -71,26 +56,33 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
         hydra_config = HydraConfig.get()
         folder, is_multirun = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
         is_resumed = bool(config.resume)
+        if is_multirun and run_folder.is_finished(folder):
+            print(f"already finished: {folder.name}", flush=True)
+            return None
+        if is_multirun and Path(hydra_config.sweep.dir, run_folder.STOP_FILE).exists():
+            print(f"not started, because another job has failed: {folder.name}", flush=True)
+            return None
+        # Several processes may work on one study; its trials have folders of their own.
+        is_study = config_name == "tune"
+        lock, status = (
+            (nullcontext(), nullcontext()) if is_study else (exclusive_lock(folder), run_folder.record_status(folder))
+        )
         try:
-            saved = load_resumed_config(config) if is_resumed else config
-            config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
-            if is_multirun:
-                if is_finished(folder):
-                    print(f"already finished: {folder.name}", flush=True)
-                    return None
-                config.resume = str(folder)  # continues from a checkpoint that an earlier start of the sweep left
-            # Several processes may work on one study; its trials have folders of their own.
-            lock = exclusive_lock(folder) if config_name == "train" else nullcontext()
-            with lock, restore_global_state(), record_status(folder):
-                exit_with_first_process()
-                resolve_precision(config)
-                resolve_threads(config)
-                if is_first_process() and config_name == "train":
-                    write_config(config, folder)
-                return task(config)
+            with lock, status:
+                saved = run_folder.load_resumed_config(config) if is_resumed else config
+                config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
+                with restore_global_state():
+                    resolve_precision(config)
+                    resolve_threads(config)
+                    if is_multirun:
+                        pin_gpu(config)
+                        config.resume = str(folder)  # continue if an earlier start of the sweep left a checkpoint
+                    if is_first_process() and not is_study:
+                        run_folder.write_config(config, folder)
+                    return task(config)
         except SystemExit as stop:
-            if stop.code in (130, 143) and is_first_process() and not is_multirun:
-                print_continue_command(folder, signal.Signals(stop.code - 128).name)
+            if stop.code in (130, 143) and is_first_process() and not parent_process():  # not of a sweep's worker
+                run_folder.print_continue_command(folder, signal.Signals(stop.code - 128).name)
             raise
         except Exception as error:
             line = describe_error(error, OmegaConf.select(config, "data.batch_size"))
@@ -100,21 +92,18 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                 raise UserError(line) from error
             is_own = CheckCommand.is_new_folder and is_first_process()
             if is_own and not is_resumed and not isinstance(error, DivergenceError):
-                remove_if_untrained(folder)
+                run_folder.remove_if_untrained(folder)
             sys.exit(print_error(line))
 
     @functools.wraps(task)
     def main() -> None:
         with exit_on_error():
-            if FIRST_PROCESS in os.environ:
-                exit_with_first_process()  # before seconds of imports
             if {"--help", "-h"} & {*sys.argv}:
                 from src.cli.help import print_help  # a run needs none of it
 
                 words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-                return print_help(
-                    config_name, [word for word in words if "=" not in word], [word for word in words if "=" in word]
-                )
+                overrides = [word for word in words if "=" in word]
+                return print_help(config_name, [word for word in words if "=" not in word], overrides)
             if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
                 for name in CLUSTER_VARIABLES:
                     os.environ.pop(name, None)
@@ -134,13 +123,17 @@ def _complete_arguments(arguments: Namespace) -> None:
     if resumed := [override for override in overrides if override.startswith("resume=")]:
         folder = Path(resumed[0].partition("=")[2].strip("'\""))
         settings = [override for override in overrides if not override.startswith((resumed[0], "hydra."))]
-        if other := [override for override in settings if override.partition("=")[0] not in RESUME_OVERRIDES]:
+        if other := [
+            override for override in settings if override.partition("=")[0] not in run_folder.RESUME_OVERRIDES
+        ]:
             raise UserError(f"resume={folder}: continues one run with its own config; leave out {' '.join(other)}")
         if arguments.multirun:
             raise UserError(f"resume={folder}: continues one run; leave out -m")
-        if not (folder / CONFIG_FILE).is_file():
-            raise UserError(f"resume={folder}: not a run folder, {CONFIG_FILE} is missing; name one below outputs/")
-        if is_finished(folder):
+        if not (folder / run_folder.CONFIG_FILE).is_file():
+            raise UserError(
+                f"resume={folder}: not a run folder, {run_folder.CONFIG_FILE} is missing; name one below outputs/"
+            )
+        if run_folder.is_finished(folder):
             print(f"{folder} is finished: its metrics are in metrics.json")
             sys.exit()
         if not has_folder:  # the other processes of a DDP run have it

@@ -1,13 +1,8 @@
-"""What is taken from inside other packages, in one place. Checked on Hydra 1.3.8, Lightning 2.6.6, torch 2.11 to 2.15.
-
-A new version of one of them breaks this file first; nothing else here uses a name that begins with an underscore.
-"""
+"""Private APIs of other packages, all in one place. Checked with Hydra 1.3.8, Lightning 2.6.6, torch 2.11 to 2.15."""
 
 import os
-import pickle
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,14 +11,12 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, run_job
+from hydra.core.utils import JobStatus, run_job
 from hydra.types import HydraContext
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.core.errors import UserError
-from src.core.files import write_atomically
 
 if TYPE_CHECKING:
     import lightning as L
@@ -61,89 +54,26 @@ def get_composed_config(error: BaseException) -> DictConfig:
     return cause.parent_node._get_root() if cause else DictConfig({})
 
 
-class _WholeFiles(OmegaConf):
-    @staticmethod
-    def save(config: Any, f: Any, resolve: bool = False) -> None:
-        write_atomically(Path(f), OmegaConf.to_yaml(config, resolve=resolve).encode())
-
-
-def hydras_sweeper() -> Any:
-    """Hydra's own sweeper, from the module that its search for plugins loads anew.
-
-    The multirun.yaml that it writes is whole: a sweep that was killed over half of one would be taken for another.
-    """
+def get_basic_sweeper() -> Any:
+    """Return Hydra's own sweeper from the module that its search for plugins has loaded anew."""
     Plugins.instance()
-    from hydra._internal.core_plugins import basic_sweeper
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    basic_sweeper.OmegaConf = _WholeFiles  # type: ignore[misc]
-    return basic_sweeper.BasicSweeper
+    return BasicSweeper
 
 
 def use_sweeper(sweeper: type) -> None:
-    """Puts a class in the place of Hydra's own sweeper: it takes plugins from its own packages alone."""
-    own = hydras_sweeper()
-    Plugins.instance().class_name_to_class[f"{own.__module__}.{own.__name__}"] = sweeper
-
-
-def joblib_job(launcher: Any, overrides: Sequence[str], number: int) -> Callable[[], JobReturn]:
-    """A job as Hydra's launcher for joblib does it, for any process."""
-    from hydra_plugins.hydra_joblib_launcher._core import execute_job
-
-    context, config, task = launcher.hydra_context, launcher.config, launcher.task_function
-    return partial(execute_job, number, list(overrides), context, config, task, Singleton.get_state())
-
-
-def pickled(value: Any) -> bytes:
-    """Functions as well that stand in no module."""
-    import cloudpickle
-
-    return cloudpickle.dumps(value)
-
-
-unpickled = pickle.loads
+    """Replace Hydra's own sweeper, because it takes plugins from its own packages only."""
+    Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"] = sweeper
 
 
 def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
-    """Runs the task in a folder of its own, as Hydra runs the job of a command, without its log."""
+    """Run the task in a folder of its own, as Hydra runs the job of a command, without its log."""
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-    return run_job(task, config, "hydra.run.dir", None, context, configure_logging=False).return_value
-
-
-def journal(file: Path, heartbeat: int, stale: Callable[..., None]) -> Any:
-    """Optuna's journal with the heartbeat that it lacks: a file a trial, touched every so many seconds."""
-    from optuna.storages import JournalStorage
-    from optuna.storages._heartbeat import BaseHeartbeat
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.trial import TrialState
-
-    beats = file.with_name(f".{file.name}.beats")
-    beats.mkdir(parents=True, exist_ok=True)
-
-    def beat(name: object) -> float:
-        (beats / str(name)).touch()
-        return (beats / str(name)).stat().st_mtime  # by the disk's clock, which is the same for all
-
-    class Journal(JournalStorage, BaseHeartbeat):
-        def record_heartbeat(self, trial_id: int) -> None:
-            beat(trial_id)
-
-        def _get_stale_trial_ids(self, study_id: int) -> list[int]:
-            running = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.RUNNING,))
-            files, now = {trial._trial_id: beats / str(trial._trial_id) for trial in running}, beat("now")
-            return [n for n, one in files.items() if one.exists() and now - one.stat().st_mtime > 2 * heartbeat]
-
-        def get_heartbeat_interval(self) -> int:
-            return heartbeat
-
-        def get_heartbeat_stale_trial_callback(self) -> Callable[..., None]:
-            return stale
-
-    return Journal(JournalFileBackend(str(file)))
-
-
-def get_job_error(job: JobReturn) -> Any:
-    """What a failed job raised; asked for its value, it would raise it again."""
-    return job._return_value
+    result = run_job(task, config, "hydra.run.dir", None, context, configure_logging=False)
+    if result.status == JobStatus.FAILED:
+        raise result._return_value  # its property would print a line of its own
+    return result.return_value
 
 
 def add_summary(writer: Any, summary: Any) -> None:

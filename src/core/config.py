@@ -1,85 +1,30 @@
 """Check a composed config: which classes it may name, which values their arguments take, what a typo meant.
 
 The rules are the annotations of the arguments themselves (src.core.value_types). They are parsed from the source
-without importing it, so that a mistake is reported before PyTorch is loaded. Only rules for classes of other packages
-are written down here.
+without importing it, so that a mistake is reported before PyTorch is loaded.
 """
 
 import ast
 import importlib
 import os
 import re
-import types
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from src.core import value_types
 from src.core.errors import UserError
-from src.core.value_types import (
-    NonEmptyStr,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveFraction,
-    PositiveInt,
-    Probability,
-    Seed,
-    StudyName,
-    UnitInterval,
-)
+from src.core.value_types import LIBRARY_ARGUMENTS, ROOT_KEYS, to_constraint
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 PACKAGE = __name__.partition(".")[0]
 
-# Keys of conf/train.yaml and conf/tune.yaml that are no class's arguments.
-ROOT_KEYS: dict[str, Any] = {
-    "name": NonEmptyStr,
-    "seed": Seed,
-    "threads": PositiveInt | None,
-    "test": bool,
-    "optimized_metric": NonEmptyStr | None,
-    "optimized_mode": Literal["max", "min"],
-    "allowed_packages": Sequence[NonEmptyStr],
-    "resume": NonEmptyStr | None,
-    "n_trials": PositiveInt,
-    "study_name": StudyName,  # SQLite's URL of the study's file would end at ? or #
-    "storage": NonEmptyStr | None,
-    "heartbeat": PositiveInt,
-}
-_UNLIMITED = PositiveInt | Literal[-1]
-_BATCHES = NonNegativeInt | UnitInterval | None
-# Arguments of other packages' classes whose own error messages are missing or come late.
-LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "torch.optim.*": {
-        "lr": PositiveFloat,
-        "momentum": Probability,
-        "weight_decay": NonNegativeFloat,
-        "nesterov": bool,
-        "betas": Sequence[Probability],
-    },
-    "torch.optim.lr_scheduler.*": {
-        "interval": Literal["step", "epoch"] | None,
-        "monitor": NonEmptyStr | None,
-        "pct_start": UnitInterval,
-        "div_factor": PositiveFloat,
-        "final_div_factor": PositiveFloat,
-    },
-    "lightning.Trainer": {
-        **dict.fromkeys(("max_epochs", "max_steps"), _UNLIMITED),
-        **dict.fromkeys(("num_nodes", "log_every_n_steps", "accumulate_grad_batches"), PositiveInt),
-        **dict.fromkeys(("limit_train_batches", "val_check_interval"), PositiveInt | PositiveFraction | None),
-        **dict.fromkeys(("limit_val_batches", "limit_test_batches"), _BATCHES),
-        "gradient_clip_val": NonNegativeFloat | None,
-        "check_val_every_n_epoch": PositiveInt | None,
-    },
-}
 # Only classes at their documented places: a longer path would lead through imported modules to os.system.
 ALLOWED_TARGETS = re.compile(
     r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
@@ -142,10 +87,11 @@ def validate_config(config: DictConfig, allowed_packages: Sequence[str] | None =
                 match = find_closest(str(name), list(annotations))
                 hint = f"did you mean {match}?" if match else f"it has {', '.join(annotations) or 'none'}"
                 raise UserError(f"{key}: {target.rpartition('.')[2]} has no such argument; {hint}")
-            if (annotation := annotations.get(name)) and not matches_annotation(value, annotation):
+            constraint = to_constraint(annotations.get(name))
+            if constraint and not constraint.is_satisfied_by(value):
                 is_empty_root = value == os.environ.get("MNIST_ROOT") == ""
                 fix = "; MNIST_ROOT is empty: unset it, or set it to a folder" if is_empty_root else ""
-                raise UserError(f"{key}={value}: must be {describe_annotation(annotation)}{fix}")
+                raise UserError(f"{key}={value}: must be {constraint.description}{fix}")
 
 
 def iterate_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -224,40 +170,6 @@ def _evaluate(annotation: ast.expr | None) -> Any:
         return eval(ast.unparse(annotation), names) if annotation else None  # source of this project
     except (NameError, TypeError, AttributeError):  # a class that would have to be imported
         return None
-
-
-def matches_annotation(value: Any, annotation: Any) -> bool:
-    """Return whether a plain value is what an annotation of src.core.value_types or a simple type allows."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return bool(arguments[1].is_satisfied_by(value))
-    if origin in (Union, types.UnionType):
-        return any(matches_annotation(value, argument) for argument in arguments)
-    if origin is Literal:
-        return any(value == argument and type(value) is type(argument) for argument in arguments)
-    if origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(matches_annotation(item, arguments[0]) for item in value)
-    if annotation in (None, types.NoneType):
-        return value is None
-    if annotation in (bool, int, str):
-        return type(value) is annotation
-    return type(value) in (int, float) if annotation is float else True
-
-
-def describe_annotation(annotation: Any) -> str:
-    """Describe which values an annotation allows, as in "int ≥ 1" or "list of float > 0"."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return arguments[1].description
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(describe_annotation, arguments))
-    if origin is Literal:
-        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
-    if origin is not None and issubclass(origin, Sequence):
-        return f"list of {describe_annotation(arguments[0])}"
-    if annotation in (None, types.NoneType):
-        return "null"
-    return {bool: "true or false", int: "int", float: "float", str: "string"}[annotation]
 
 
 def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:

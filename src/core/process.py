@@ -15,8 +15,6 @@ from typing import Any
 
 from src.core.errors import UserError
 
-FIRST_PROCESS = "DIGITLAB_FIRST_PROCESS"  # environment variable with the pid of the process that starts the others
-
 
 def raise_system_exit(number: int, frame: FrameType | None = None) -> None:
     """Handle a signal: raise SystemExit with exit code 128 + its number."""
@@ -66,16 +64,6 @@ def survive_closed_stdout() -> Iterator[None]:
 def is_first_process() -> bool:
     """Return whether this is the first or only process of its run, by the variables that launchers set."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-
-
-def exit_with_first_process() -> None:
-    """End the processes that Lightning starts for a run together with the process that started them (Linux)."""
-    first = int(os.environ.setdefault(FIRST_PROCESS, str(os.getpid())))
-    if "LOCAL_RANK" in os.environ and first != os.getpid() and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != first:  # it has ended before the call
-            os._exit(1)
 
 
 def import_lightning() -> None:
@@ -143,25 +131,47 @@ def restore_global_state() -> Iterator[None]:
     import_lightning()
     import torch
 
-    cudnn = torch.backends.cudnn
-    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    warns_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    flags, precision = (cudnn.benchmark, cudnn.deterministic), torch.get_float32_matmul_precision()
-    detects_anomalies = torch.is_anomaly_enabled()
+    environment, cudnn = dict(os.environ), torch.backends.cudnn
+    flags = cudnn.benchmark, cudnn.deterministic
+    state: list[tuple[Any, ...]] = [
+        (torch.set_num_threads, torch.get_num_threads()),
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode()),
+        (torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+        (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled()),
+    ]
     try:
         with warnings.catch_warnings():
             yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns_only)
+        for restore, value in state:
+            restore(value)
         cudnn.benchmark, cudnn.deterministic = flags
-        torch.set_float32_matmul_precision(precision)
-        torch.autograd.set_detect_anomaly(detects_anomalies)
         gc.collect()  # a Trainer and its parts refer to each other
+
+
+def list_gpus(config: Any) -> list[str]:
+    """Return the names of the GPUs that this process may use; none if the config asks for none."""
+    trainer = config.get("trainer")
+    if not trainer or trainer.accelerator not in ("auto", "gpu", "cuda"):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def pin_gpu(config: Any) -> None:
+    """Give the job of a parallel sweep one GPU by its number, if it wants one and there are several."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra, gpus = HydraConfig.get(), list_gpus(config)
+    is_parallel = str(hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher"))
+    if is_parallel and len(gpus) > 1 and config.trainer.devices == 1:
+        config.trainer.devices = [hydra.job.num % len(gpus)]
 
 
 def reject_subprocesses_in_multirun(trainer: Any) -> None:

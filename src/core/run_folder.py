@@ -24,6 +24,7 @@ from src.core.files import write_atomically
 from src.core.process import is_first_process
 
 CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "status.json"
+STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job starts
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # The interpolations that a saved config may hold: its own keys, and what conf/ itself looks up.
 OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
@@ -189,3 +190,22 @@ def format_continue_command(multirun: Path) -> str:
     flag = ["-m"] if "hydra.mode=MULTIRUN" in hydra else []
     overrides = [*(item for item in hydra if not item.startswith(generated)), f"hydra.sweep.dir={multirun.parent}"]
     return shlex.join(["python", "-m", "src.train", *flag, *task, *overrides])
+
+
+def reject_different_config(before: Any, config: Any, name: str) -> None:
+    """Raise UserError for the first key in which a continued sweep or study differs from what it was begun with."""
+    before, now = (
+        {key: value for key, value in _flatten(node).items() if not key.startswith("hydra.")}
+        for node in (before, config)
+    )
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}={now.get(key)}: {name} was begun with {before.get(key)}; type that, or choose another folder"
+            )
+
+
+def _flatten(config: Any) -> dict[str, Any]:
+    """Return the leaves of a config by dotted key, interpolations as they are written."""
+    plain = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
+    return {key: value for key, value in iterate_items(plain) if not isinstance(value, dict | list)}

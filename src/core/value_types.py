@@ -1,8 +1,9 @@
-"""Annotations for constructor arguments that a config sets; src.core.config checks every value against them."""
+"""Annotations for what a config sets; src.core.config checks every value against them."""
 
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+import types
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 
 class Constraint(NamedTuple):
@@ -30,3 +31,71 @@ Probability = Annotated[float, _float("0 ≤ float < 1", lambda x: 0 <= x < 1)]
 BlurFraction = Annotated[float, _float("0 ≤ float ≤ 0.25", lambda x: 0 <= x <= 0.25)]
 NonEmptyStr = Annotated[str, Constraint("non-empty string", lambda x: type(x) is str and x != "")]
 StudyName = Annotated[str, Constraint("string without ? or #", lambda x: type(x) is str and x and not {*x} & {*"?#"})]
+
+# Keys of conf/train.yaml and conf/tune.yaml that are no class's arguments.
+ROOT_KEYS: dict[str, Any] = {
+    "name": NonEmptyStr,
+    "seed": Seed,
+    "threads": PositiveInt | None,
+    "test": bool,
+    "optimized_metric": NonEmptyStr | None,
+    "optimized_mode": Literal["max", "min"],
+    "allowed_packages": Sequence[NonEmptyStr],
+    "resume": NonEmptyStr | None,
+    "n_trials": PositiveInt,
+    "study_name": StudyName,  # SQLite's URL of the study's file would end at ? or #
+    "storage": NonEmptyStr | None,
+    "heartbeat": PositiveInt,
+}
+_UNLIMITED = PositiveInt | Literal[-1]
+_BATCHES = NonNegativeInt | UnitInterval | None
+# Arguments of other packages' classes whose own error messages are missing or come late.
+LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "torch.optim.*": {
+        "lr": PositiveFloat,
+        "momentum": Probability,
+        "weight_decay": NonNegativeFloat,
+        "nesterov": bool,
+        "betas": Sequence[Probability],
+    },
+    "torch.optim.lr_scheduler.*": {
+        "interval": Literal["step", "epoch"] | None,
+        "monitor": NonEmptyStr | None,
+        "pct_start": UnitInterval,
+        "div_factor": PositiveFloat,
+        "final_div_factor": PositiveFloat,
+    },
+    "lightning.Trainer": {
+        **dict.fromkeys(("max_epochs", "max_steps"), _UNLIMITED),
+        **dict.fromkeys(("num_nodes", "log_every_n_steps", "accumulate_grad_batches"), PositiveInt),
+        **dict.fromkeys(("limit_train_batches", "val_check_interval"), PositiveInt | PositiveFraction | None),
+        **dict.fromkeys(("limit_val_batches", "limit_test_batches"), _BATCHES),
+        "gradient_clip_val": NonNegativeFloat | None,
+        "check_val_every_n_epoch": PositiveInt | None,
+    },
+}
+SIMPLE_TYPES = {
+    bool: Constraint("true or false", lambda x: type(x) is bool),
+    int: Constraint("int", lambda x: type(x) is int),
+    float: Constraint("float", lambda x: type(x) in (int, float)),
+    str: Constraint("string", lambda x: type(x) is str),
+    types.NoneType: Constraint("null", lambda x: x is None),
+}
+
+
+def to_constraint(annotation: Any) -> Constraint | None:
+    """Return the constraint that an annotation describes; None for one that a plain value cannot be checked against."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return arguments[1]
+    if origin is Literal:
+        options = ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
+        return Constraint(options, lambda x: any(x == option and type(x) is type(option) for option in arguments))
+    parts = [part for part in map(to_constraint, arguments) if part]
+    if origin in (Union, types.UnionType) and len(parts) == len(arguments):
+        description = " or ".join(part.description for part in parts)
+        return Constraint(description, lambda x: any(part.is_satisfied_by(x) for part in parts))
+    if origin is not None and issubclass(origin, Sequence) and parts:
+        is_item = parts[0].is_satisfied_by
+        return Constraint(f"list of {parts[0].description}", lambda x: isinstance(x, list) and all(map(is_item, x)))
+    return SIMPLE_TYPES.get(annotation)

@@ -1,145 +1,116 @@
-"""What Hydra does around the jobs of a multirun: names, failures, continuing, the report at the end."""
+"""What happens around the jobs of a multirun: folder names, GPUs and threads, failures, the report at the end."""
 
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from src.cli.hydra_main import FAILED
-from src.core.compat import get_job_error, use_sweeper
-from src.core.error_messages import describe_error
-from src.core.errors import UserError, print_error
-from src.core.run_folder import check_files, read_text
-from src.sweeps.launcher import ZIP, ZipSweeper, planned_jobs
+from src.core.compat import use_sweeper
+from src.core.error_messages import exit_on_error
+from src.core.errors import UserError
+from src.core.process import count_cores, list_gpus
+from src.core.run_folder import STOP_FILE, read_yaml, reject_different_config
+from src.sweeps.grid import ZIP, GridSweeper, list_jobs
 from src.sweeps.progress import SweepProgress, print_line
-from src.sweeps.runs import flatten_config, plain_yaml, reject_different_config
 
-METRICS_FILE, ERROR_FILE = "metrics.json", "error.txt"
-watches: list[SweepProgress] = []  # not of the Sweep, which launchers send to other processes
+progress: list[SweepProgress] = []  # not part of SweepCallback, which launchers pickle
 
 
 class SweepCallback(Callback):
-    """Works with every launcher: the jobs may run in other processes, or on other machines.
+    """Name, continue and report a sweep with any launcher; its jobs may run in other processes or on other machines.
 
-    A sweep whose hydra.sweep.dir names the folder of an earlier one continues it: src.cli.hydra_main skips the jobs that
-    have a metrics.json there, and resumes the others. `zip` is for src.sweeps.launcher, `fail_fast` for the function.
+    A sweep whose hydra.sweep.dir is the folder of an earlier one continues it: src.cli.hydra_main skips finished jobs
+    and resumes the others.
+
+    Args:
+        zip: Keys whose values change together instead of making a grid.
+        fail_fast: Whether no further job starts after one has failed.
     """
 
-    def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None: ...
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            if "study_name" in config:
-                check_files(Path(config.hydra.run.dir))
-        except UserError as error:  # Hydra would make a warning of it
-            sys.exit(print_error(str(error)))
-
-    def __getstate__(self) -> dict[str, Any]:  # submitit pickles a job within it, to put it into the queue again
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+    def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None:
+        self.fail_fast = fail_fast
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        use_sweeper(ZipSweeper)
-        params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
-        overrides = OverridesParser.create().parse_overrides(arguments)
-        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
-        shared = {override.key_or_group for override in overrides} - swept
-        # A job's folder is named by the swept keys alone: overrides that all jobs share say nothing.
-        # Every job's own config is composed anew from this list of Hydra overrides.
-        config.hydra.overrides.hydra.append(
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
-        )
-        folder = Path(config.hydra.sweep.dir)
-        before = plain_yaml(folder / "multirun.yaml")  # None as well where Hydra was killed while it wrote it
-        try:
-            check_files(folder)
-            if isinstance(before, dict):
-                fix = "continue it by its own command, or begin another folder"
-                reject_different_config(
-                    flatten_config(OmegaConf.create(before)), flatten_config(config), f"the sweep in {folder}", fix
-                )
-            jobs = planned_jobs(arguments, OmegaConf.select(config, ZIP) or ())
+        with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
+            use_sweeper(ReportingSweeper)
+            params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+            arguments = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+            overrides = OverridesParser.create().parse_overrides(arguments)
+            swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+            shared = {override.key_or_group for override in overrides} - swept
+            # Job folders are named by the swept keys. Each job's config is composed with these Hydra overrides.
+            excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"
+            config.hydra.overrides.hydra.append(excluded)
+            folder = Path(config.hydra.sweep.dir)
+            if (folder / "multirun.yaml").exists():
+                reject_different_config(read_yaml(folder / "multirun.yaml") or {}, config, f"the sweep in {folder}")
+            jobs = list_jobs(arguments, OmegaConf.select(config, ZIP) or ())
             if not jobs:
-                raise UserError(f"{' '.join(arguments)}: a sweep of no jobs")
-        except (UserError, OmegaConfBaseException) as error:  # Hydra would make a warning of it
-            sys.exit(print_error(str(error)))
-        (folder / FAILED).unlink(missing_ok=True)
-        place = os.path.relpath(folder)
-        metric = config.get("optimized_metric")
-        print_line(f"{len(jobs)} jobs in {place}" + (f", told by {metric}" if metric else ""))
-        print_line(f"if it stops early, the same command continues it with hydra.sweep.dir={shlex.quote(place)}")
-        while watches:  # of a sweep that a signal ended in this process
-            watches.pop().stopped.set()
-        watches.append(SweepProgress(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
-
-    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if config.hydra.mode != RunMode.MULTIRUN:
-            return
-        folder = Path(config.hydra.runtime.output_dir)
-        # A worker may outlive its sweep: whoever continues the sweep waits for the job instead of doing it twice.
-        self.lock = FileLock(folder / ".lock")
-        self.lock.acquire()
-        if not (folder / METRICS_FILE).exists():
-            (folder / ERROR_FILE).unlink(missing_ok=True)
+                raise UserError(f"{' '.join(arguments)}: a sweep without jobs; give at least one value")
+            _divide_machine(config, len(jobs))
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            path, metric = os.path.relpath(folder), config.get("optimized_metric")
+            print_line(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}" if metric else ""))
+            print_line(f"to continue an interrupted sweep, add hydra.sweep.dir={shlex.quote(path)} to the same command")
+            while progress:  # of a sweep that a signal has ended in this process
+                progress.pop().stopped.set()
+            progress.append(SweepProgress(folder, len(jobs), set.intersection(*map(set, jobs))).__enter__())
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         if job_return.status == JobStatus.FAILED:
-            record_failure(Path(config.hydra.runtime.output_dir), get_job_error(job_return))
-            stop_after_failure(config)
-            # Else the sweeper would raise the first failure, and nothing could be said about the others.
+            if self.fail_fast:
+                Path(config.hydra.sweep.dir, STOP_FILE).touch()
+            # Otherwise the sweeper would raise the first failure, and the others were not reported.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
-        self.lock.release()
-        for watch in watches:  # where the jobs run in its own process
-            watch.look()
+        for line in progress:
+            line.update()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        watches.pop().__exit__()
-        # Here, because Hydra imports this file before it has read the command line to its end.
-        from src.sweeps.report import report
+        from src.sweeps.report import write_report  # Hydra imports this file before it has parsed the command line
 
+        progress.pop().__exit__()
         folder = Path(config.hydra.sweep.dir)
+        with exit_on_error():
+            if code := write_report([folder], folder):
+                sys.exit(code)
+
+
+class ReportingSweeper(GridSweeper):
+    """Report a sweep, with the jobs that were lost, when a worker process of its launcher has died."""
+
+    def sweep(self, arguments: list[str]) -> Any:
         try:
-            code = report([folder], folder)
-            errors = [read_text(file).splitlines() for file in folder.glob(f"**/{ERROR_FILE}")]
-        except Exception as error:  # Hydra would make a warning of it
-            if line := describe_error(error):
-                sys.exit(print_error(line))
-            traceback.print_exc()
+            return super().sweep(arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith(("joblib", "submitit")):
+                raise
+            from src.sweeps.report import mark_lost_runs, write_report
+
+            folder = Path(self.config.hydra.sweep.dir)
+            mark_lost_runs(folder, f"its process has died ({' '.join(str(error).split())[:200]})")
+            progress.pop().__exit__()
+            write_report([folder], folder)
             sys.exit(1)
-        if errors:
-            sys.exit(1 if any(len(lines) > 1 for lines in errors) else 2)
-        if code:
-            sys.exit(code)
 
 
-def stop_after_failure(config: DictConfig) -> None:
-    """Keeps the jobs that have not begun from beginning, if that was asked for."""
-    if config.hydra.callbacks.sweep.fail_fast:
-        Path(config.hydra.sweep.dir, FAILED).touch()
-
-
-def record_lost_job(config: DictConfig, folder: Path, why: str) -> None:
-    """Names a job whose process ended, and leaves error.txt in its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR_FILE).write_text(f"lost: {why}\n\nThe same command continues the sweep.\n")
-    stop_after_failure(config)
-
-
-def record_failure(folder: Path, error: BaseException) -> None:
-    """error.txt says why in its first line, for a bug with the traceback below."""
-    line = describe_error(error)
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}\n\n" + "".join(traceback.format_exception(error))
-    (folder / ERROR_FILE).write_text(text if line is None else f"{line}\n")
+def _divide_machine(config: DictConfig, jobs: int) -> None:
+    """Divide GPUs and cores among the workers of the joblib launcher; -1 is one worker per GPU or core."""
+    if not str(config.hydra.launcher._target_).endswith("JoblibLauncher"):
+        return
+    gpus = len(list_gpus(config))
+    workers = config.hydra.launcher.n_jobs
+    workers = min(workers if workers > 0 else gpus or max(count_cores() + 1 + workers, 1), jobs)
+    config.hydra.launcher.n_jobs = workers
+    if config.threads is None:
+        threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or count_cores() // workers))
+        config.hydra.job.env_set.OMP_NUM_THREADS = str(threads)

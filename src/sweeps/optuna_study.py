@@ -1,6 +1,5 @@
-"""An Optuna study over the configs of src.train: its storage, its search space, its trials, who does them."""
+"""An Optuna study over the configs of src.train: storage, search space, trials."""
 
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,170 +13,142 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, read_write
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from src.cli.hydra_main import resolve_and_validate
-from src.core.compat import journal, run_as_job
+from src.core.compat import run_as_job
+from src.core.config import resolve_and_validate
 from src.core.errors import DivergenceError, UserError
 from src.core.files import exclusive_lock
-from src.core.process import resolve_precision
-from src.core.run_folder import write_config
-from src.sweeps.callback import ERROR_FILE, record_failure
-from src.sweeps.runs import PRUNED, explain_no_ranking, flatten_config, reject_different_config, text
+from src.core.process import resolve_precision, resolve_threads
+from src.core.run_folder import record_status, reject_different_config, write_config
+from src.sweeps.runs import explain_no_ranking, format_setting
 
-# The keys of conf/tune.yaml that conf/train.yaml lacks.
-OWN = "n_trials", "study_name", "storage", "heartbeat", "sampler", "pruner", "search"
+STUDY_KEYS = "n_trials", "study_name", "storage", "heartbeat", "sampler", "pruner", "search"  # not in conf/train.yaml
 COUNTED = TrialState.COMPLETE, TrialState.PRUNED
-ALIVE = *COUNTED, TrialState.RUNNING, TrialState.WAITING
-# A trial whose process was killed no longer beats; whoever notices enqueues it once more.
-with warnings.catch_warnings(action="ignore"):
-    RETRY = RetryHeartbeatStaleTrialCallback()
-
-
-class Surplus(Exception):
-    """A trial that others, which began at the same moment, have made one too many."""
+warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
 def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage:
-    """SQLite in the study's folder, a journal if `place` is a file, else what SQLAlchemy makes of the URL.
+    """Open SQLite in the study's folder, a journal if `place` is a file, else the database of a URL.
 
-    Raises UserError where it cannot be reached.
+    A trial whose process is silent for two heartbeats (seconds) is enqueued again, except in a journal, which has no
+    heartbeat. Raises UserError if the storage cannot be used.
     """
     if place is not None and "://" not in place:
-        return journal(Path(place), heartbeat, RETRY)
+        if Path(place).is_file() and Path(place).read_bytes()[:1] not in (b"", b"{"):
+            raise UserError(f"storage={place}: not a journal of Optuna; name a new file")
+        return JournalStorage(JournalFileBackend(place))
     url = place or f"sqlite:///{folder / 'study.db'}"
-    patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    settings: Any = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    retry = RetryHeartbeatStaleTrialCallback()
     try:
-        return RDBStorage(url, patience, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=RETRY)
+        return RDBStorage(url, settings, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
     except ImportError as error:
-        raise UserError(f"storage: {error} (of PostgreSQL: pip install psycopg, postgresql+psycopg://…)") from error
-    except Exception as error:  # each database has its own
-        raise UserError(f"storage: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"storage={url}: {error}; for PostgreSQL pip install psycopg, type postgresql+psycopg://…"
+        ) from error
+    except Exception as error:  # each database raises its own errors
+        raise UserError(f"storage={url}: {str(error).splitlines()[0]}") from error
 
 
 def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
-    """The study of the config, begun or continued. Raises UserError if it was begun with other settings."""
-    if why_not := explain_no_ranking(cfg):
-        raise UserError(f"{why_not}; set optimized_metric=val/acc and data.test_every_epoch=false")
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it answers a mistake with a traceback; see tell
-    with FileLock(folder / ".study.lock"):  # of processes that begin together one makes the tables
-        storage = open_storage(cfg.storage, cfg.heartbeat, folder)
+    """Begin or continue the study of the config. Raise UserError if it was begun with other settings."""
+    if reason := explain_no_ranking(cfg):
+        raise UserError(f"{reason}; set optimized_metric=val/acc and data.test_every_epoch=false")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with FileLock(folder / ".study.lock"):  # processes that start together must create the tables once
         study = optuna.create_study(
-            storage=storage,
+            storage=open_storage(cfg.storage, cfg.heartbeat, folder),
             study_name=cfg.study_name,
             direction="minimize" if cfg.optimized_mode == "min" else "maximize",
             pruner=instantiate(cfg.pruner),
             load_if_exists=True,
         )
-        settings = {key: str(leaf) for key, leaf in flatten_config(cfg).items() if key.split(".")[0] not in OWN[:-1]}
-        fix = "continue it with the same settings, or begin another with study_name=NAME"
-        reject_different_config(study.user_attrs.get("settings", settings), settings, f"the study in {folder}", fix)
+        plain = OmegaConf.to_container(cfg)
+        assert isinstance(plain, dict)
+        settings = {
+            key: value for key, value in plain.items() if key not in (*STUDY_KEYS[:-1], "output_dir", "threads")
+        }
+        reject_different_config(study.user_attrs.get("settings", settings), settings, f"the study in {folder}")
         study.set_user_attr("settings", settings)
-        # With one seed for every start, a continued study, or a second process, would draw its first trials once more.
+        # The same sampler seed in every process would suggest the same trials again.
         starts = study.user_attrs.get("starts", 0)
         study.set_user_attr("starts", starts + 1)
     study.sampler = instantiate(cfg.sampler, seed=cfg.seed + starts)
     return study
 
 
-def count(study: optuna.Study, *states: TrialState) -> int:
-    return len(study.get_trials(deepcopy=False, states=states))
+def count_trials(study: optuna.Study) -> int:
+    """Return the number of complete and pruned trials."""
+    return len(study.get_trials(deepcopy=False, states=COUNTED))
 
 
 def optimize(
-    study: optuna.Study,
-    objective: Callable[[optuna.Trial], float],
-    target: int,
-    folder: Path,
-    ended: Callable[[], None],
+    study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int, update: Callable[[], None]
 ) -> None:
-    """Runs trials until `target` of them are counted, however many processes do: not one more.
+    """Run trials until `target` of them are complete or pruned; `update` is called after each.
 
-    `ended` is called after each. Where the others' trials are enough, waits for their end: one may be killed or fail.
+    Several processes on one study may finish a trial more than `target` each (see MaxTrialsCallback).
     """
-    claim = FileLock(folder / ".study.lock")  # SQLite gives two that ask at once the same trial
-
-    def claimed(trial: optuna.Trial) -> float:
-        claim.release()
-        # For a disk whose locks do not hold: storages number trials in one order for all; the first `target` go on.
-        if sum(one.number < trial.number for one in study.get_trials(deepcopy=False, states=ALIVE)) >= target:
-            raise Surplus
-        return objective(trial)
-
-    while count(study, *COUNTED) < target:
-        with claim:
-            fail_stale_trials(study)  # which fails a trial, then enqueues it: in between another would begin a new one
-            if count(study, *COUNTED, TrialState.RUNNING) < target:
-                study.optimize(claimed, n_trials=1, callbacks=[lambda *_: ended()], catch=(Surplus,))
-                continue
-        time.sleep(1)
+    if count_trials(study) < target:
+        callbacks = [MaxTrialsCallback(target, states=COUNTED), lambda *_: update()]
+        study.optimize(objective, callbacks=callbacks)
 
 
 def suggest(trial: optuna.Trial, space: Any, key: str = "") -> dict[str, Any]:
-    """A value for each key of a search space of plain values. Raises UserError for one that Optuna refuses."""
+    """Suggest a value for each key of a search space. Raise UserError for a range that Optuna refuses."""
     if not isinstance(space, dict):
         raise UserError(f"search{'.' * bool(key)}{key}={space}: must be keys with their ranges, as in conf/search/")
     if "suggest" not in space:
         parts = [suggest(trial, child, f"{key}.{name}".removeprefix(".")) for name, child in space.items()]
         return {name: value for part in parts for name, value in part.items()}
-    kind, further = space["suggest"], {name: x for name, x in space.items() if name != "suggest"}
+    kind, arguments = space["suggest"], {name: value for name, value in space.items() if name != "suggest"}
     if kind not in ("float", "int", "categorical"):
-        raise UserError(f"search.{key}.suggest={kind}: must be float, int or categorical")
+        raise UserError(f"search.{key}.suggest={kind}: must be one of float, int, categorical")
     try:
-        value = getattr(trial, f"suggest_{kind}")(key, **further)
+        value = getattr(trial, f"suggest_{kind}")(key, **arguments)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"search.{key}: {error}") from error
-    return {key: float(text(value)) if kind == "float" else value}  # 0.15, where steps of 0.05 add up to more
+    return {key: float(format_setting(value)) if kind == "float" else value}  # 0.15, not 0.15000000000000002
 
 
-def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, study_folder: Path) -> float:
-    """Trains as src.train would with the suggested values, in a folder of its own.
+def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, folder: Path) -> float:
+    """Train as src.train would with the suggested values, in a folder of its own.
 
-    Raises optuna.TrialPruned where the study stops the trial early, or the training diverges.
+    A trial that was interrupted before continues in its folder. Raises optuna.TrialPruned if the study stops the trial
+    early or the training diverges.
     """
     values = suggest(trial, OmegaConf.to_container(search))
-    shared = [
-        one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0].split(".")[0] not in OWN
-    ]
-    first = RETRY.retried_trial_number(trial.study.trials[trial.number])  # of a trial that was cut short; it goes on
-    number = trial.number if first is None else first
-    name = "_".join([f"{number:03d}", *(f"{key}={text(value)}" for key, value in values.items())])
-    config = compose(
-        "train", overrides=[*shared, *(f"{key}={value}" for key, value in values.items())], return_hydra_config=True
-    )
-    print(f"trial {trial.number}: {' '.join(f'{key}={text(value)}' for key, value in values.items())}", flush=True)
+    first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
+    settings = [f"{key}={format_setting(value)}" for key, value in values.items()]
+    name = "_".join([f"{trial.number if first is None else first:03d}", *settings]).replace("/", "-")
+    keys = [override.lstrip("+~").split("=")[0].split(".")[0] for override in HydraConfig.get().overrides.task]
+    shared = [item for key, item in zip(keys, HydraConfig.get().overrides.task, strict=True) if key not in STUDY_KEYS]
+    config = compose("train", overrides=[*shared, *settings], return_hydra_config=True)
+    print(f"trial {trial.number}: {' '.join(settings)}", flush=True)
     with read_write(config):
         config.hydra.mode = RunMode.MULTIRUN  # one run of several
-        config.hydra.run.dir = str(study_folder / name.replace("/", "-"))
+        config.hydra.run.dir = str(folder / name)
 
-    def task(cfg: DictConfig) -> Any:
-        try:
-            cfg = resolve_and_validate(cfg)
-            if first is not None:
-                cfg.resume = cfg.output_dir
-            with exclusive_lock(Path(cfg.output_dir)):
-                resolve_precision(cfg)
-                write_config(cfg, Path(cfg.output_dir))
-                return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
-        except SystemExit:  # a signal: not to be waited for
-            trial.study.tell(trial, state=TrialState.FAIL)
-            RETRY(trial.study, trial.study.trials[trial.number])
-            raise
-        except Exception as error:
-            return error
+    def task(cfg: DictConfig) -> float:
+        cfg = resolve_and_validate(cfg)
+        if first is not None:
+            cfg.resume = cfg.output_dir
+        with exclusive_lock(folder / name), record_status(folder / name, is_trial=True):
+            resolve_precision(cfg)
+            resolve_threads(cfg)
+            write_config(cfg, folder / name)
+            return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
 
-    result = run_as_job(task, config)
-    error_file = Path(config.hydra.run.dir) / ERROR_FILE
-    if isinstance(result, DivergenceError):  # not a mistake to stop for: the study learns to stay away
-        error_file.write_text(f"{PRUNED}: {result}\n")
-        raise optuna.TrialPruned from result
-    if isinstance(result, optuna.TrialPruned):
-        error_file.write_text(f"{PRUNED}: worse than earlier trials at this epoch\n")
-        raise result
-    if isinstance(result, Exception):
-        record_failure(error_file.parent, result)
-        raise result
-    return result
+    try:
+        return run_as_job(task, config)
+    except SystemExit:  # a signal: let another process continue the trial at once
+        trial.study.tell(trial, state=TrialState.FAIL)
+        RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
+        raise
+    except DivergenceError as error:  # the study learns to avoid such settings
+        raise optuna.TrialPruned from error

@@ -1,311 +1,265 @@
-"""The runs below some folders: read, compared, grouped over seeds, ranked."""
+"""Read the runs below some folders, group them by settings and average over seeds."""
 
 import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from os.path import lexists
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from src.core.config import ROOT_KEYS, matches_annotation
+from src.core import run_folder
+from src.core.config import iterate_items
 from src.core.errors import UserError
-from src.core.run_folder import (
-    CONFIG_FILE,
-    check_digest,
-    get_choices,
-    read_metrics,
-    read_plain_config,
-    read_strings,
-    read_text,
-    read_yaml,
-)
-from src.sweeps.launcher import planned_jobs
+from src.sweeps.grid import list_jobs
 
-OVERRIDES = ".hydra/overrides.yaml"
-DAMAGED = "damaged"
-STATUSES = FINISHED, FAILED, PRUNED, UNFINISHED, NOT_BEGUN = "finished", "failed", "pruned", "unfinished", "not begun"
-# Not settings of the experiment: seeds are averaged over, the rest says where or how a job was started.
-APART = "seed", "sweep", "output_dir"
+FINISHED, FAILED, PRUNED, LOST, UNFINISHED = "finished", "failed", "pruned", "lost", "unfinished"
+NOT_STARTED, UNREADABLE = "not started", "unreadable"
+STATES = FINISHED, FAILED, PRUNED, LOST, UNFINISHED, NOT_STARTED
+# Where and how a run was started. Seeds are averaged over.
+IGNORED = {
+    *("seed", "data.seed", "threads", "name", "output_dir", "resume", "sweep", "trainer.accelerator"),
+    *("trainer.devices", "trainer.devices.0"),
+}
 
 
 @dataclass
 class Run:
-    folder: Path
-    status: str
-    overrides: list[str]
-    config: dict[str, Any]  # plain: ten thousand of OmegaConf's take minutes
-    results: dict[str, Any] = field(default_factory=dict)  # metrics.json
-    error: str = ""
+    """One run: its state, the overrides it was started with, its config and the content of metrics.json."""
 
-    def value(self, key: str) -> str:
-        """What the job's config has for the key, or the chosen option if the key is a config group."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part, "") if isinstance(value, dict) else ""
-        if "${" in str(value):
-            value = OmegaConf.select(OmegaConf.create(self.config), key)
-        if value not in ("", None) and not isinstance(value, dict | DictConfig):
-            return text(value)
-        if given := parse(self.overrides).get(key):
-            return given
-        # Of those that leave it as it is: the group's default option.
-        choices = get_choices(plain_yaml(self.folder / ".hydra/hydra.yaml"))
-        return text(choices[key]) if key in choices else "default" if value else text(value)
+    folder: Path
+    state: str
+    overrides: list[str]
+    settings: dict[str, str] = field(default_factory=dict)  # every leaf of the config, and overridden groups
+    config: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
 
     @property
     def seed(self) -> Any:
-        return self.results.get("seed", self.config.get("seed"))
+        return self.results.get("seed", self.settings.get("seed"))
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {name: x for name, x in self.results.get("metrics", {}).items() if not name.endswith("_step")}
+        return {name: value for name, value in self.results.get("metrics", {}).items() if not name.endswith("_step")}
 
     @property
     def seconds(self) -> float:
         return sum(self.results.get("seconds", {}).values())
 
 
-def command(jobs: Sequence[Run]) -> str:
-    """What trains these again: their overrides but a sweep's name; for several jobs, a multirun over their seeds."""
-    kept = [one for one in jobs[0].overrides if not one.startswith(("sweep=", "seed="))]
-    seeds = f"seed={','.join(str(job.seed) for job in jobs)}"
-    spoken = any(one.startswith("seed=") for one in jobs[0].overrides) or len(jobs) > 1
-    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(jobs) > 1), *kept, *[seeds] * spoken])
+def format_train_command(runs: Sequence[Run]) -> str:
+    """Return the command that trains these runs again: one run, or a multirun over their seeds."""
+    overrides = [item for item in runs[0].overrides if not item.startswith(("sweep=", "seed="))]
+    has_seed = any(item.startswith("seed=") for item in runs[0].overrides) or len(runs) > 1
+    seeds = [f"seed={','.join(str(run.seed) for run in runs)}"] * has_seed
+    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(runs) > 1), *overrides, *seeds])
 
 
-def parse(overrides: Sequence[str]) -> dict[str, str]:
-    return dict(map(_key_and_value, overrides))
+def parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the values of overrides by key, each as `format_setting` writes it."""
+    return dict(map(_parse_override, overrides))
 
 
-@cache  # of ten thousand jobs few are different
-def _key_and_value(override: str) -> tuple[str, str]:
+@cache  # ten thousand jobs have few different overrides
+def _parse_override(override: str) -> tuple[str, str]:
     parsed = OverridesParser.create().parse_override(override)
-    return parsed.key_or_group, text(parsed.value())
+    return parsed.key_or_group, format_setting(parsed.value())
 
 
-def text(value: Any) -> str:
-    """One spelling for equal values: 0, 0.0 and 0e0 are one setting."""
+def format_setting(value: Any) -> str:
+    """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are one setting."""
     if value is None:
         return "null"
     return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Every run below the folders, and those that their sweeps have yet to begin. Raises UserError if there is none."""
-    jobs: dict[Path, Run] = {}
+    """Read every run below the folders, and list the jobs of their sweeps that have not started.
+
+    Raises UserError if there is none.
+    """
+    runs: dict[Path, Run] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder}: there is no such folder; runs and sweeps lie under outputs/")
-        for own in sorted(folder.rglob(".hydra")):
-            jobs.setdefault(own.parent.resolve(), read_run(own.parent))
-        for sweep in sorted(folder.rglob("multirun.yaml")):
-            planned, begun = _planned(sweep), {frozenset(parse(job.overrides).items()) for job in jobs.values()}
-            if foreign := _foreign(planned, [job for job in jobs.values() if job.folder.parent == sweep.parent]):
-                error = f"{sweep}: it plans jobs with {foreign}; it is of another sweep, or damaged"
-                jobs[sweep] = Run(sweep, DAMAGED, [], {}, error=error)
-                continue
-            for overrides in planned:
-                if frozenset(parse(overrides).items()) not in begun:
-                    place = sweep.parent / " ".join(overrides)
-                    jobs[place] = Run(place, NOT_BEGUN, overrides, {})
-    if not jobs:
-        raise UserError(f"{', '.join(map(str, folders))}: there are no runs in here; name the folder of a sweep")
-    return list(jobs.values())
+            raise UserError(f"{folder}: no such folder; name a run or a sweep below outputs/")
+        for hydra_folder in sorted(folder.rglob(".hydra")):
+            runs.setdefault(hydra_folder.parent.resolve(), read_run(hydra_folder.parent))
+        for file in sorted(folder.rglob("multirun.yaml")):
+            started = {frozenset(parse_overrides(run.overrides).items()) for run in runs.values()}
+            for overrides in _list_planned_jobs(file):
+                parsed = parse_overrides(overrides)
+                if frozenset(parsed.items()) not in started:
+                    path = file.parent / " ".join(overrides)
+                    runs[path] = Run(path, NOT_STARTED, overrides, parsed)
+    if not runs:
+        raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")
+    return list(runs.values())
 
 
 def read_run(folder: Path) -> Run:
-    job = Run(folder, UNFINISHED, [], {})
+    """Read the run in a folder. One that cannot be read has the state `unreadable` and says why in `error`."""
+    status = run_folder.read_status(folder) or {"state": "running", "message": ""}
+    state = status["state"] if status["state"] in STATES else UNFINISHED
+    run = Run(folder, FINISHED if (folder / run_folder.METRICS_FILE).exists() else state, [], error=status["message"])
     try:
-        if lexists(folder / "metrics.json"):
-            job.status = FINISHED
-            job.results = read_metrics(folder / "metrics.json")
-        elif (folder / "error.txt").exists():
-            job.status = FAILED
-            job.error = read_text(folder / "error.txt").partition("\n")[0]
-            job.status = PRUNED if job.error.startswith(PRUNED) else FAILED
-        overrides = read_strings(folder / OVERRIDES)
-        keys, job.overrides = parse(overrides), overrides
-        if job.results.get("overrides", overrides) != overrides:
-            raise UserError(f"{folder / OVERRIDES} and metrics.json name different overrides: one is damaged")
-        job.config = read_plain_config(folder / CONFIG_FILE)
-        check_digest(job.config, job.results.get("run"), folder / "metrics.json")
-        job.config["output_dir"] = str(folder)  # Hydra's to say
-        wrong = [
-            key
-            for key in ("optimized_metric", "optimized_mode")
-            if not matches_annotation(job.config.get(key, "max"), ROOT_KEYS[key])
-        ] or ["optimized_metric"] * ("optimized_metric" not in job.config)
-        if wrong or not isinstance(job.config.get("data") or {}, dict):
-            raise UserError(f"{folder / CONFIG_FILE} is damaged: {', '.join(wrong) or 'data'}")
-        for key in keys:
-            job.value(key)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if job.status == UNFINISHED:  # Hydra was killed while it wrote these
-            return Run(folder, UNFINISHED, [], {})
-        job.status, job.error = DAMAGED, " ".join(str(error).split())
-    return job
+        if run.state == FINISHED:
+            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+        run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
+        run.config = run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)
+        leaves = {key: value for key, value in iterate_items(run.config) if not isinstance(value, dict)}
+        groups = {key: value for key, value in parse_overrides(run.overrides).items() if key not in leaves}
+        run.settings = groups | {key: format_setting(value) for key, value in leaves.items()}
+    except (UserError, HydraException) as error:
+        if run.state == UNFINISHED:  # Hydra was killed while it wrote these files
+            return Run(folder, UNFINISHED, [])
+        run.state, run.error = UNREADABLE, " ".join(str(error).split())
+    return run
 
 
-def plain_yaml(file: Path) -> Any:
-    """None where it is not there, or Hydra was killed while it wrote it."""
+def _list_planned_jobs(multirun: Path) -> list[list[str]]:
+    """Return the overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
     try:
-        return read_yaml(file)
-    except UserError:
-        return None
-
-
-def _planned(multirun: Path) -> list[list[str]]:
-    """The overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
-    try:
-        hydra = read_yaml(multirun)["hydra"]
-        params = hydra.get("sweeper", {}).get("params") or {}
-        given = [f"{key}={value}" for key, value in params.items()] + read_strings(
-            multirun, "hydra", "overrides", "task"
-        )
-        return planned_jobs(given, hydra.get("callbacks", {}).get("sweep", {}).get("zip") or ())
+        hydra = run_folder.read_yaml(multirun)["hydra"]
+        params = hydra["sweeper"].get("params") or {}
+        overrides = [f"{key}={value}" for key, value in params.items()] + hydra["overrides"]["task"]
+        return list_jobs(overrides, hydra["callbacks"]["sweep"].get("zip") or ())
     except (UserError, HydraException, TypeError, KeyError, AttributeError):
-        return []  # Hydra was killed while it wrote it
-
-
-def _foreign(planned: list[list[str]], begun: list[Run]) -> str:
-    """What all planned jobs have and those that were begun have not; empty for a plan of their own sweep."""
-    shared = set.intersection(*map(set, planned)) if planned else set()
-    sound = next((job for job in begun if job.status == FINISHED), None)
-    if sound is None:
-        return ""
-    said = parse(sound.overrides)  # what it has may be spelled another way there, or be a default that nobody named
-    return " ".join(
-        f"{key}={x}" for key, x in parse(sorted(shared)).items() if x not in (said.get(key), sound.value(key))
-    )
+        return []  # Hydra was killed while it wrote the file
 
 
 @dataclass
 class Setting:
-    """The jobs whose settings are equal, seeds aside."""
+    """The runs whose settings are equal, seeds aside. `items` are the keys that differ between settings."""
 
-    settings: dict[str, str]
-    jobs: list[Run]
+    items: tuple[tuple[str, str], ...]
+    runs: list[Run]
+
+    @property
+    def values(self) -> dict[str, str]:
+        return dict(self.items)
 
     @property
     def finished(self) -> list[Run]:
-        return [job for job in self.jobs if job.status == FINISHED]
+        return [run for run in self.runs if run.state == FINISHED]
 
     @property
-    def status(self) -> str:
-        return next(
-            (s for s in (FINISHED, FAILED, PRUNED, UNFINISHED) if s in {job.status for job in self.jobs}), NOT_BEGUN
-        )
+    def state(self) -> str:
+        states = {run.state for run in self.runs}
+        return next(state for state in STATES if state in states)
 
     @property
     def name(self) -> str:
-        alone = self.jobs[0].folder.name if len(self.jobs) == 1 else f"{len(self.jobs)} runs"
-        return " ".join(f"{key}={value}" for key, value in self.settings.items()) or alone
+        alone = self.runs[0].folder.name if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or alone
 
-    def values(self, metric: str) -> list[float]:
-        return [job.metrics[metric] for job in self.finished if metric in job.metrics]
+    def scores(self, metric: str) -> list[float]:
+        """Return one score per distinct seed: the same run twice says nothing new."""
+        by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
+        return list(by_seed.values())
 
     def mean(self, metric: str) -> float:
-        return fmean(self.values(metric) or [math.nan])
+        return fmean(self.scores(metric) or [math.nan])
 
     def std(self, metric: str) -> float:
-        """Of the sample; NaN for fewer than two."""
-        values = self.values(metric)
-        return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+        """Return the sample standard deviation; NaN for fewer than two finite scores."""
+        scores = self.scores(metric)
+        return stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else math.nan
 
 
 @dataclass
 class Comparison:
-    jobs: list[Run]
-    keys: list[str]  # what differs between the jobs
-    groups: list[Setting]  # best first; those without a score last
-    metric: str | None  # what they are ranked by
+    """Settings, best first; those without a score last. `metric` is what they are ranked by, if anything."""
+
+    runs: list[Run]
+    keys: list[str]  # what differs between settings
+    settings: list[Setting]
+    metric: str | None
     lower_is_better: bool
-    why_not: str = ""  # they are not ranked
-    damaged: list[Run] = field(default_factory=list)  # apart from the jobs
+    reason_not_ranked: str
+    unreadable: list[Run]
 
     @property
     def best(self) -> Setting | None:
-        first = self.groups[0]
+        first = self.settings[0]
         return first if self.metric and math.isfinite(first.mean(self.metric)) else None
-
-    def count(self, status: str) -> int:
-        return sum(job.status == status for job in self.jobs)
 
 
 def compare_runs(found: list[Run]) -> Comparison:
-    """Raises UserError if no run is sound."""
-    jobs, damaged = ([job for job in found if (job.status == DAMAGED) == wanted] for wanted in (False, True))
-    if not jobs:
-        raise UserError(f"no run in here can be read: {damaged[0].error}")
-    mentioned = dict.fromkeys(key for job in jobs for key in parse(job.overrides))
-    apart = [key for key in mentioned if key not in APART]
-    keys = [key for key in apart if len({job.value(key) for job in jobs}) > 1]
-    groups: dict[tuple[str, ...], Setting] = {}
-    for job in jobs:
-        values = tuple(job.value(key) for key in keys)
-        groups.setdefault(values, Setting(dict(zip(keys, values, strict=True)), [])).jobs.append(job)
-    metric, lower, why_not = _metric(jobs)
-    comparison = Comparison(jobs, keys, list(groups.values()), metric, lower, why_not, damaged)
+    """Group runs by everything in their configs that differs, seeds aside, and rank the groups.
 
-    def order(group: Setting) -> tuple[bool, float]:
-        mean = group.mean(metric) if metric else math.nan
-        return not math.isfinite(mean), (mean if comparison.lower_is_better else -mean) if mean == mean else 0.0
+    Raises UserError if no run can be read.
+    """
+    runs, unreadable = ([run for run in found if (run.state == UNREADABLE) == wanted] for wanted in (False, True))
+    if not runs:
+        raise UserError(f"no run in here can be read: {unreadable[0].error}")
+    keys = dict.fromkeys(key for run in runs for key in parse_overrides(run.overrides))
+    _add_default_choices(runs, list(keys))
+    keys = [key for key in dict.fromkeys([*keys, *(key for run in runs for key in run.settings)]) if key not in IGNORED]
+    complete = [run for run in runs if run.config]
+    differing = [key for key in keys if len({run.settings.get(key) for run in complete}) > 1]
+    groups: dict[Any, list[Run]] = {}
+    for run in complete:  # data=auto is MNIST on one machine and digits on another
+        values = *(run.settings.get(key) for key in differing), run.results.get("data")
+        groups.setdefault(values, []).append(run)
+    named = {key for run in runs for key in parse_overrides(run.overrides)}
+    shown = [key for key in keys if key in named and len({run.settings.get(key) for run in runs}) > 1]
+    for key in differing:  # an edited file changes settings that no override names
+        if len({_get_values(group[0], shown) for group in groups.values()}) < len(groups) and key not in shown:
+            shown.append(key)
+    for run in runs:  # not started, or stopped before its config was written: its overrides tell where it belongs
+        if not run.config:
+            values = _get_values(run, shown)
+            alike = (group for group in groups.values() if _get_values(group[0], shown) == values)
+            next(alike, groups.setdefault(values, [])).append(run)
+    settings = [Setting(_get_values(group[0], shown), group) for group in groups.values() if group]
+    metric, lower_is_better, reason = _find_metric(runs)
 
-    comparison.groups.sort(key=order)
-    return comparison
+    def rank(setting: Setting) -> tuple[bool, float]:
+        mean = setting.mean(metric) if metric else math.nan
+        return not math.isfinite(mean), (mean if lower_is_better else -mean) if mean == mean else 0.0
+
+    return Comparison(runs, shown, sorted(settings, key=rank), metric, lower_is_better, reason, unreadable)
 
 
-def _metric(jobs: list[Run]) -> tuple[str | None, bool, str]:
-    """The metric to rank by and whether less of it is better, or None and why there is none."""
-    finished = [job for job in jobs if job.status == FINISHED]
-    if not finished:
+def _get_values(run: Run, keys: list[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((key, run.settings.get(key, "")) for key in keys)
+
+
+def _add_default_choices(runs: list[Run], keys: list[str]) -> None:
+    """Give runs that leave a config group at its default that option as a setting."""
+    for run in runs:
+        missing = [key for key in keys if run.config and key not in run.settings and key in run.config]
+        if missing:
+            choices = run_folder.read_yaml(run.folder / ".hydra/hydra.yaml")["hydra"]["runtime"]["choices"]
+            run.settings |= {key: format_setting(choices.get(key)) for key in missing}
+
+
+def _find_metric(runs: list[Run]) -> tuple[str | None, bool, str]:
+    """Return the metric to rank by and whether lower is better, or None and the reason why there is none."""
+    configs = [run.config for run in runs if run.state == FINISHED]
+    if not configs:
         return None, False, "no run has finished"
     for key in "optimized_metric", "optimized_mode":
-        if len({job.config.get(key) for job in finished}) > 1:
+        if len({config.get(key) for config in configs}) > 1:
             return None, False, f"the runs differ in {key}"
-    config = finished[0].config
-    why_not = next((why for job in finished if (why := explain_no_ranking(job.config))), "")
-    return (
-        (None, False, why_not) if why_not else (config["optimized_metric"], config.get("optimized_mode") == "min", "")
-    )
+    reason = next((reason for config in configs if (reason := explain_no_ranking(config))), "")
+    if reason:
+        return None, False, reason
+    return configs[0]["optimized_metric"], configs[0].get("optimized_mode") == "min", ""
 
 
-def explain_no_ranking(config: dict[str, Any] | DictConfig) -> str:
-    """Why no run may be chosen by the config's optimized_metric; empty if it may."""
+def explain_no_ranking(config: Any) -> str:
+    """Return why no run may be chosen by the config's optimized_metric; an empty string if it may."""
     metric = config.get("optimized_metric")
     if metric is None:
         return "optimized_metric is null"
     if metric.startswith("test/"):
-        return f"{metric} is a score on the test images, by which nothing may be chosen"
+        return f"{metric} is a test score, which must not choose anything"
     if (config.get("data") or {}).get("test_every_epoch"):
-        return "with data.test_every_epoch the validation images are the test images, by which nothing may be chosen"
+        return "with data.test_every_epoch the validation images are the test images, which must not choose anything"
     return ""
-
-
-def flatten_config(config: DictConfig | ListConfig) -> dict[str, Any]:
-    """Leaves by dotted key, interpolations as they are written; Hydra's own keys left out."""
-
-    def walk(node: Any, prefix: str) -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {key: leaf for name in node for key, leaf in walk(node[name], f"{prefix}.{name}").items()}
-
-    container = OmegaConf.to_container(config)
-    assert isinstance(container, dict)
-    container.pop("hydra", None)
-    return {key.removeprefix("."): leaf for key, leaf in walk(container, "").items()}
-
-
-def reject_different_config(before: dict[str, Any], now: dict[str, Any], place: str, fix: str) -> None:
-    """Raises UserError for the first key in which the two flat configs differ."""
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(f"{place} was begun with {key}={before.get(key)}, here it is {now.get(key)}; {fix}")

@@ -51,7 +51,7 @@ def _check_seal(file: Path, of: str) -> None:
         raise UserError("it was changed after it was written, or is of another run")
 
 
-def find_resume_checkpoint(run: Path, trainer: L.Trainer, digest: str) -> Path | None:
+def find_resume_checkpoint(run: Path, trainer: L.Trainer, digest=None) -> Path | None:
     """The checkpoint to continue from; clears what was logged of the steps after it. `digest` is that of the config."""
     file = find_valid_checkpoint(run, digest)
     best = run / FOLDER / "best.ckpt"

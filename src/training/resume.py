@@ -24,7 +24,6 @@ from src.core.compat import (
     restart_dataloader,
 )
 from src.core.errors import DivergenceError, UserError
-from src.core.process import restore_sigterm_handler
 from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler
 from src.training.checkpoints import BEFORE, LAST
@@ -57,7 +56,7 @@ class ResumeCheckpoint(Checkpoint):
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False  # the batch script requeues, and nobody else
         if trainer.world_size > 1:
-            restore_sigterm_handler()  # the processes have met
+            pass
 
     # Saving
 

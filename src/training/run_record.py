@@ -49,7 +49,7 @@ class RunRecorder(Callback):
                 f"optimized_metric={self.metric}: a test score must not choose anything; set val/acc or null"
             )
         self.seconds, self.started_at = {"train": 0.0, "validate": 0.0}, 0.0  # of all parts of a resumed run
-        self.samples, self.first_epoch = 0.0, 0
+        self.samples, self.first_epoch, self.has_validated = 0.0, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -73,7 +73,7 @@ class RunRecorder(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._stop_clock("validate")
-            self._check_metrics(trainer, prefix="val/")
+            self.has_validated = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -81,8 +81,14 @@ class RunRecorder(Callback):
         self._stop_clock("train")  # before a checkpoint of this moment is written
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch > self.first_epoch:
-            self._check_metrics(trainer)  # metrics of the epoch's end are known from then on
+        if trainer.current_epoch == self.first_epoch:
+            return  # nothing has been logged yet
+        monitors = {type(callback).__name__: getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+        for key, name in {"optimized_metric": self.metric, **monitors}.items():
+            is_due = name and (self.has_validated or name.startswith("train/"))
+            if is_due and name not in trainer.callback_metrics:
+                logged = ", ".join(sorted(trainer.callback_metrics))
+                raise UserError(f"{key}={name}: not logged, logged are {logged}; set one of them or null")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_clock("train")
@@ -90,14 +96,6 @@ class RunRecorder(Callback):
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
             samples_per_batch = len(loader.dataset) / len(loader)
             self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * samples_per_batch
-
-    def _check_metrics(self, trainer: L.Trainer, prefix: str = "") -> None:
-        monitors = {
-            f"{type(callback).__name__}.monitor": getattr(callback, "monitor", None) for callback in trainer.callbacks
-        }  # type: ignore[attr-defined]
-        for key, name in {"optimized_metric": self.metric, **monitors}.items():
-            if name and name.startswith(prefix) and name not in trainer.callback_metrics:
-                raise UserError(f"{key}={name}: not logged; logged are {', '.join(sorted(trainer.callback_metrics))}")
 
 
 def get_optimized_metric(results: dict[str, Any], name: str | None) -> float | None:
@@ -168,23 +166,17 @@ def finish_loggers(trainer: L.Trainer) -> None:
             logger.experiment.finish()
 
 
-def collect_results(
+def write_results(
     recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], test_seconds: float
 ) -> dict[str, Any]:
-    """Return the content of metrics.json: scores of the final epoch (counted from 1), and where they come from.
+    """Write metrics.json, whose presence means that the run is finished, and return its content.
 
-    Args:
-        recorder: The callback that was part of the training.
-        trainer: The trainer after fit and test.
-        metrics: Logged metrics of both.
-        test_seconds: Duration of the test.
+    It has the scores of the final epoch (epochs count from 1) and what they come from: settings, hardware, versions.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    checkpoints = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
-    best = next(
-        (callback.best_model_path for callback in checkpoints if callback.monitor and callback.best_model_path), None
-    )
-    return {
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    best = next((callback.best_model_path for callback in checkpoints if callback.monitor), None)
+    results = {
         "name": recorder.cfg.name,
         "overrides": recorder.overrides,
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
@@ -203,11 +195,10 @@ def collect_results(
         "versions": {package: version(package) for package in PACKAGES},
         "git_commit": GIT_COMMIT,
     }
-
-
-def write_metrics(folder: Path, results: dict[str, Any]) -> None:
-    """Write metrics.json atomically: its presence means that the run is finished."""
-    write_atomically(folder / METRICS_FILE, (json.dumps(results, indent=2) + "\n").encode())
+    if trainer.is_global_zero:
+        file = Path(recorder.cfg.output_dir, METRICS_FILE)
+        write_atomically(file, (json.dumps(results, indent=2) + "\n").encode())
+    return results
 
 
 def get_device_name(device: torch.device) -> str:
@@ -228,10 +219,9 @@ def _get_git_commit() -> str | None:
     """Return the commit of the project, followed by "-dirty" if files have changed since; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout.strip() or None
 
 
 GIT_COMMIT = _get_git_commit()  # at the start of the run, because the checkout may change before it ends
