@@ -45,7 +45,7 @@ def _warn_on_failure(plot: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # no run should end because of a plot
-        warnings.warn(f"TensorBoard lacks {plot} ({str(error).splitlines()[0]})", stacklevel=2)
+        warnings.warn(f"TensorBoard lacks {plot} ({str(error).splitlines()[0]})", stacklevel=1)
 
 
 def _record(layers: Iterable[tuple[str, nn.Module]], hooks: ExitStack) -> dict[str, list[Any]]:
