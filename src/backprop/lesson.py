@@ -9,7 +9,7 @@ from rich.markdown import Markdown
 
 from src.backprop import plots
 from src.backprop.formulas import worked_step
-from src.backprop.network import BackpropNet, HandGradients, equations, forward, sheet_row, spreadsheet
+from src.backprop.network import BackpropNet, GradientFunction, equations, forward, make_row, spreadsheet
 from src.backprop.report import milestone_table
 from src.backprop.stability import SAMPLE, descend, past_two
 
@@ -20,10 +20,10 @@ def first_row() -> dict[str, float]:
     """The first line of the worked sheet."""
     net = BackpropNet()
     values = net()
-    return sheet_row(net.weights, values, equations(net.weights, values, *SAMPLE), *SAMPLE)
+    return make_row(net.weights, values, equations(net.weights, values, *SAMPLE), *SAMPLE)
 
 
-def losses(gradients: HandGradients) -> dict[str, list[float]]:
+def losses(gradients: GradientFunction) -> dict[str, list[float]]:
     curves, _ = descend(torch.tensor(RATES, dtype=torch.float64), 100, gradients)
     return {str(rate): curve.tolist() for rate, curve in zip(RATES, curves, strict=True)}
 

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.backprop.network import INPUTS, TARGETS, WEIGHTS, HandGradients, Weights, equations, forward
+from src.backprop.network import INPUTS, TARGETS, WEIGHTS, GradientFunction, Weights, equations, forward
 
 SAMPLE = torch.tensor(INPUTS, dtype=torch.float64), torch.tensor(TARGETS, dtype=torch.float64)
 
 
-def descend(lr: Tensor, steps: int, gradients: HandGradients = equations) -> tuple[Tensor, Tensor]:
+def descend(lr: Tensor, steps: int, gradients: GradientFunction = equations) -> tuple[Tensor, Tensor]:
     """The losses of `steps` steps, shape [len(lr), steps], and the weights after them, [len(lr), 8]."""
 
     def run(rate: Tensor) -> tuple[Tensor, Tensor]:
