@@ -29,20 +29,18 @@ INPUTS = (0.05, 0.10)
 TARGETS = (0.5, 0.5)
 WEIGHTS = (0.15, 0.20, 0.25, 0.30, 0.40, 0.45, 0.50, 0.55)
 
-# The columns of trace.csv and of the workbook; dE_dw1 is ∂E_total/∂w1.
+# One tensor per weight: the weights themselves, or ∂E_total/∂w of each weight.
+Weights = namedtuple("Weights", "w1 w2 w3 w4 w5 w6 w7 w8")
+# Every intermediate value of one forward pass, in the order of the computation.
+Activations = namedtuple("Activations", "h1 a_h1 h2 a_h2 o1 a_o1 o2 a_o2 E1 E2 E_total")
+
+# The columns of trace.csv and of the workbook, by layer; dE_dw1 is ∂E_total/∂w1.
 COLUMNS = (
-    *("t1", "t2", "i1", "i2", "w1", "w2", "w3", "w4", "h1", "a_h1", "h2", "a_h2"),
-    *("w5", "w6", "w7", "w8", "o1", "a_o1", "o2", "a_o2", "E1", "E2", "E_total"),
-    *("dE_dw1", "dE_dw2", "dE_dw3", "dE_dw4", "dE_dw5", "dE_dw6", "dE_dw7", "dE_dw8"),
+    *("t1", "t2", "i1", "i2"),
+    *(*Weights._fields[:4], *Activations._fields[:4]),
+    *(*Weights._fields[4:], *Activations._fields[4:]),
+    *(f"dE_d{name}" for name in Weights._fields),
 )
-
-
-class Weights(namedtuple("Weights", "w1 w2 w3 w4 w5 w6 w7 w8")):
-    """One tensor per weight: the weights themselves, or ∂E_total/∂w of each weight."""
-
-
-class Activations(namedtuple("Activations", "h1 a_h1 h2 a_h2 o1 a_o1 o2 a_o2 E1 E2 E_total")):
-    """Every intermediate value of one forward pass, in the order of the computation."""
 
 
 def forward(w: Weights, inputs: Tensor, targets: Tensor) -> Activations:
@@ -60,8 +58,8 @@ def forward(w: Weights, inputs: Tensor, targets: Tensor) -> Activations:
     return Activations(h1, a_h1, h2, a_h2, o1, a_o1, o2, a_o2, E1, E2, E_total=E1 + E2)
 
 
-def output_deltas(a: Activations, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute ∂E_total/∂o1 and ∂E_total/∂o2: how the error changes with the inputs of the output neurons (δ)."""
+def output_deltas(a: Activations, targets: Any) -> tuple[Any, Any]:
+    """Compute ∂E_total/∂o1 and ∂E_total/∂o2 (the deltas δ) from tensors or floats."""
     t1, t2 = targets
     # ∂E/∂o = ∂E/∂a_o · ∂a_o/∂o with ∂E/∂a_o = a_o − t and σ'(o) = a_o (1 − a_o).
     dE_do1 = (a.a_o1 - t1) * a.a_o1 * (1 - a.a_o1)
@@ -69,7 +67,7 @@ def output_deltas(a: Activations, targets: Tensor) -> tuple[Tensor, Tensor]:
     return dE_do1, dE_do2
 
 
-def hidden_errors(w: Weights, dE_do1: Tensor, dE_do2: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_errors(w: Weights, dE_do1: Any, dE_do2: Any) -> tuple[Any, Any]:
     """Compute ∂E_total/∂a_h1 and ∂E_total/∂a_h2: each hidden neuron collects error from both outputs."""
     dE_da_h1 = dE_do1 * w.w5 + dE_do2 * w.w7
     dE_da_h2 = dE_do1 * w.w6 + dE_do2 * w.w8
@@ -79,24 +77,19 @@ def hidden_errors(w: Weights, dE_do1: Tensor, dE_do2: Tensor) -> tuple[Tensor, T
 def equations(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
     """Compute the eight gradients by the chain rule."""
     i1, i2 = inputs
+    a_h1, a_h2 = a.a_h1, a.a_h2
     dE_do1, dE_do2 = output_deltas(a, targets)
     dE_da_h1, dE_da_h2 = hidden_errors(w, dE_do1, dE_do2)
-    dE_dh1 = dE_da_h1 * (a.a_h1 * (1 - a.a_h1))  # ∂E/∂h = ∂E/∂a_h · σ'(h) with σ'(h) = a_h (1 − a_h)
-    dE_dh2 = dE_da_h2 * (a.a_h2 * (1 - a.a_h2))
-    return Weights(
-        w1=dE_dh1 * i1,  # ∂E/∂w1 = ∂E/∂h1 · ∂h1/∂w1 with ∂h1/∂w1 = i1; the others follow the same pattern
-        w2=dE_dh1 * i2,
-        w3=dE_dh2 * i1,
-        w4=dE_dh2 * i2,
-        w5=dE_do1 * a.a_h1,
-        w6=dE_do1 * a.a_h2,
-        w7=dE_do2 * a.a_h1,
-        w8=dE_do2 * a.a_h2,
-    )
+    dE_dh1 = dE_da_h1 * (a_h1 * (1 - a_h1))  # ∂E/∂h = ∂E/∂a_h · σ'(h) with σ'(h) = a_h (1 − a_h)
+    dE_dh2 = dE_da_h2 * (a_h2 * (1 - a_h2))
+    # A weight enters one neuron: its gradient is that neuron's delta times the value that the weight multiplies.
+    into_hidden = dE_dh1 * i1, dE_dh1 * i2, dE_dh2 * i1, dE_dh2 * i2
+    into_output = dE_do1 * a_h1, dE_do1 * a_h2, dE_do2 * a_h1, dE_do2 * a_h2
+    return Weights(*into_hidden, *into_output)
 
 
 def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
-    """Compute the gradients with the bug of the published spreadsheet; its losses are bitwise identical.
+    """Compute the gradients with the bug of the published spreadsheet, and so reproduce its losses bitwise.
 
     The bug: ∂E/∂w3 and ∂E/∂w4 multiply by a_h1 (1 − a_h1) instead of a_h2 (1 − a_h2).
     """
@@ -116,11 +109,7 @@ def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, tar
 
 # The values of task.gradients; None leaves the gradients to PyTorch.
 GradientFunction = Callable[[Weights, Activations, Tensor, Tensor], Weights]
-GRADIENTS: dict[str, GradientFunction | None] = {
-    "autograd": None,
-    "equations": equations,
-    "spreadsheet": spreadsheet,
-}
+GRADIENTS: dict[str, GradientFunction | None] = {"autograd": None, "equations": equations, "spreadsheet": spreadsheet}
 
 
 class GradientDescent(Optimizer):
@@ -143,10 +132,7 @@ class GradientDescent(Optimizer):
 
 
 class BackpropNet(nn.Module):
-    """The network with its eight float64 scalar parameters w1 to w8.
-
-    Raises UserError unless `weights` are eight finite numbers.
-    """
+    """Hold the weights as eight float64 scalars. Raise UserError unless they are eight finite numbers."""
 
     def __init__(self, weights: Sequence[float] = WEIGHTS) -> None:
         super().__init__()
@@ -159,10 +145,7 @@ class BackpropNet(nn.Module):
         """Return the eight parameters."""
         return Weights(*self.parameters())
 
-    def forward(self, inputs: Tensor | None = None, targets: Tensor | None = None) -> Activations:
-        """`inputs` and `targets` have shape (2,); the default is the worked example."""
-        inputs = torch.tensor(INPUTS, dtype=torch.float64) if inputs is None else inputs
-        targets = torch.tensor(TARGETS, dtype=torch.float64) if targets is None else targets
+    def forward(self, inputs: Tensor, targets: Tensor) -> Activations:
         return forward(self.weights, inputs, targets)
 
 
@@ -197,8 +180,7 @@ class BackpropModule(L.LightningModule):
     def backward(self, loss: Tensor) -> None:  # type: ignore[override]
         compute_gradients = GRADIENTS[self.gradients]
         if compute_gradients is None:
-            loss.backward()
-            return
+            return loss.backward()
         with torch.no_grad():
             gradients = compute_gradients(self.net.weights, self.activations, *self.sample)
         for weight, gradient in zip(self.net.weights, gradients, strict=True):
@@ -207,13 +189,9 @@ class BackpropModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         a, weights = self.activations, self.net.weights
         self.row = make_row(weights, a, Weights(*(weight.grad for weight in weights)), *self.sample)
-        groups = {
-            "loss": ("E_total",),
-            "error": ("E1", "E2"),  # not "loss": the plots of a sweep draw every metric of that group
-            "neuron": Activations._fields[:8],
-            "weight": Weights._fields,
-            "gradient": tuple(f"dE_d{name}" for name in Weights._fields),
-        }
+        # E1 and E2 are not of the group "loss": the plots of a sweep draw every metric of that group.
+        groups = {"loss": ["E_total"], "error": ["E1", "E2"], "neuron": Activations._fields[:8]}
+        groups |= {"weight": Weights._fields, "gradient": COLUMNS[-len(Weights._fields) :]}
         scalars = {f"{group}/{name}": self.row[name] for group, names in groups.items() for name in names}
         for logger in self.loggers:
             logger.log_metrics(scalars, self.global_step)
