@@ -1,4 +1,4 @@
-"""Scores a trained network on the test images: python -m src.evaluate [WEIGHTS]."""
+"""Score a trained network on the test images, or fit its OOD detector: python -m src.evaluate [WEIGHTS]."""
 
 import json
 import os
@@ -8,109 +8,105 @@ from typing import TYPE_CHECKING, Any
 
 from src import load
 from src.cli.argparse_main import Parser, argparse_main
-from src.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def predict_all(reader: "Reader", data: Any) -> "tuple[Tensor, Tensor, Tensor]":
-    """Of all test images: [N, C, H, W] pixels, [N] labels, [N, classes] log-probabilities."""
-    import torch
-
-    parts = []
-    with torch.inference_mode():
-        for images, labels in data.raw_batches("test"):  # the network normalises them
-            parts.append((images, labels, reader(images)))
-    images, labels, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
-    return images, labels, log_probabilities
-
-
 def compute_scores(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
-    """Accuracies are fractions, the loss is in nats, the calibration error the expected one over 15 bins."""
+    """Return the scores of [N, classes] predictions as plain values: accuracies as fractions, the loss in nats."""
     from torch.nn.functional import nll_loss
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-        multiclass_confusion_matrix,
-    )
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
     from src.training.plots import find_worst_mistakes
 
     probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
-    worst = find_worst_mistakes(labels, probabilities)
+    counts, predicted = multiclass_confusion_matrix(probabilities, labels, classes), probabilities.argmax(1)
     return {
         "images": len(labels),
-        "mistakes": int((probabilities.argmax(1) != labels).sum()),
-        "accuracy": multiclass_accuracy(probabilities, labels, classes, average="micro").item(),
+        "mistakes": int((predicted != labels).sum()),
+        "accuracy": (predicted == labels).float().mean().item(),
         "loss": nll_loss(log_probabilities, labels).item(),
         "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-        "accuracy_by_class": multiclass_accuracy(probabilities, labels, classes, average="none").tolist(),
-        "confusion_matrix": multiclass_confusion_matrix(probabilities, labels, classes).tolist(),
+        "accuracy_by_class": (counts.diag() / counts.sum(1).clamp(min=1)).tolist(),
+        "confusion_matrix": counts.tolist(),
         "worst_mistakes": [
-            {"index": i, "label": int(labels[i]), "read_as": int(probabilities[i].argmax())} for i in worst.tolist()
+            {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
+            for i in find_worst_mistakes(labels, probabilities).tolist()
         ],
     }
 
 
-def format_scores(scores: dict[str, Any], noun: str = "digit", classes: Sequence[str] = tuple("0123456789")) -> str:
-    """A row for each class, and the totals."""
+def format_scores(scores: dict[str, Any], label_name: str, classes: Sequence[str]) -> str:
+    """Format one row per class and the totals."""
     width = max(5, *map(len, classes))
-    lines = [f"{noun:>{width}}  images  mistakes  accuracy  most often read as"]
+    lines = [f"{label_name:>{width}}  images  mistakes  accuracy  most often predicted as"]
     for label, counts in enumerate(scores["confusion_matrix"]):
-        wrong = {other: count for other, count in enumerate(counts) if other != label and count}
-        most = max(wrong.values(), default=0)
-        taken = ", ".join(classes[other] for other, count in wrong.items() if count == most)
-        taken += f" ({most} times)" if most > 1 else ""
-        accuracy = scores["accuracy_by_class"][label]
-        lines.append(
-            f"{classes[label]:>{width}}  {sum(counts):>6}  {sum(wrong.values()):>8}  {accuracy:8.2%}  {taken}".rstrip()
-        )
+        mistakes = {other: count for other, count in enumerate(counts) if other != label and count}
+        most = max(mistakes.values(), default=0)
+        confused = ", ".join(classes[other] for other, count in mistakes.items() if count == most)
+        confused += f" ({most} times)" if most > 1 else ""
+        row = f"{classes[label]:>{width}}  {sum(counts):>6}  {sum(mistakes.values()):>8}"
+        lines.append(f"{row}  {scores['accuracy_by_class'][label]:8.2%}  {confused}".rstrip())
     lines.append(f"{'all':>{width}}  {scores['images']:>6}  {scores['mistakes']:>8}  {scores['accuracy']:8.2%}")
     lines.append(f"loss {scores['loss']:.5f}, expected calibration error {scores['calibration_error']:.3%}")
     return "\n".join(lines)
 
 
+def fit_ood(predictor: Any, data: Any) -> None:
+    """Fit the OOD detector on the training images, save it beside the weights, and check it on the test images."""
+    import torch
+
+    from src.models.ood import fit_ood_detector
+
+    def normalize(split: str) -> Any:
+        return ((predictor.spec.normalize(images), labels) for images, labels in data.raw_batches(split))
+
+    detector = fit_ood_detector(predictor.net, normalize("train"))
+    is_flagged = torch.cat([detector.detect(predictor.net, images) for images, _ in normalize("test")])
+    torch.save(detector._asdict(), predictor.ood_file)
+    flagged = f"flags {is_flagged.float().mean():.2%} of {len(is_flagged):,} test images as out-of-distribution"
+    print(f"{os.path.relpath(predictor.ood_file)}: {flagged}")
+
+
+def score(predictor: Any, data: Any, folder: Path) -> None:
+    """Print the scores on the test images; write them to `folder`, with the confusion matrix and the worst mistakes."""
+    import torch
+
+    from src.training.plots import plot_confusion_matrix, plot_mistakes, save_figure
+
+    with torch.inference_mode():
+        parts = [(images, labels, predictor(images)) for images, labels in data.raw_batches("test")]
+    images, labels, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
+    probabilities, classes = log_probabilities.exp(), predictor.spec.classes
+    save_figure(plot_confusion_matrix(labels, probabilities, classes), folder / "confusion.png")
+    if mistakes := plot_mistakes(images, labels, probabilities, classes):
+        save_figure(mistakes, folder / "mistakes.png")
+    scores = compute_scores(log_probabilities, labels)
+    source = {"weights": str(predictor.file), "data": data.spec.name}
+    (folder / "scores.json").write_text(json.dumps({**source, **scores}, indent=1) + "\n")
+    print(f"{os.path.relpath(predictor.file)} on {data.spec.name}")
+    print(format_scores(scores, predictor.spec.label_name, classes), f"folder {folder}", sep="\n")
+
+
 @argparse_main
 def main() -> None:
-    parser = Parser(prog="python -m src.evaluate", description="Scores a trained network on the test images.")
-    parser.add_argument(
-        "weights", nargs="?", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped"
-    )
-    parser.add_argument("--data", help="one of conf/data; default: what the network was trained on")
-    parser.add_argument("--root", type=Path, help="the folder of the data; default: as in training")
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and pictures"
-    )
+    parser = Parser(prog="python -m src.evaluate", description="Score a trained network on the test images.")
+    parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
+    parser.add_argument("--data", help="a config of conf/data; default: that of the training")
+    parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
+    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and plots")
+    parser.add_argument("--fit-ood", action="store_true", help='fit what makes predict and draw say "not sure"')
     arguments = parser.parse_args()
 
-    reader = load(arguments.weights)
-    from src.training.plots import plot_confusion_matrix, plot_mistakes, save_figure
+    predictor = load(arguments.weights, use_ood=not arguments.fit_ood)
     from src.training.predictor import load_test_data
 
-    data = load_test_data(reader, arguments.data, arguments.root)
-    images, labels, log_probabilities = predict_all(reader, data)
-    classes = reader.spec.classes
-    scores = compute_scores(log_probabilities, labels)
-
-    folder = arguments.output
-    save_figure(plot_confusion_matrix(labels, log_probabilities.exp(), classes), folder / "confusion.png")
-    worst = plot_mistakes(images, labels, log_probabilities.exp(), classes)
-    if worst:
-        save_figure(worst, folder / "mistakes.png")
-    file_of_scores = folder / "scores.json"
-    try:
-        file_of_scores.write_text(
-            json.dumps({"weights": str(reader.file), "data": data.spec.name, **scores}, indent=1) + "\n"
-        )
-    except OSError as error:
-        raise UserError(f"{file_of_scores}: {error.strerror}") from error
-    print(
-        f"{os.path.relpath(reader.file)} on {data.spec.name}",
-        format_scores(scores, reader.spec.label_name, classes),
-        f"folder {folder}",
-        sep="\n",
-    )
+    data = load_test_data(predictor, arguments.data, arguments.root)
+    if arguments.fit_ood:
+        fit_ood(predictor, data)
+    else:
+        score(predictor, data, arguments.output)
 
 
 if __name__ == "__main__":

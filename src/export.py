@@ -1,93 +1,73 @@
-"""Exports a trained network for use without this project: python -m src.export [WEIGHTS]; needs the extra `export`.
+"""Export a trained network for use without this project: python -m src.export [WEIGHTS]; needs the extra `export`.
 
-Writes digits.onnx and digits.pt2 (torch.export), or another data set's name, both from [N, C, H, W] uint8 images, for
-MNIST [N, 1, 28, 28], white on black, to [N, classes] log-probabilities, for any N.
+Writes digits.onnx and digits.pt2 (torch.export), named after the data set if it is not of digits. Both map any number
+of uint8 images, [N, 1, 28, 28] and white on black for MNIST, to [N, classes] log-probabilities.
 """
 
+import logging
 import os
 from pathlib import Path
 
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
 
-CHECKED = 1000  # images on which each export is compared with PyTorch
-
 
 @argparse_main
 def main() -> None:
-    parser = Parser(prog="python -m src.export", description="Exports a trained network to ONNX and torch.export.")
-    parser.add_argument(
-        "weights", nargs="?", type=Path, help="a run folder, a .ckpt of one, or a .pt file; default: as shipped"
-    )
-    parser.add_argument("--root", type=Path, help="the folder of the data; default: as in training")
+    parser = Parser(prog="python -m src.export", description="Export a trained network to ONNX and torch.export.")
+    parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
+    parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="folder for the exports")
     arguments = parser.parse_args()
 
-    import logging
-
     import torch
-    from torch import Tensor
 
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
-        raise UserError(f"{error.name} is missing; pip install -e '.[export]' brings it") from error
-
+        raise UserError(f"{error.name} is missing; type pip install -e '.[export]'") from error
     from src.data.datasets import has_mnist
     from src.training.predictor import load_predictor, load_test_data
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    reader = load_predictor(arguments.weights)
-    # Contiguous, because torch.export.save warns of weights in channels_last.
-    reader.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    # Images that are at hand: the graphs must agree on digits, not on noise.
-    at_hand = reader.spec.name != "mnist" or has_mnist(arguments.root or Path(os.environ.get("MNIST_ROOT", "data")))
-    data = load_test_data(reader, None if at_hand else "digits", arguments.root)
-    images, labels = next(data.raw_batches("test"))
-    images, labels, name = images[:CHECKED], labels[:CHECKED], data.spec.name
+    predictor = load_predictor(arguments.weights, use_ood=False)
+    predictor.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # export warns of channels_last
+    # Without MNIST the exports are compared on the bundled digits.
+    root = arguments.root or Path(os.environ.get("MNIST_ROOT", "data"))
+    choice = "digits" if predictor.spec.name == "mnist" and not has_mnist(root) else None
+    data = load_test_data(predictor, choice, arguments.root)
+    images, labels = (tensor[:1000] for tensor in next(data.raw_batches("test")))
 
-    program = torch.export.export(
-        reader, (images[:2],), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}
-    )
-    stem = "digits" if reader.spec.label_name == "digit" else reader.spec.name
-    onnx_file, program_file = (arguments.output / f"{stem}.{kind}" for kind in ("onnx", "pt2"))
+    dynamic_shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(predictor, (images[:2],), dynamic_shapes=dynamic_shapes)
+    stem = "digits" if predictor.spec.label_name == "digit" else data.spec.name
+    onnx_file, program_file = (arguments.output / f"{stem}.{suffix}" for suffix in ("onnx", "pt2"))
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        torch.export.save(program, program_file)
-        torch.onnx.export(
-            program,
-            f=onnx_file,
-            input_names=["images"],
-            output_names=["log_probabilities"],
-            external_data=False,
-            verbose=False,
-        )
     except OSError as error:
-        raise UserError(f"{arguments.output}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--output {arguments.output}: {error.strerror}; choose another folder") from error
+    torch.export.save(program, program_file)
+    torch.onnx.export(program, f=onnx_file, output_names=["log_probabilities"], external_data=False, verbose=False)
 
     session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
-    loaded = torch.export.load(program_file).module()
 
-    def by_onnx(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    def run_onnx(batch: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
+    runs = {"PyTorch": predictor, onnx_file: run_onnx, program_file: torch.export.load(program_file).module()}
+    compared = f"compared with PyTorch on {len(images):,} test images of {data.spec.name}"
+    print(f"{os.path.relpath(predictor.file)}, {compared}")
     with torch.inference_mode():
-        expected = reader(images)
-        accuracy = (expected.argmax(1) == labels).float().mean()
-        print(f"{os.path.relpath(reader.file)}, compared with PyTorch on {len(images):,} test images of {name}")
-        width = max(len(str(path)) for path in (onnx_file, program_file))
-        print(f"{'PyTorch':<{width}}  accuracy {accuracy:.2%}")
-        for path, run in (onnx_file, by_onnx), (program_file, loaded):
-            found = torch.cat([run(images[:1]), run(images[1:])])  # two sizes of batch
-            difference = (found - expected).abs().max().item()
-            of_probabilities = (found.exp() - expected.exp()).abs().max().item()
-            accuracy = (found.argmax(1) == labels).float().mean()
-            print(
-                f"{path!s:<{width}}  accuracy {accuracy:.2%}  maximum difference {difference:.1e} "
-                f"(of probabilities {of_probabilities:.1e})"
-            )
-            assert of_probabilities < 1e-4, f"{path} does not compute what PyTorch does"
+        expected = predictor(images)
+        for name, run in runs.items():
+            outputs = torch.cat([run(images[:1]), run(images[1:])])  # two batch sizes
+            accuracy, difference = (outputs.argmax(1) == labels).float().mean(), (outputs - expected).abs().max()
+            of_probabilities = (outputs.exp() - expected.exp()).abs().max()
+            line = f"{name!s:<{len(str(onnx_file))}}  accuracy {accuracy:.2%}"
+            differences = f"  maximum difference {difference:.1e} (of probabilities {of_probabilities:.1e})"
+            print(line + ("" if run is predictor else differences))
+            assert of_probabilities < 1e-4, f"{name} does not compute what PyTorch does"
 
 
 if __name__ == "__main__":

@@ -9,15 +9,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from src.core.errors import UserError
-
-
-def raise_system_exit(number: int, frame: FrameType | None = None) -> None:
-    """Handle a signal: raise SystemExit with exit code 128 + its number."""
-    raise SystemExit(128 + number)
+from src.core.errors import UserError, exit_on_signal
 
 
 @contextmanager
@@ -26,7 +20,7 @@ def exit_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python installs handlers there only
         yield
         return
-    previous = {number: signal.signal(number, raise_system_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -1,7 +1,4 @@
-"""Data sets: MNIST, scikit-learn's digits, torchvision's data sets, image folders and .npz files.
-
-Each class has `download(root)`, which fetches what is missing or raises UserError, and `load(root)`.
-"""
+"""Data sets, each with `download(root)`, which fetches what is missing or raises UserError, and `load(root)`."""
 
 import hashlib
 import os
@@ -43,10 +40,6 @@ class LabeledImages(NamedTuple):
 
     images: Tensor  # [N, C, H, W], uint8
     labels: Tensor  # [N], int64
-
-    def to(self, device: torch.device) -> "LabeledImages":
-        """Copy both to a device."""
-        return LabeledImages(self.images.to(device), self.labels.to(device))
 
 
 class DatasetSplits(NamedTuple):

@@ -1,122 +1,90 @@
-"""How unlike the images of its training a network finds another.
+"""Detect out-of-distribution (OOD) images: Mahalanobis distance to the nearest class plus energy.
 
-A softmax gives a dot or a letter a class with confidence; what the layers make of them lies far from what they make of
-any class, and what the last layer sums up stays small. Mahalanobis distances: Lee et al. 2018,
-https://arxiv.org/abs/1807.03888, here with a covariance a class; energy: Liu et al. 2020,
-https://arxiv.org/abs/2010.03759.
+https://arxiv.org/abs/1807.03888, here with one covariance per class, and https://arxiv.org/abs/2010.03759.
 """
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from src.core.errors import UserError
 
-# Of the known images are within the limit. One in a hundred of new ones may be doubted; of ten thousand, chance alone
-# makes that 0.09 points more or less.
-SHARE = 0.9925
-FOLDS = 10
-MOST = 512  # numbers an image
+IN_DISTRIBUTION = 0.9925  # fraction of training images below the threshold; then some 1% of new images are above
+FOLDS, MAX_FEATURES = 10, 512
 
 
 def extract_features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, C, H, W] normalised images to [N, F] and to the energy [N].
+    """Map [N, C, H, W] normalised images to features [N, F] and energies, -log Σ exp(logits), [N].
 
-    The numbers are the mean over places of each channel of its batch norms, or without those of its convolutions, and
-    what its linear layers give. The energy is -log Σ exp of the last of these, or of the network's own outputs.
+    Features are the spatial means of all batch norms, or else convolutions, and the outputs of all linear layers.
     """
-    norms, convolutions, linear = (
-        [layer for layer in net.modules() if isinstance(layer, kind)] for kind in (nn.BatchNorm2d, nn.Conv2d, nn.Linear)
-    )
-    found: list[Tensor] = []
-
-    def see(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        found.append(output.flatten(2).mean(2) if output.ndim > 2 else output)
-
+    kinds, maps = (nn.BatchNorm2d, nn.Conv2d, nn.Linear), []
+    norms, convolutions, linear = ([layer for layer in net.modules() if isinstance(layer, kind)] for kind in kinds)
     with ExitStack() as hooks, torch.inference_mode():
         for layer in (*(norms or convolutions), *linear):
-            hooks.callback(layer.register_forward_hook(see).remove)
+            hooks.enter_context(layer.register_forward_hook(lambda _layer, _inputs, output: maps.append(output)))
         outputs = net(images)
-    if not found:
-        raise UserError(f"model: {type(net).__name__} has neither channels nor a linear layer to go by")
-    return torch.cat(found, dim=1), -(found[-1] if linear else outputs).logsumexp(1)
-
-
-class OODDetector(NamedTuple):
-    """What a network makes of each class, and the `limit` of how unlike that an image may be.
-
-    `means` [classes, F] and `whiten` [classes, F, F], the inverse Cholesky factors of the covariances, are those of
-    features over their deviations, `scale` [F]. `centre` and `spread` [classes + 1] are the mean and the deviation of
-    the squared distances to the own class, and of the energy. `of` tells for which weights all this was measured.
-    """
-
-    means: Tensor
-    whiten: Tensor
-    scale: Tensor
-    centre: Tensor
-    spread: Tensor
-    limit: float
-    of: float
-
-    def distances(self, net: nn.Module, images: Tensor) -> Tensor:
-        """[N] from [N, C, H, W] normalised images: in deviations, the nearest class's distance and the energy added."""
-        x, energy = extract_features(net, images)
-        return self.unlike(self.squared(x), energy)
-
-    def unlike(self, squared: Tensor, energy: Tensor) -> Tensor:
-        apart = (torch.cat([squared, energy[:, None]], dim=1) - self.centre) / self.spread
-        return apart[:, :-1].min(1).values + apart[:, -1]
-
-    def squared(self, x: Tensor) -> Tensor:
-        """[N, classes] squared Mahalanobis distances of [N, F]."""
-        return torch.stack(
-            [
-                ((x / self.scale - mean) @ whiten.float().T).square().sum(1)
-                for mean, whiten in zip(self.means, self.whiten, strict=True)
-            ],
-            dim=1,
-        )
+    features = torch.cat([x.flatten(2).mean(2) if x.ndim > 2 else x for x in maps], dim=1)
+    return features, -(maps[-1] if linear else outputs).logsumexp(1)
 
 
 def compute_fingerprint(net: nn.Module) -> float:
+    """Return the sum of the absolute weights, by which the detector of other weights is recognised."""
     return float(sum(parameter.detach().double().abs().sum() for parameter in net.parameters()))
 
 
-def fit_ood_detector(net: nn.Module, known: Iterable[tuple[Tensor, Tensor]]) -> OODDetector:
-    """From batches of normalised images with their labels, in the order of the data.
+class OODDetector(NamedTuple):
+    """A Gaussian of the features per class, and the threshold of the OOD score."""
 
-    The limit is that of images left out of what they are compared with: one in ten of each class at a time, neighbours,
-    as in MNIST the images of a writer are. Raises UserError for a network of too many channels, and for a class with
-    fewer than ten images.
-    """
-    from sklearn.model_selection import StratifiedKFold  # here, as in _gaussians, because predict can do without
+    means: Tensor  # [classes, F], of features / feature_scale
+    whitening: Tensor  # [classes, F, F], inverse Cholesky factors of the covariances
+    feature_scale: Tensor  # [F]
+    score_mean: Tensor  # [classes + 1], of the squared distances to the own class, and of the energy
+    score_std: Tensor  # [classes + 1]
+    threshold: float
+    fingerprint: float
 
-    parts = [(*extract_features(net, images), labels) for images, labels in known]
-    x, energy, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    if x.shape[1] > MOST:
-        raise UserError(f"model: {x.shape[1]:,} numbers an image; at most {MOST} are compared")
-    if (fewest := int(torch.bincount(labels).min())) < FOLDS:
-        raise UserError(f"data: a class has {fewest} images to train on; at least {FOLDS} are needed")
-    classes = int(labels.max()) + 1
-    squared = torch.empty(len(x), classes)
-    for kept, left_out in StratifiedKFold(FOLDS).split(x, labels):
-        squared[left_out] = _gaussians(x[kept], labels[kept], classes).squared(x[left_out])
-    own = [squared[labels == label, label] for label in range(classes)]
-    centre, spread = (torch.stack([moment(each) for each in (*own, energy)]) for moment in (torch.mean, torch.std))
-    familiar = _gaussians(x, labels, classes)._replace(centre=centre, spread=spread + 1e-6, of=compute_fingerprint(net))
-    return familiar._replace(limit=familiar.unlike(squared, energy).quantile(SHARE).item())
+    def detect(self, net: nn.Module, images: Tensor) -> Tensor:
+        """Return whether each of [N, C, H, W] normalised images is out-of-distribution."""
+        features, energy = extract_features(net, images)
+        distances = compute_distances(features, self.means, self.whitening, self.feature_scale)
+        return _compute_score(distances, energy, self.score_mean, self.score_std) > self.threshold
 
 
-def _gaussians(x: Tensor, labels: Tensor, classes: int) -> OODDetector:
-    """Shrunk as Ledoit and Wolf have it (2004): the more, the fewer images a class has."""
-    from sklearn.covariance import LedoitWolf
+def compute_distances(features: Tensor, means: Tensor, whitening: Tensor, scale: Tensor) -> Tensor:
+    """Return the squared Mahalanobis distance of [N, F] features to each class, [N, classes]."""
+    return ((features / scale - means[:, None]) @ whitening.float().mT).square().sum(2).T
 
-    scale = x.std(0) + 1e-6
-    fits = [LedoitWolf(store_precision=False).fit((x / scale)[labels == label].numpy()) for label in range(classes)]
-    means = torch.stack([torch.from_numpy(fit.location_) for fit in fits]).float()
-    covariances = torch.stack([torch.from_numpy(fit.covariance_) for fit in fits]).double()
-    whiten = torch.linalg.inv(torch.linalg.cholesky(covariances)).half()  # a byte more or less shows nowhere
-    return OODDetector(means, whiten, scale, torch.zeros(0), torch.zeros(0), 0.0, 0.0)
+
+def _compute_score(distances: Tensor, energy: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    standardised = (torch.cat([distances, energy[:, None]], dim=1) - mean) / std
+    return standardised[:, :-1].min(1).values + standardised[:, -1]
+
+
+def fit_ood_detector(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> OODDetector:
+    """Fit to batches of normalised images with labels, in the order of the data. Raises UserError."""
+    from sklearn.covariance import ledoit_wolf  # predict does not wait for these imports
+    from sklearn.model_selection import StratifiedKFold
+
+    parts = [(*extract_features(net, images), labels) for images, labels in batches]
+    features, energy, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    counts = labels.bincount()
+    if features.shape[1] > MAX_FEATURES or counts.min() < FOLDS:
+        numbers = f"{features.shape[1]:,} features, a class has {counts.min()} training images"
+        raise UserError(f"{numbers}; an OOD detector needs at most {MAX_FEATURES} and at least {FOLDS}")
+    distances = torch.empty(len(features), len(counts))
+    # The threshold is chosen on images left out, in blocks: neighbours in MNIST share a writer. The last fit is to all.
+    for train, test in (*StratifiedKFold(FOLDS).split(features, labels), (slice(None), [])):
+        scale = features[train].std(0) + 1e-6
+        by_class = [(features[train] / scale)[labels[train] == label] for label in range(len(counts))]
+        means = torch.stack([x.mean(0) for x in by_class])
+        covariances = torch.stack([torch.from_numpy(ledoit_wolf(x.numpy())[0]) for x in by_class]).double()
+        gaussians = means, torch.linalg.inv(torch.linalg.cholesky(covariances)).half(), scale
+        distances[test] = compute_distances(features[test], *gaussians)
+    scores = [*(distances[labels == label, label] for label in range(len(counts))), energy]
+    mean, std = torch.stack([x.mean() for x in scores]), torch.stack([x.std() for x in scores]) + 1e-6
+    threshold = _compute_score(distances, energy, mean, std).quantile(IN_DISTRIBUTION).item()
+    return OODDetector(*gaussians, mean, std, threshold, compute_fingerprint(net))

@@ -115,7 +115,9 @@ def read_run(folder: Path) -> Run:
         leaves = {key: value for key, value in iterate_items(config) if not isinstance(value, dict)}
         if any("${" in str(value).replace("${output_dir}", "") for key, value in leaves.items() if key != "output_dir"):
             return run  # it failed before its config was resolved
-        run.config, run.settings = config, run.settings | {key: format_setting(x) for key, x in leaves.items()}
+        run.config = config
+        run.settings = run.results.get("choices", {}) | run.settings
+        run.settings |= {key: format_setting(value) for key, value in leaves.items()}
     except (UserError, HydraException) as error:
         if run.state == UNFINISHED:  # Hydra was killed while it wrote these files
             return Run(folder, UNFINISHED, [])
@@ -200,7 +202,6 @@ def compare_runs(found: list[Run]) -> Comparison:
     if not runs:
         raise UserError(f"no run in here can be read: {unreadable[0].error}")
     named = list(dict.fromkeys(key for run in runs for key in parse_overrides(run.overrides)))
-    _add_default_choices(runs, named)
     every_key = dict.fromkeys([*named, *(key for run in runs for key in run.settings)])
     keys = [key for key in every_key if key not in IGNORED]
     complete = [run for run in runs if run.config]
@@ -230,15 +231,6 @@ def compare_runs(found: list[Run]) -> Comparison:
 
 def _get_values(run: Run, keys: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((key, run.settings.get(key, "")) for key in keys)
-
-
-def _add_default_choices(runs: list[Run], keys: list[str]) -> None:
-    """Give runs that leave a config group at its default that option as a setting."""
-    for run in runs:
-        missing = [key for key in keys if run.config and "." not in key and key not in run.settings]
-        if missing:
-            choices = run_folder.read_yaml(run.folder / ".hydra/hydra.yaml")["hydra"]["runtime"]["choices"]
-            run.settings |= {key: format_setting(choices.get(key)) for key in missing}
 
 
 def _find_metric(runs: list[Run]) -> tuple[str | None, bool, str]:

@@ -1,4 +1,4 @@
-"""Figures of what a network saw and how it did."""
+"""Plots of images, mistakes and confusions, as matplotlib figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +11,26 @@ from torchvision.utils import make_grid
 
 from src.core.errors import UserError
 
-FEW = 20  # classes that a figure has room to name
+MAX_NAMED_CLASSES = 20  # more have no room in a confusion matrix
 
 
 def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure in the format of the file's suffix; create the folder. Raises UserError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=100)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not write
-        raise UserError(f"{file}: cannot be written ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError) as error:  # ValueError: an unknown suffix
+        raise UserError(f"{file}: cannot be written ({error}); name another file") from error
 
 
 def plot_image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> Figure:
-    """[C, H, W] images, uint8, in rows, each with its caption above."""
-    columns = min(columns, len(images))
-    longest = max(map(len, captions))
-    gap, height, width = 12, *images[0].shape[1:]
-    gap = max(gap, round(2.2 * longest) - width)  # pixels, so that captions do not meet
-    picture = make_grid(torch.stack(list(images)), nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(picture.shape[1] / 32, picture.shape[0] / 32))
+    """Plot [C, H, W] uint8 images in rows, each below its caption."""
+    columns, (height, width) = min(columns, len(images)), images[0].shape[1:]
+    gap = max(12, round(2.2 * max(map(len, captions))) - width)  # pixels, so that captions do not touch
+    grid = make_grid(torch.stack(list(images)), nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
+    figure = Figure(figsize=(grid.shape[1] / 32, grid.shape[0] / 32))
     axes: Any = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(picture, interpolation="nearest")
+    axes.imshow(grid, interpolation="nearest")
     axes.axis("off")
     for index, caption in enumerate(captions):
         row, column = divmod(index, columns)
@@ -41,36 +40,34 @@ def plot_image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: 
 
 
 def find_worst_mistakes(labels: Tensor, probabilities: Tensor, count: int = 30) -> Tensor:
-    """Indices of the wrongly read images, those first whose true class got the least probability."""
+    """Return the indices of mistakes, the lowest probability of the true class first."""
     of_label = probabilities.gather(1, labels[:, None])[:, 0]
-    wrong = (probabilities.argmax(1) != labels).nonzero()[:, 0]
-    return wrong[of_label[wrong].argsort()][:count]
+    mistakes = (probabilities.argmax(1) != labels).nonzero()[:, 0]
+    return mistakes[of_label[mistakes].argsort()][:count]
 
 
 def plot_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> Figure | None:
-    """The worst mistakes among [N, C, H, W] images with the true and the read class; None if there are none."""
-    worst = find_worst_mistakes(labels, probabilities)
-    if not len(worst):
-        return None
-    captions = [f"{classes[int(labels[i])]} read as {classes[int(probabilities[i].argmax())]}" for i in worst]
-    return plot_image_grid(list(images[worst]), captions, columns=6)
+    """Plot the worst mistakes among [N, C, H, W] uint8 images; None if there are none."""
+    worst, predicted = find_worst_mistakes(labels, probabilities), probabilities.argmax(1)
+    captions = [f"{classes[labels[i]]} predicted as {classes[predicted[i]]}" for i in worst]
+    return plot_image_grid(list(images[worst]), captions, columns=6) if captions else None
 
 
 def plot_confusion_matrix(labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> Figure:
-    """How often each class was read as which; with numbers where there is room for them."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix  # seconds, for this figure alone
+    """Plot how often each class was predicted as which, with numbers if there are few classes."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix  # slow to import
     from torchmetrics.utilities.plot import plot_confusion_matrix
 
-    count, few = len(classes), len(classes) <= FEW
-    counts = multiclass_confusion_matrix(probabilities, labels, count)
-    side = 6.4 if count <= 10 else 9  # small, so that its labels are large
-    figure = Figure(figsize=(side, 0.9 * side), layout="constrained")
+    has_room = len(classes) <= MAX_NAMED_CLASSES
+    counts = multiclass_confusion_matrix(probabilities, labels, len(classes))
+    size = 6.4 if len(classes) <= 10 else 9  # inches, small so that the labels are large
+    figure = Figure(figsize=(size, 0.9 * size), layout="constrained")
     axes: Any = figure.add_subplot()
-    plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=[str(name) for name in classes], add_text=few)
-    if not few:
-        axes.set_xticks([]), axes.set_yticks([])
-    short = max(map(len, map(str, classes))) <= 3
-    axes.tick_params("x", labelsize=12, rotation=0 if short else 90), axes.tick_params("y", labelsize=12, rotation=0)
-    # Beside the diagonal every mistake would look white: let the colours tell mistakes apart.
+    plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=list(classes), add_text=has_room)
+    axes.tick_params("x", labelsize=12, rotation=0 if max(map(len, classes)) <= 3 else 90)
+    axes.tick_params("y", labelsize=12, rotation=0)
+    if not has_room:
+        axes.set(xticks=[], yticks=[])
+    # Beside the diagonal every mistake would look white: scale the colours by the mistakes.
     axes.images[0].set_clim(0, 2 * max(1, int((counts - counts.diag().diag()).max())))
     return figure

@@ -43,13 +43,6 @@ def test_affine_with_zero_limits_returns_the_images(interpolation):
     torch.testing.assert_close(affine(images, make_generator(0)), images, atol=1e-4, rtol=0)
 
 
-def test_affine_moves_each_image_by_its_own_amounts():
-    images = torch.rand(1, 1, 28, 28).expand(4, 1, 28, 28)
-    augmented = RandomAffine(degrees=10, translate=2, scale=0.1, shear=0.1)(images, make_generator(0))
-    assert len({tuple(image.flatten().tolist()) for image in augmented}) == 4
-    assert torch.equal(augmented, RandomAffine(10, 2, 0.1, 0.1)(images, make_generator(0)))
-
-
 def test_translation_is_in_pixels():
     dots = torch.zeros(64, 1, 28, 28)
     dots[:, :, 14, 14] = 1
@@ -94,7 +87,7 @@ def test_spec_normalizes_and_denormalizes():
     assert ImageSpec.from_dict(MNIST_SPEC.to_dict()) == MNIST_SPEC and MNIST_SPEC.label_name == "digit"
 
 
-@pytest.mark.parametrize("damage", [{"shape": [1, 100_000, 100_000]}, {"std": [float("nan")]}, {"classes": ["0"]}])
+@pytest.mark.parametrize("damage", [{"shape": [1, 100_000, 100_000]}, {"std": [float("nan")]}, {"mean": None}])
 def test_damaged_spec_raises(damage):
     with pytest.raises(UserError, match="description of its images is damaged"):
         ImageSpec.from_dict(MNIST_SPEC.to_dict() | damage)

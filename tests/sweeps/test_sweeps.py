@@ -57,8 +57,6 @@ def pretend(folder: Path, *overrides: str, metrics: dict[str, float] | None = No
     settings = OmegaConf.from_dotlist(list(overrides))
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(list(overrides)))
-    choices = {"model": "cnn", "experiment": None}
-    (folder / ".hydra/hydra.yaml").write_text(yaml.safe_dump({"hydra": {"runtime": {"choices": choices}}}))
     OmegaConf.save(OmegaConf.merge({"optimized_metric": "val/acc", **config}, settings), folder / ".hydra/config.yaml")
     if metrics is not None:
         seed = int(settings.get("seed", 0))
@@ -68,6 +66,7 @@ def pretend(folder: Path, *overrides: str, metrics: dict[str, float] | None = No
             "parameters": 15_544,
             "seed": seed,
             "seconds": {"fit": 2.0, "test": 1.0},
+            "choices": {"experiment": "null", "model": "cnn"},
         }
         (folder / "metrics.json").write_text(json.dumps({**results, "metrics": metrics}))
     if error:
@@ -265,8 +264,6 @@ def test_table_fits_the_terminal(tmp_path, monkeypatch, width):
 def test_default_option_of_a_swept_group_is_shown(tmp_path):
     for name in "source", "":
         pretend(tmp_path / f"run{name}", *[f"experiment={name}"] * bool(name), metrics={"val/acc": 0.5})
-        hydra = {"hydra": {"runtime": {"choices": {"experiment": name or None}}}}
-        (tmp_path / f"run{name}/.hydra/hydra.yaml").write_text(yaml.safe_dump(hydra))
     assert {setting.values["experiment"] for setting in compare_runs(read_runs([tmp_path])).settings} == {
         "source",
         "null",
