@@ -51,7 +51,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         run_record.finish_loggers(trainer)
     results = run_record.write_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
-        print_results(results, folder, reads=hasattr(data, "spec"))
+        print_results(results, folder, is_image_model=hasattr(data, "spec"))
     return run_record.get_optimized_metric(results, cfg.optimized_metric)
 
 

@@ -1,8 +1,8 @@
-"""--help, from the comments in conf/ and the rules of arguments (src.core.config): nothing is written down twice."""
+"""Print --help from the comments in conf/ and the annotations of arguments, so that nothing is written down twice."""
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,135 +12,116 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from src.core.config import CONF, ROOT_KEYS, describe_annotation, find_closest, get_annotations
+from src.core.config import CONF, find_closest, get_annotations, iterate_items
 from src.core.errors import UserError
+from src.core.value_types import ROOT_KEYS, to_constraint
 
-Row = tuple[str, str]
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def print_help(config_name: str, asked: Sequence[str], overrides: Sequence[str]) -> None:
-    """Prints what the root config, the groups or the keys that are `asked` for say of themselves."""
+def print_help(config_name: str, words: Sequence[str], overrides: Sequence[str]) -> None:
+    """Print help for the program, or for the config groups and keys that `words` name."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose(config_name, list(overrides), return_hydra_config=True))
-    assert isinstance(config, dict)
-    chosen = config.pop("hydra")["runtime"]["choices"]
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, list(overrides), return_hydra_config=True))
+    choices = config.pop("hydra")["runtime"]["choices"]
     groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-    chosen = {group: chosen.get(group, [*config.get(group, {})]) for group in groups}  # several loggers by their names
     roots = [CONF / f"{name}.yaml" for name in dict.fromkeys(("train", config_name))]
-    files = [*roots, *(file for group in groups for file in _options(group, chosen[group]))]
-    notes = {key: note for file in files for key, note in _notes(file).items() if note}
-    rows = {key: _row(key, value, rule, notes.get(key, "")) for key, value, rule in _leaves(config, ROOT_KEYS)}
-    if not asked:
-        print(*(re.sub("  +", "\n    ", line) for line in _head(roots[-1])), "", sep="\n")
-        _table("experiment=NAME: whole recipes", list(_summaries("experiment")))
-        names = [(group, " ".join(_starred(group, chosen[group]))) for group in groups if group != "experiment"]
-        _table(f"GROUP=NAME: other parts (* now); python -m src.{config_name} --help GROUP tells of one", names)
-        own = [key for file in roots for key in _notes(file) if key in rows]
-        _table("KEY=VALUE: now, and what it may be", [rows[key] for key in own])
-        print("--help KEY tells of a key, --cfg job shows the whole config.")
-    for word in asked:
+    files = [*roots, *(file for group in groups for file in _list_files(group, choices.get(group)))]
+    comments = {key: comment for file in files for key, comment in _read_comments(file).items() if comment}
+    rows = {key: _make_row(config, key, value, comments.get(key, "")) for key, value in iterate_items(config)}
+    rows = {key: row for key, row in rows.items() if not re.search(r"\.\d+(\.|$)|\._\w+_$", key)}
+    heading = "KEY=VALUE: current value, description (allowed values)"
+    if not words:
+        print(*(re.sub("  +", "\n    ", line) for line in _read_head(roots[-1])), "", sep="\n")
+        _print_table(
+            "experiment=NAME: recipes",
+            [(name, _read_summary("experiment", name)) for name in _list_options("experiment")],
+        )
+        others = [group for group in groups if group != "experiment"]
+        options = [(group, " ".join(_mark_chosen(group, choices.get(group)))) for group in others]
+        _print_table(f"GROUP=NAME (* is chosen); python -m src.{config_name} --help GROUP describes one", options)
+        _print_table(heading, [rows[key] for file in roots for key in _read_comments(file) if key in rows])
+        print("--help KEY describes a key, --cfg job prints the whole config.")
+    for word in words:
         if word in groups:
-            _table(f"{word}=NAME", [(name, _told(CONF / word / f"{name}.yaml")) for name in _names(word)])
-            own = [key for file in _options(word, chosen[word]) for key in _notes(file)]
-            found = [key for key in rows if key in own or key.partition(".")[0] == word]
+            _print_table(
+                f"{word}=NAME", [(name, _read_summary(word, name, whole=True)) for name in _list_options(word)]
+            )
+            keys = [key for file in _list_files(word, choices.get(word)) for key in _read_comments(file)]
+            found = [key for key in rows if key in keys or key.partition(".")[0] == word]
         else:
             found = [key for key in rows if re.search(rf"(^|\.){re.escape(word)}($|\.)", key)]
         if not found and word not in groups:
-            guess = find_closest(word, [*groups, *rows])
-            raise UserError(f"--help {word}: no such group or key" + (f"; did you mean {guess}?" if guess else ""))
+            match = find_closest(word, [*groups, *rows])
+            raise UserError(f"--help {word}: no such group or key" + (f"; did you mean {match}?" if match else ""))
         if found:
-            _table("KEY=VALUE: now, and what it may be", [rows[key] for key in found])
+            _print_table(heading, [rows[key] for key in found])
 
 
-def _names(group: str) -> list[str]:
+def _list_options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def _starred(group: str, chosen: Any) -> list[str]:
-    return [
-        f"*{name}" if name in (chosen if isinstance(chosen, list) else [chosen]) else name for name in _names(group)
-    ]
+def _mark_chosen(group: str, choice: Any) -> list[str]:
+    chosen = choice if isinstance(choice, list) else str(choice).strip("[]").replace(" ", "").split(",")
+    return [f"*{name}" if name in chosen else name for name in _list_options(group)]
 
 
-def _summaries(group: str) -> Iterator[tuple[str, str]]:
-    """Of each option what its first comment says, without the command there."""
-    for name in _names(group):
-        first = (_head(CONF / group / f"{name}.yaml") or [""])[0]
-        yield name, re.sub(r"^python -m .*?  +", "", first)
-
-
-def _options(group: str, chosen: Any) -> list[Path]:
-    """The files of a choice, those that it begins with first."""
+def _list_files(group: str, choice: Any) -> list[Path]:
+    """Return the files of the chosen options, after those that their defaults lists name."""
     files: list[Path] = []
-    for name in chosen if isinstance(chosen, list) else [chosen]:
-        file = CONF / group / f"{name}.yaml"
-        if file.is_file():
-            begun = [one for one in _read(file).get("defaults", []) if isinstance(one, str) and one != "_self_"]
-            files += [*(each for one in begun for each in _options(group, one)), file]
+    for name in choice if isinstance(choice, list) else str(choice).strip("[]").replace(" ", "").split(","):
+        if (file := CONF / group / f"{name}.yaml").is_file():
+            defaults = (yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}).get("defaults", [])
+            bases = [item for item in defaults if isinstance(item, str) and item != "_self_"]
+            files += [*(base_file for base in bases for base_file in _list_files(group, base)), file]
     return files
 
 
-def _read(file: Path) -> dict[str, Any]:
-    return yaml.load(file.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+def _read_head(file: Path) -> list[str]:
+    """Return the comment at the top of a file."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line[2:] for line in lines[:end] if "@package" not in line]
 
 
-def _head(file: Path) -> list[str]:
-    """The comment that a file begins with."""
-    lines = []
-    for line in file.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            lines.append(line[2:])
-    return lines
+def _read_summary(group: str, name: str, whole: bool = False) -> str:
+    head = _read_head(CONF / group / f"{name}.yaml") or [""]
+    return re.sub(r"\n(?!python)", " ", "\n".join(head)) if whole else re.sub(r"^python -m .*?  +", "", head[0])
 
 
-def _told(file: Path) -> str:
-    """That comment as one paragraph, but commands in lines of their own."""
-    return re.sub(r"\n(?!python)", " ", "\n".join(_head(file)))
+def _read_comments(file: Path) -> dict[str, str]:
+    """Return the comment beside each key, or above it, by the key's dotted name in the whole config."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    is_global = "@package _global_" in lines[0] or file.parent == CONF
+    comments: dict[str, str] = {}
 
-
-def _notes(file: Path) -> dict[str, str]:
-    """By key of the whole config, the comment beside it or, within the file, in the line above."""
-    lines = file.read_text().splitlines()
-    group = "" if "@package _global_" in lines[0] or file.parent == CONF else f"{file.parent.name}."
-    found: dict[str, str] = {}
-
-    def walk(node: Any, prefix: str) -> None:
+    def visit(node: Any, prefix: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             line = key.start_mark.line
-            beside = re.search(r"\s# (.*)", lines[line])
-            above = re.fullmatch(r"\s+# (.*)", lines[line - 1]) if line else None
-            note = beside or above
-            found[f"{prefix}{key.value}"] = note[1].strip() if note else ""
-            walk(value, f"{prefix}{key.value}.")
+            comment = re.search(r"\s# (.*)", lines[line]) or re.fullmatch(r"\s+# (.*)", lines[max(line - 1, 0)])
+            comments[f"{prefix}{key.value}"] = comment[1].strip() if comment else ""
+            visit(value, f"{prefix}{key.value}.")
 
-    walk(yaml.compose("\n".join(lines), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), group)
-    return {key: note for key, note in found.items() if key.split(".")[0] not in ("hydra", "defaults")}
+    visit(yaml.compose("\n".join(lines), Loader=YAML_LOADER), "" if is_global else f"{file.parent.name}.")
+    return {key: comment for key, comment in comments.items() if key.split(".")[0] not in ("hydra", "defaults")}
 
 
-def _leaves(node: dict[Any, Any], rules: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key with its value and its rule. What a class is built of has its rules; its name is the value."""
-    for name, value in node.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            target = value.get("_target_", "")
-            yield key, target.rpartition(".")[2], None
-            yield from _leaves(value, get_annotations(target) if target else {}, f"{key}.")
-        elif name not in ("_partial_", "_target_"):
-            yield key, value, rules.get(str(name))
-
-
-def _row(key: str, value: Any, rule: Any, note: str) -> Row:
-    try:
-        allowed = describe_annotation(rule) if rule is not None and rule is not Any else ""
-    except KeyError:  # a class
-        allowed = ""
+def _make_row(config: Any, key: str, value: Any, comment: str) -> tuple[str, str]:
+    *parents, name = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[int(parent)] if isinstance(node, list) else node[parent]
+    annotations = ROOT_KEYS if not parents else get_annotations(node["_target_"]) if "_target_" in node else {}
+    constraint = to_constraint(annotations.get(name))
+    if isinstance(value, dict):
+        value = str(value.get("_target_", "")).rpartition(".")[2]
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value).replace(" ", "")
-    return f"{key}={text}".removesuffix("="), f"{note} ({allowed})".lstrip() if allowed else note
+    description = f"{comment} ({constraint.description})".lstrip() if constraint else comment
+    return f"{key}={text}".removesuffix("="), description
 
 
-def _table(title: str, rows: Sequence[Row]) -> None:
+def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(overflow="fold", max_width=36)
     table.add_column(overflow="fold")
