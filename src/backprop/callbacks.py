@@ -27,44 +27,25 @@ class TraceCallback(Callback):
     The first step goes to TensorBoard's Text tab, with its formulas and numbers.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "first_lr": self.first_lr}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.first_lr = state_dict["rows"], state_dict["first_lr"]
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self.rows:
-            self.first_lr = trainer.optimizers[0].param_groups[0]["lr"]
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        assert isinstance(pl_module, BackpropModule)
-        self.rows.append(pl_module.row)
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         from src.backprop import plots  # imported late: Matplotlib is slow
 
         assert isinstance(pl_module, BackpropModule)
-        folder, losses = Path(trainer.default_root_dir), [row["E_total"] for row in self.rows]
-        rows = [[step, *row.values()] for step, row in enumerate(self.rows, start=1)]
-        _write_csv(folder / "trace.csv", [["step", *COLUMNS], *rows])
-        plots.save_figure(plots.plot_curves({f"{self.first_lr:g}": losses}), folder / "losses.png")
-        print(f"η = {self.first_lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
+        folder, rows = Path(trainer.default_root_dir), pl_module.rows
+        losses, lr = [row["E_total"] for row in rows], rows[0]["η"]
+        table = [[step, *(row[name] for name in COLUMNS)] for step, row in enumerate(rows, start=1)]
+        _write_csv(folder / "trace.csv", [["step", *COLUMNS], *table])
+        plots.save_figure(plots.plot_curves({f"{lr:g}": losses}), folder / "losses.png")
+        print(f"η = {lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
         print("trace.csv lists every number of every step, losses.png plots the losses")
-        text = format_worked_step(self.rows[0], self.first_lr, pl_module.gradients)
+        text = format_worked_step(rows[0], pl_module.gradients)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("first_step", text)
 
 
 class SweepReport(HydraCallback):
-    """After a sweep, write losses.csv, losses.md, plots and backprop.xlsx from trace.csv of its runs.
-
-    Runs without trace.csv are left out.
-    """
+    """After a sweep, write losses.csv, losses.md, plots and backprop.xlsx from those runs that have trace.csv."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from src.backprop import plots, workbook  # imported late: Hydra loads this module before the run starts

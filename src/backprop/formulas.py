@@ -9,17 +9,9 @@ MILESTONES = 1, 10, 50, 100  # the losses that tables list, counted from 1
 
 # In the order of the computation; σ is the sigmoid.
 FORWARD = {
-    "h1": "w1·i1 + w2·i2",
-    "a_h1": "σ(h1)",
-    "h2": "w3·i1 + w4·i2",
-    "a_h2": "σ(h2)",
-    "o1": "w5·a_h1 + w6·a_h2",
-    "a_o1": "σ(o1)",
-    "o2": "w7·a_h1 + w8·a_h2",
-    "a_o2": "σ(o2)",
-    "E1": "½·(t1 − a_o1)²",
-    "E2": "½·(t2 − a_o2)²",
-    "E_total": "E1 + E2",
+    **{"h1": "w1·i1 + w2·i2", "a_h1": "σ(h1)", "h2": "w3·i1 + w4·i2", "a_h2": "σ(h2)"},
+    **{"o1": "w5·a_h1 + w6·a_h2", "a_o1": "σ(o1)", "o2": "w7·a_h1 + w8·a_h2", "a_o2": "σ(o2)"},
+    **{"E1": "½·(t1 − a_o1)²", "E2": "½·(t2 − a_o2)²", "E_total": "E1 + E2"},
 }
 # Between E and the weights; these values have no column in the workbook.
 INTERMEDIATE = {
@@ -28,16 +20,9 @@ INTERMEDIATE = {
     "dE_da_h1": "∂E/∂o1·w5 + ∂E/∂o2·w7",
     "dE_da_h2": "∂E/∂o1·w6 + ∂E/∂o2·w8",
 }
-EQUATIONS = {
-    "dE_dw1": "∂E/∂a_h1·a_h1·(1 − a_h1)·i1",
-    "dE_dw2": "∂E/∂a_h1·a_h1·(1 − a_h1)·i2",
-    "dE_dw3": "∂E/∂a_h2·a_h2·(1 − a_h2)·i1",
-    "dE_dw4": "∂E/∂a_h2·a_h2·(1 − a_h2)·i2",
-    "dE_dw5": "∂E/∂o1·a_h1",
-    "dE_dw6": "∂E/∂o1·a_h2",
-    "dE_dw7": "∂E/∂o2·a_h1",
-    "dE_dw8": "∂E/∂o2·a_h2",
-}
+# w1 to w4 lead from i1 and i2 to h1 and h2, w5 to w8 from h1 and h2 to o1 and o2.
+EQUATIONS = {f"dE_dw{2 * h + i - 2}": f"∂E/∂a_h{h}·a_h{h}·(1 − a_h{h})·i{i}" for h in (1, 2) for i in (1, 2)}
+EQUATIONS |= {f"dE_dw{2 * o + h + 2}": f"∂E/∂o{o}·a_h{h}" for o in (1, 2) for h in (1, 2)}
 # The bug of the published spreadsheet changes the third and fourth gradient.
 SPREADSHEET = {name: text.replace("a_h2·(1 − a_h2)", "a_h1·(1 − a_h1)") for name, text in EQUATIONS.items()}
 UPDATE = {f"w{n}": f"w{n} − η·∂E/∂w{n}" for n in range(1, 9)}
@@ -57,13 +42,13 @@ def expand_formula(formula: str) -> str:
     return formula
 
 
-def format_worked_step(row: dict[str, float], lr: float, gradients: str) -> str:
-    """Write one step as Markdown tables, from a value for each of COLUMNS; `gradients` is a key of GRADIENTS."""
+def format_worked_step(row: dict[str, float], gradients: str) -> str:
+    """Write one step as Markdown tables, from COLUMNS and η in `row`; `gradients` is a key of GRADIENTS."""
     a = Activations(*(row[name] for name in Activations._fields))
     deltas = output_deltas(a, (row["t1"], row["t2"]))
     errors = hidden_errors(Weights(*(row[name] for name in Weights._fields)), *deltas)
     values = row | dict(zip(INTERMEDIATE, (*deltas, *errors), strict=True))
-    numbers = {format_name(name): value for name, value in values.items()} | {"η": lr}
+    numbers = {format_name(name): value for name, value in values.items()}
 
     def insert_number(name: re.Match[str]) -> str:
         text = f"{numbers[name.group()]:.6g}"
@@ -77,7 +62,7 @@ def format_worked_step(row: dict[str, float], lr: float, gradients: str) -> str:
         return "\n".join(["| | formula | with its numbers | value |", "|---|---|---|---|", *lines])
 
     return f"""\
-η = {lr:g}. The values come from unrounded numbers; the numbers themselves are rounded to 6 digits.
+η = {row["η"]:g}. The values come from unrounded numbers; the numbers themselves are rounded to 6 digits.
 
 **Forward**
 
@@ -89,7 +74,7 @@ def format_worked_step(row: dict[str, float], lr: float, gradients: str) -> str:
 
 **Update**
 
-{make_table(UPDATE, {name: row[name] - lr * row[f"dE_d{name}"] for name in UPDATE}, suffix=" next")}
+{make_table(UPDATE, {name: row[name] - row["η"] * row[f"dE_d{name}"] for name in UPDATE}, suffix=" next")}
 """
 
 

@@ -107,9 +107,13 @@ def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, tar
     return {name: tensors[name].item() for name in COLUMNS}
 
 
-# The values of task.gradients; None leaves the gradients to PyTorch.
+def autograd(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
+    """Let PyTorch compute the gradients."""
+    return Weights(*torch.autograd.grad(a.E_total, w))
+
+
 GradientFunction = Callable[[Weights, Activations, Tensor, Tensor], Weights]
-GRADIENTS: dict[str, GradientFunction | None] = {"autograd": None, "equations": equations, "spreadsheet": spreadsheet}
+GRADIENTS: dict[str, GradientFunction] = {"autograd": autograd, "equations": equations, "spreadsheet": spreadsheet}
 
 
 class GradientDescent(Optimizer):
@@ -150,10 +154,10 @@ class BackpropNet(nn.Module):
 
 
 class BackpropModule(L.LightningModule):
-    """Train the network by gradient descent on one sample; one step is one full batch.
+    """Train the network on one sample with gradients from one of GRADIENTS; one step is one full batch.
 
-    After each step, `row` holds its numbers (COLUMNS) with the weights before the update. The loggers get the
-    same numbers at the count of the updates made before. `gradients` is a key of GRADIENTS.
+    `rows` lists the numbers of every step (COLUMNS, and the learning rate η) with the weights before the update.
+    The loggers get the same numbers at the count of the updates made before.
     """
 
     def __init__(
@@ -166,36 +170,32 @@ class BackpropModule(L.LightningModule):
         super().__init__()
         if gradients not in GRADIENTS:
             raise UserError(f"task.gradients={gradients}: must be one of {', '.join(GRADIENTS)}")
-        self.net = net
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.gradients = gradients
-        self.row: dict[str, float] = {}
+        self.net, self.optimizer, self.scheduler, self.gradients = net, optimizer, scheduler, gradients
+        self.rows: list[dict[str, float]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rows"] = self.rows
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rows = checkpoint["rows"]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.sample = batch
-        self.activations = self.net(*batch)
-        return self.activations.E_total
-
-    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
-        compute_gradients = GRADIENTS[self.gradients]
-        if compute_gradients is None:
-            return loss.backward()
-        with torch.no_grad():
-            gradients = compute_gradients(self.net.weights, self.activations, *self.sample)
-        for weight, gradient in zip(self.net.weights, gradients, strict=True):
-            weight.grad = gradient
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        a, weights = self.activations, self.net.weights
-        self.row = make_row(weights, a, Weights(*(weight.grad for weight in weights)), *self.sample)
+        w, a = self.net.weights, self.net(*batch)
+        self.computed_gradients = GRADIENTS[self.gradients](w, a, *batch)
+        row = make_row(w, a, self.computed_gradients, *batch)
         # E1 and E2 are not of the group "loss": the plots of a sweep draw every metric of that group.
         groups = {"loss": ["E_total"], "error": ["E1", "E2"], "neuron": Activations._fields[:8]}
         groups |= {"weight": Weights._fields, "gradient": COLUMNS[-len(Weights._fields) :]}
-        scalars = {f"{group}/{name}": self.row[name] for group, names in groups.items() for name in names}
+        scalars = {f"{group}/{name}": row[name] for group, names in groups.items() for name in names}
         for logger in self.loggers:
             logger.log_metrics(scalars, self.global_step)
         self.log_dict({"error/E1": a.E1, "error/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
+        self.rows.append(row | {"η": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        return a.E_total
+
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
+        for weight, gradient in zip(self.net.weights, self.computed_gradients, strict=True):
+            weight.grad = gradient.detach()
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)

@@ -66,7 +66,6 @@ def plot_network(labels: Mapping[str, str] = EXAMPLE, is_path: bool = False) -> 
     axes.set(xlim=(-1.3, 9.9), ylim=(-0.55, 3.6), aspect="equal")
     axes.axis("off")
     columns, rows = {"i": 0.0, "h": 3.4, "o": 6.8}, {"1": 2.6, "2": 0.0}
-
     # w1 and w2 enter h1, w3 and w4 enter h2, and so on: the first of each pair starts at the upper neuron.
     for number in range(1, 9):
         name, (start, end) = f"w{number}", "ih" if number <= 4 else "ho"
@@ -82,15 +81,17 @@ def plot_network(labels: Mapping[str, str] = EXAMPLE, is_path: bool = False) -> 
         x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         axes.text(x, y, labels.get(name, ""), **CENTERED, zorder=5, bbox=box)
-    titles = {"i": "inputs", "h": "hidden layer", "o": "output layer"}
-    fills = {"i": "#dfe7ec", "h": "#f4e3c8", "o": "#f3d3c8"}
-    for letter, x in columns.items():
-        axes.text(x, 3.35, titles[letter], ha="center", color="0.4")
+    # Title and color of each layer, and where the labels of its neurons stand.
+    layers = {
+        "i": ("inputs", "#dfe7ec", -0.6, 0, "right"),
+        "h": ("hidden layer", "#f4e3c8", -0.35, -0.72, "center"),
+        "o": ("output layer", "#f3d3c8", 0.6, 0, "left"),
+    }
+    for letter, (title, fill, right, up, align) in layers.items():
+        x = columns[letter]
+        axes.text(x, 3.35, title, ha="center", color="0.4")
         for row, y in rows.items():
-            axes.add_patch(Circle((x, y), 0.46, facecolor=fills[letter], edgecolor=INK, lw=1.4, zorder=3))
+            axes.add_patch(Circle((x, y), 0.46, facecolor=fill, edgecolor=INK, lw=1.4, zorder=3))
             axes.text(x, y, f"${letter}_{row}$" + " | σ" * (letter != "i"), **CENTERED, zorder=4, fontsize=12)
-    for row, y in rows.items():
-        axes.text(-0.6, y, labels.get(f"i{row}", ""), **CENTERED | {"ha": "right"})
-        axes.text(7.4, y, labels.get(f"o{row}", ""), **CENTERED | {"ha": "left"})
-        axes.text(3.05, y - 0.72, labels.get(f"h{row}", ""), **CENTERED)
+            axes.text(x + right, y + up, labels.get(letter + row, ""), **CENTERED | {"ha": align})
     return figure

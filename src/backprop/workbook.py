@@ -10,17 +10,7 @@ import numpy as np
 import xlsxwriter
 from xlsxwriter.utility import xl_rowcol_to_cell
 
-from src.backprop import plots
-from src.backprop.formulas import (
-    EQUATIONS,
-    FORWARD,
-    MILESTONES,
-    NAME,
-    SPREADSHEET,
-    UPDATE,
-    expand_formula,
-    format_name,
-)
+from src.backprop import formulas, plots
 from src.backprop.network import COLUMNS
 
 EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET = "worked example", "steps", "losses"
@@ -36,7 +26,7 @@ GROUPS = (
     ("error", "E1", "#E9EDF0", False),
     ("backward: gradients", "dE_dw1", "#E0EDFB", True),
 )
-A4 = 9
+Losses = Mapping[str, Sequence[float]]
 NUMBER, TINY = {"num_format": "0.000000000"}, {"num_format": "0.0000000000E+00"}
 BOLD = {"bold": True, "align": "right"}
 NOTES = (
@@ -46,55 +36,45 @@ NOTES = (
 )
 
 
-def write_workbook(
-    file: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]
-) -> None:
-    """Write the workbook.
+def write_workbook(file: Path, trace: np.ndarray, lr: float, gradients: str, losses: Losses) -> None:
+    """Write the three sheets and their charts.
 
-    Args:
-        file: The .xlsx file.
-        trace: A structured array with the fields COLUMNS, one row per step. The first row gives the settings; the
-            others are the stored results, for programs that do not recalculate.
-        lr: The learning rate η of the worked example.
-        gradients: A key of network.GRADIENTS; "spreadsheet" switches the bug on.
-        losses: The losses of every learning rate, for the last sheet.
+    `trace` is a structured array with the fields COLUMNS. Its first row gives the settings, with η = `lr` and the bug
+    if `gradients` is "spreadsheet". All its values are stored beside the formulas, for programs that do not
+    recalculate. `losses` has the losses of every learning rate.
     """
     with xlsxwriter.Workbook(file) as book:
         example, steps, table = (book.add_worksheet(name) for name in (EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET))
         _write_example(book, example, trace, lr, gradients)
         _write_steps(book, steps, trace)
         _write_losses(book, table, losses, trace["E_total"].tolist())
-        for sheet in (example, steps, table):
+        lengths = [*map(len, losses.values()), len(trace)]
+        example.insert_chart("D18", _make_chart(book, lengths, {"log_base": 10, "num_format": "0E+00"}))
+        table.insert_chart(1, len(lengths) + 2, _make_chart(book, lengths, {"min": 0, "num_format": "0.000"}))
+        for sheet in book.worksheets():
             sheet.set_landscape()
-            sheet.set_paper(A4)
-            sheet.set_margins(0.4, 0.4, 0.5, 0.5)
-        example.insert_chart("D18", _make_chart(book, losses, len(trace), is_log=True))
-        table.insert_chart(1, len(losses) + 3, _make_chart(book, losses, len(trace), is_log=False))
+            sheet.fit_to_pages(1, 0)
 
 
 def _write_example(book: Any, sheet: Any, trace: np.ndarray, lr: float, gradients: str) -> None:
     bold, tiny = book.add_format(BOLD), book.add_format(TINY)
-    setting, note = (
-        book.add_format(f) for f in ({"bg_color": "#FFF2CC", "border": 1}, {"font_size": 8, "italic": True})
-    )
     title = "Backpropagation by hand: change a yellow cell and everything follows"
     sheet.write(0, 0, title, book.add_format({"bold": True, "font_size": 14}))
-    values = {"η": lr, "bug": int(gradients == "spreadsheet")}
-    for row, name in enumerate(SETTINGS, start=SETTINGS_ROW):
-        sheet.write(row, 0, name, bold)
-        sheet.write_number(row, 1, values[name] if name in values else trace[name][0].item(), setting)
-    row = SETTINGS_ROW + len(SETTINGS)
-    sheet.write_column(row, 0, NOTES, note)
-    row += len(NOTES) + 1
-    for offset, step in enumerate(number for number in MILESTONES if number <= len(trace)):
-        sheet.write(row + offset, 0, f"loss {step}", bold)
-        sheet.write_formula(row + offset, 1, _link_loss(step), tiny, trace["E_total"][step - 1].item())
+    numbers = {name: trace[name][0].item() for name in COLUMNS} | {"η": lr, "bug": int(gradients == "spreadsheet")}
+    sheet.write_column(SETTINGS_ROW, 0, SETTINGS, bold)
+    yellow = book.add_format({"bg_color": "#FFF2CC", "border": 1})
+    sheet.write_column(SETTINGS_ROW, 1, [numbers[name] for name in SETTINGS], yellow)
+    end = SETTINGS_ROW + len(SETTINGS)
+    sheet.write_column(end, 0, NOTES, book.add_format({"font_size": 8, "italic": True}))
+    steps = [number for number in formulas.MILESTONES if number <= len(trace)]
+    for row, step in enumerate(steps, start=end + len(NOTES) + 1):
+        sheet.write(row, 0, f"loss {step}", bold)
+        sheet.write_formula(row, 1, _link_loss(step), tiny, trace["E_total"][step - 1].item())
     image = BytesIO()
     plots.save_figure(plots.plot_network(plots.NAMES), image)
     sheet.insert_image("D3", "network.png", {"image_data": image, "x_scale": 0.75, "y_scale": 0.75})
     sheet.set_column(0, 0, 12)
     sheet.set_column(1, 1, 19)
-    sheet.fit_to_pages(1, 1)
 
 
 def _write_steps(book: Any, sheet: Any, trace: np.ndarray) -> None:
@@ -107,17 +87,13 @@ def _write_steps(book: Any, sheet: Any, trace: np.ndarray) -> None:
         number, tiny = (book.add_format({**style, "bg_color": color}) for style in (NUMBER, TINY))
         sheet.merge_range(0, 1 + begin, 0, end, group, group_header)
         for column, name in enumerate(COLUMNS[begin:end], start=1 + begin):
-            sheet.write(HEADER, column, format_name(name), header)
+            sheet.write(HEADER, column, formulas.format_name(name), header)
             style = tiny if name.startswith(("E", "dE")) else number
             for row, value in enumerate(trace[name].tolist(), start=HEADER + 1):
                 sheet.write_formula(row, column, _make_formula(name, row), style, value)
         sheet.set_column(1 + begin, end, 16 if "E" in COLUMNS[begin] else 11.5, None, {"level": int(can_fold)})
     sheet.freeze_panes(HEADER + 1, 1)
-    sheet.repeat_rows(0, HEADER)
-    sheet.repeat_columns(0)
     sheet.set_column(0, 0, 6)
-    sheet.set_v_pagebreaks([1 + COLUMNS.index(name) for name in ("w5", "dE_dw1")])
-    sheet.set_print_scale(64)
 
 
 def _link_setting(name: str) -> str:
@@ -133,26 +109,28 @@ def _get_cell(name: str, row: int) -> str:
 
 
 def _make_formula(name: str, row: int) -> str:
-    if name in UPDATE and row > HEADER + 1:
+    if name in formulas.UPDATE and row > HEADER + 1:
         return f"={_get_cell(name, row - 1)}-{_link_setting('η')}*{_get_cell(f'dE_d{name}', row - 1)}"
     if name in SETTINGS:
         return f"={_link_setting(name)}"
-    if name in FORWARD:
-        return "=" + _translate(FORWARD[name], row)
-    right, wrong = (_translate(expand_formula(table[name]), row) for table in (EQUATIONS, SPREADSHEET))
+    if name in formulas.FORWARD:
+        return "=" + _translate(formulas.FORWARD[name], row)
+    right, wrong = (
+        _translate(formulas.expand_formula(table[name]), row) for table in (formulas.EQUATIONS, formulas.SPREADSHEET)
+    )
     return f"={right}" if right == wrong else f"=IF({_link_setting('bug')}=1,{wrong},{right})"
 
 
 def _translate(formula: str, row: int) -> str:
     """Return the formula in a spreadsheet's syntax: names become cells, σ(x) becomes 1/(1+EXP(-x))."""
-    formula = NAME.sub(lambda name: _get_cell(name.group(), row), formula)
+    formula = formulas.NAME.sub(lambda name: _get_cell(name.group(), row), formula)
     closing = ")" if "σ(" in formula else ""
     for sign, syntax in {"σ(": "1/(1+EXP(-", "½": "0.5", "²": "^2", "·": "*", "−": "-", " ": ""}.items():
         formula = formula.replace(sign, syntax)
     return formula + closing
 
 
-def _write_losses(book: Any, sheet: Any, losses: Mapping[str, Sequence[float]], live: Sequence[float]) -> None:
+def _write_losses(book: Any, sheet: Any, losses: Losses, live: Sequence[float]) -> None:
     bold, tiny = book.add_format(BOLD), book.add_format(TINY)
     sheet.write_row(0, 0, ["step", *(f"η = {name}" for name in losses), EXAMPLE_SHEET], bold)
     sheet.write_column(1, 0, range(1, max(map(len, losses.values())) + 1))
@@ -163,26 +141,18 @@ def _write_losses(book: Any, sheet: Any, losses: Mapping[str, Sequence[float]], 
         sheet.write_formula(step, len(losses) + 1, _link_loss(step), tiny, value)
     sheet.set_column(0, len(losses) + 1, 18)
     sheet.freeze_panes(1, 1)
-    sheet.fit_to_pages(1, 0)
 
 
-def _make_chart(book: Any, losses: Mapping[str, Sequence[float]], steps: int, is_log: bool) -> Any:
-    """Plot the columns of the last sheet; the live one is black and dashed."""
+def _make_chart(book: Any, lengths: Sequence[int], y_axis: dict[str, Any]) -> Any:
+    """Plot the columns of the last sheet, which have these lengths; the live one is black and dashed."""
     chart = book.add_chart({"type": "scatter", "subtype": "straight"})
-    lengths = [*map(len, losses.values()), steps]
     for column, length in enumerate(lengths, start=1):
-        live_style = {"dash_type": "dash", "color": "black"} if column == len(lengths) else {}
-        chart.add_series(
-            {
-                "name": [LOSSES_SHEET, 0, column],
-                "categories": [LOSSES_SHEET, 1, 0, length, 0],
-                "values": [LOSSES_SHEET, 1, column, length, column],
-                "line": {"width": 1.5, **live_style},
-            }
-        )
+        line = {"dash_type": "dash", "color": "black"} if column == len(lengths) else {}
+        steps, values = ([LOSSES_SHEET, 1, number, length, number] for number in (0, column))
+        name = [LOSSES_SHEET, 0, column]
+        chart.add_series({"name": name, "categories": steps, "values": values, "line": {"width": 1.5, **line}})
     chart.set_title({"name": "Variation of losses w.r.t. learning rate", "name_font": {"size": 12}})
     chart.set_x_axis({"name": "step", "min": 0, "max": max(lengths), "label_position": "low"})
-    scale = {"log_base": 10, "num_format": "0E+00"} if is_log else {"min": 0, "num_format": "0.000"}
-    chart.set_y_axis({"name": "E_total", **scale})
-    chart.set_size({"width": 760, "height": 360} if is_log else {"width": 900, "height": 480})
+    chart.set_y_axis({"name": "E_total", **y_axis})
+    chart.set_size({"width": 760, "height": 360})
     return chart
