@@ -13,7 +13,7 @@ if sys.argv[0] == "-m":  # until Python has found the program that is to run, wh
         fix = "make train installs them into .venv; then type source .venv/bin/activate"
         sys.exit(errors.print_error(f"{sys.executable} {problem}; {fix}"))
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, errors.exit_on_signal)
 
 
 def load(path: Any = None, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fixtures that the tests share. Slow imports stand inside them, so that the xdist controller does not wait for them."""
+"""Fixtures that the tests share. Slow imports stand inside them: the xdist controller needs none of them."""
 
 import gc
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors gain nothing from threads, and CI has two cores
-gc.disable()  # until all is imported: it would look at the modules again and again, and find nothing
+gc.disable()  # until everything is imported; it would find nothing
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -28,16 +28,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection_finish() -> None:
     from tensorboard.summary.writer import event_file_writer
 
-    # Event files of one second and one process are told apart, and read in order, by a running number at the end of
-    # their names: as text, so 10 would come before 9. Runs in tests are that short, and in one process.
+    # Event files of one process and second differ by a counter at the end of their names, and are read in the order of
+    # their names, in which 10 would come before 9. Runs in tests are that short.
     event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
     read_configs_once()
     gc.enable()
-    gc.freeze()  # modules live on: each run's last collection need not look at them
+    gc.freeze()  # modules live on; no later collection need visit them
 
 
 def read_configs_once() -> None:
-    """Keeps what Hydra reads of each file: half of a composition, and a test may need ten of them."""
+    """Cache the files that Hydra reads: half of the time of a composition, and a test may need ten of them."""
     from hydra._internal.config_repository import ConfigRepository
 
     read: dict[tuple, bytes] = {}
@@ -61,8 +61,7 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def run_main(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
-    """Runs a main in this process as the shell would, and gives its exit code and what it printed."""
-
+    """Run a main in this process as the shell would; return its exit code and what it printed."""
     from src import train
 
     def run(*arguments: object, main: Callable[[], None] = train.main) -> Result:
@@ -76,7 +75,7 @@ def run_main(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
         return Result(code, *capfd.readouterr())
 
     yield run
-    for handler in [one for one in logging.getLogger().handlers if type(one) is logging.FileHandler]:
+    for handler in [handler for handler in logging.getLogger().handlers if type(handler) is logging.FileHandler]:
         logging.getLogger().removeHandler(handler)  # the last run's log, whose folder may be gone
 
 
@@ -110,7 +109,7 @@ def finished_run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_sweep(tmp_path_factory) -> Path:
-    """The folder of a finished sweep, two learning rates with two seeds each. Read it only; copy it to change anything."""
+    """The folder of a finished sweep: two learning rates, two seeds each. Read it only; copy it to change anything."""
     return train_small(tmp_path_factory.mktemp("finished") / "sweep", "-m", "optimizer.lr=0.05,0.2", "seed=0,1")
 
 
@@ -137,6 +136,22 @@ def mnist_root(tmp_path, monkeypatch) -> Path:
     known = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     monkeypatch.setattr(datasets, "MNIST_FILES", known)
     return tmp_path / "mnist"
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Three classes of 12 images, of several sizes and formats."""
+    import numpy as np
+    from PIL import Image
+
+    for channel, name in enumerate(("red", "green", "blue")):
+        (tmp_path / "colours" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 100, (20 + 3 * i, 30 + i, 3))
+            pixels[..., channel] += 120
+            suffix = ("png", "jpg", "bmp", "webp")[i % 4]
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"colours/{name}/{i}.{suffix}")
+    return tmp_path / "colours"
 
 
 @pytest.fixture
@@ -167,7 +182,7 @@ def small_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser():
-    """Debian's chromium, once a file: Playwright's event loop must not be there in other files' tests."""
+    """Debian's chromium, once per file, because Playwright's event loop would disturb tests of other files."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     chromium = shutil.which("chromium")
     if not chromium:
@@ -178,12 +193,12 @@ def browser():
 
 
 class SimulatedKill(BaseException):
-    """Ends a run as SIGKILL would: nothing is written any more."""
+    """End a run as SIGKILL would: nothing is written any more."""
 
 
 @pytest.fixture
-def stop(monkeypatch):
-    """Makes the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
+def interrupt_at(monkeypatch):
+    """Make the next run stop itself at the start of batch `at`, counted from 0 over all epochs."""
     from src.training.resume import ResumeCheckpoint
 
     original = ResumeCheckpoint.on_train_batch_start
@@ -203,7 +218,7 @@ def stop(monkeypatch):
 
 
 def run_with_processes(number: int, *arguments: str) -> None:
-    """Trains with that many processes, all of them forked: Lightning and Slurm start each anew, for five seconds."""
+    """Train with `number` processes, started as torchrun does."""
     command = [sys.executable, "-m", "src.train", *arguments, "trainer=ddp", f"trainer.devices={number}"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The numbers and pictures of docs/backprop.md: python -m src.backprop."""
+"""Make the plots and numbers of docs/backprop.md: python -m src.backprop."""
 
 from pathlib import Path
 
@@ -8,16 +8,15 @@ from src.core.process import import_lightning
 
 @argparse_main
 def main() -> None:
-    parser = Parser(
+    """Parse the arguments, then make the lesson's plots in docs/."""
+    Parser(
         prog="python -m src.backprop",
-        description="Draws the pictures of docs/backprop.md and prints the numbers that it quotes.",
-    )
-    parser.parse_args()
-
+        description="Save the plots of docs/backprop.md in docs/ and print the numbers that it quotes.",
+    ).parse_args()
     import_lightning()
-    from src.backprop.lesson import draw_lesson  # here, because --help should not wait for PyTorch
+    from src.backprop.stability import make_lesson  # imported late: --help does not wait for PyTorch
 
-    draw_lesson(Path(__file__).parents[2] / "docs")
+    make_lesson(Path(__file__).parents[2] / "docs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one training sample of the backprop experiment."""
+"""The single training sample of the backprop experiment."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from src.core.errors import UserError, parse_finite_numbers
 
 
 class OneSampleDataModule(L.LightningDataModule):
-    """One batch an epoch: the pair (inputs, targets), each float64 of shape (2,).
+    """Load one batch per epoch: the pair (inputs, targets), both float64 of shape (2,).
 
-    Raises UserError unless both are two finite numbers, and for another module than the one that learns from it.
+    Raises UserError unless both are two finite numbers, and if another task than BackpropModule trains on it.
     """
 
     name = "one sample"
@@ -24,11 +24,11 @@ class OneSampleDataModule(L.LightningDataModule):
             parse_finite_numbers("data.inputs", inputs, ("i1", "i2")),
             parse_finite_numbers("data.targets", targets, ("t1", "t2")),
         )
-        self.sample = TensorDataset(*(torch.tensor([row], dtype=torch.float64) for row in numbers))
+        self.sample = TensorDataset(*(torch.tensor([pair], dtype=torch.float64) for pair in numbers))
 
     def setup(self, stage: str) -> None:
         if not isinstance(self.trainer.lightning_module, BackpropModule):  # type: ignore[union-attr]
-            raise UserError("data=backprop has no images; set another data=, or experiment=backprop without model=")
+            raise UserError("data=backprop: has no images; type another data=, or experiment=backprop without model=")
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.sample, batch_size=None)

@@ -1,16 +1,13 @@
-"""The worked sheet as formulas: to be read with their numbers, and to be computed by a spreadsheet.
-
-This is the one place where the network is written down a second time; a test holds it against
-src.backprop.network.
-"""
+"""Write the equations as text, for the worked step and the workbook; a test compares them with network.py."""
 
 import re
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from src.backprop.network import Activations, Weights, hidden_errors, output_deltas
 
-# In the order in which they are computed; σ is the sigmoid.
+MILESTONES = 1, 10, 50, 100  # the losses that tables list, counted from 1
+
+# In the order of the computation; σ is the sigmoid.
 FORWARD = {
     "h1": "w1·i1 + w2·i2",
     "a_h1": "σ(h1)",
@@ -24,8 +21,8 @@ FORWARD = {
     "E2": "½·(t2 − a_o2)²",
     "E_total": "E1 + E2",
 }
-# Between E and the weights; these have no column in the sheet.
-ON_THE_WAY = {
+# Between E and the weights; these values have no column in the workbook.
+INTERMEDIATE = {
     "dE_do1": "(a_o1 − t1)·a_o1·(1 − a_o1)",
     "dE_do2": "(a_o2 − t2)·a_o2·(1 − a_o2)",
     "dE_da_h1": "∂E/∂o1·w5 + ∂E/∂o2·w7",
@@ -41,71 +38,64 @@ EQUATIONS = {
     "dE_dw7": "∂E/∂o2·a_h1",
     "dE_dw8": "∂E/∂o2·a_h2",
 }
-# The slip of the published spreadsheet: a_h1 where a_h2 belongs.
-SPREADSHEET = EQUATIONS | {
-    "dE_dw3": "∂E/∂a_h2·a_h1·(1 − a_h1)·i1",
-    "dE_dw4": "∂E/∂a_h2·a_h1·(1 − a_h1)·i2",
-}
+# The bug of the published spreadsheet changes the third and fourth gradient.
+SPREADSHEET = {name: text.replace("a_h2·(1 − a_h2)", "a_h1·(1 − a_h1)") for name, text in EQUATIONS.items()}
 UPDATE = {f"w{n}": f"w{n} − η·∂E/∂w{n}" for n in range(1, 9)}
 
 NAME = re.compile(r"∂E/∂\w+|[a-zE]\w*|η")
 
 
-def spoken(name: str) -> str:
-    """∂E/∂w1 for the column dE_dw1; other names as they are."""
-    return name.replace("dE_d", "∂E/∂")
+def format_name(column: str) -> str:
+    """Return ∂E/∂w1 for the column dE_dw1, and other names unchanged."""
+    return column.replace("dE_d", "∂E/∂")
 
 
-def expanded(formula: str) -> str:
-    """`formula` in terms of the sheet's columns alone."""
-    for name, meaning in reversed(ON_THE_WAY.items()):  # the later ones contain the earlier
-        formula = formula.replace(spoken(name), f"({meaning})")
+def expand_formula(formula: str) -> str:
+    """Replace the intermediate values by their formulas, so that only columns of the workbook remain."""
+    for name, definition in reversed(INTERMEDIATE.items()):  # the later definitions contain the earlier names
+        formula = formula.replace(format_name(name), f"({definition})")
     return formula
 
 
-def worked_step(row: dict[str, float], lr: float, gradients: str) -> str:
-    """One step of gradient descent as Markdown tables of formula, numbers and value.
+def format_worked_step(row: dict[str, float], lr: float, gradients: str) -> str:
+    """Write one step as Markdown tables, from a value for each of COLUMNS; `gradients` is a key of GRADIENTS."""
+    a = Activations(*(row[name] for name in Activations._fields))
+    deltas = output_deltas(a, (row["t1"], row["t2"]))
+    errors = hidden_errors(Weights(*(row[name] for name in Weights._fields)), *deltas)
+    values = row | dict(zip(INTERMEDIATE, (*deltas, *errors), strict=True))
+    numbers = {format_name(name): value for name, value in values.items()} | {"η": lr}
 
-    `row` has a value for each column of the sheet, `gradients` is a key of src.backprop.network.GRADIENTS.
-    """
-    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in row.items()}
-    deltas = output_deltas(
-        Activations(*(tensors[name] for name in Activations._fields)),
-        torch.stack([tensors["t1"], tensors["t2"]]),
-    )
-    hidden = hidden_errors(Weights(*(tensors[name] for name in Weights._fields)), *deltas)
-    values = row | {name: value.item() for name, value in zip(ON_THE_WAY, (*deltas, *hidden), strict=True)}
-    after = {name: row[name] - lr * row[f"dE_d{name}"] for name in UPDATE}
-    known = {spoken(name): value for name, value in values.items()} | {"η": lr}
-    backward = ON_THE_WAY | (SPREADSHEET if gradients == "spreadsheet" else EQUATIONS)
+    def insert_number(name: re.Match[str]) -> str:
+        text = f"{numbers[name.group()]:.6g}"
+        return f"({text})" if text.startswith("-") else text
 
-    def table(formulas: dict[str, str], values: dict[str, float], mark: str = "") -> str:
+    def make_table(formulas: dict[str, str], values: dict[str, float], suffix: str = "") -> str:
         lines = [
-            f"| {spoken(name)}{mark} | {formula} | {_with_numbers(formula, known)} | {values[name]:.10g} |"
+            f"| {format_name(name)}{suffix} | {formula} | {NAME.sub(insert_number, formula)} | {values[name]:.10g} |"
             for name, formula in formulas.items()
         ]
         return "\n".join(["| | formula | with its numbers | value |", "|---|---|---|---|", *lines])
 
     return f"""\
-η = {lr:g}. The values come from unrounded numbers; the numbers themselves are shown to 6 digits.
+η = {lr:g}. The values come from unrounded numbers; the numbers themselves are rounded to 6 digits.
 
 **Forward**
 
-{table(FORWARD, values)}
+{make_table(FORWARD, values)}
 
 **Backward** ({gradients})
 
-{table(backward, values)}
+{make_table(INTERMEDIATE | (SPREADSHEET if gradients == "spreadsheet" else EQUATIONS), values)}
 
 **Update**
 
-{table(UPDATE, after, mark=" next")}
+{make_table(UPDATE, {name: row[name] - lr * row[f"dE_d{name}"] for name in UPDATE}, suffix=" next")}
 """
 
 
-def _with_numbers(formula: str, known: dict[str, float]) -> str:
-    def number(name: re.Match[str]) -> str:
-        text = f"{known[name.group()]:.6g}"
-        return f"({text})" if text.startswith("-") else text
-
-    return NAME.sub(number, formula)
+def format_milestones(losses: Mapping[str, Sequence[float]]) -> str:
+    """Write the losses at MILESTONES as a Markdown table, one line per learning rate."""
+    lines = [["η", *(f"loss {number}" for number in MILESTONES)], ["---:"] * (1 + len(MILESTONES))]
+    for name, values in losses.items():
+        lines.append([name, *(f"{values[n - 1]:.8e}" if n <= len(values) else "" for n in MILESTONES)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,59 +1,20 @@
-"""The pictures of the backprop experiment. Matplotlib's objects alone: no window is ever opened."""
+"""Plot the network and its losses. Only Matplotlib's figure objects are used, so no window opens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
 from src.backprop.network import INPUTS, TARGETS, WEIGHTS
 
 INK, ACCENT = "#22303c", "#c8553d"
+CENTERED: dict[str, Any] = {"ha": "center", "va": "center", "color": INK}
 
-
-def save(figure: Figure, path: Path | BinaryIO) -> None:
-    # No software name or date inside, so that equal pictures are equal files.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def _axes(figure: Figure, title: str, position: int = 111, **labels: str) -> Axes:
-    axes = figure.add_subplot(position)
-    axes.set(title=title, **labels)
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
-
-
-def _colours(count: int) -> np.ndarray:
-    return colormaps["viridis"](np.linspace(0, 0.9, count))
-
-
-def all_losses(losses: Mapping[str, Sequence[float]]) -> Figure:
-    """Left as they are; right on a logarithmic scale, where they go on falling for all to see."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle("Variation of losses w.r.t. learning rate")
-    for position, scale in ((121, "linear"), (122, "log")):
-        axes = _axes(figure, "", position, xlabel="loss number", ylabel="E_total")
-        for (name, values), colour in zip(losses.items(), _colours(len(losses)), strict=True):
-            axes.plot(range(1, len(values) + 1), values, label=name, color=colour)
-        axes.set_yscale(scale)
-    axes.legend(frameon=False, title="learning rate")
-    return figure
-
-
-def one_loss(name: str, values: Sequence[float]) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = _axes(figure, f"Loss at learning rate {name}", xlabel="loss number", ylabel="E_total")
-    axes.plot(range(1, len(values) + 1), values, color=ACCENT)
-    axes.set_ylim(bottom=0)
-    return figure
-
-
-# The way back from E to w1: what each link multiplies with.
+# The labels of the path from E to w1: the factors of the chain rule.
 PATH_OF_W1 = {
     "w1": r"$\partial h_1/\partial w_1 = i_1$",
     "w5": r"$\partial o_1/\partial a_{h1} = w_5$",
@@ -70,83 +31,66 @@ EXAMPLE = {
 NAMES = {f"w{n}": f"$w_{n}$" for n in range(1, 9)} | {f"o{n}": f"$a_{{o{n}}}$ → $E_{n}$" for n in (1, 2)}
 
 
-def network(labels: Mapping[str, str] = EXAMPLE, path: bool = False) -> Figure:
-    """The network. `labels` are for weights, and stand beside neurons; with `path` what they are at is lit."""
+def save_figure(figure: Figure, file: Path | BinaryIO) -> None:
+    """Save a PNG without the software's name, so that equal figures are equal files."""
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[float] | np.ndarray],
+    x: Sequence[float] | np.ndarray | None = None,
+    title: str = "Variation of losses w.r.t. learning rate",
+    xlabel: str = "loss number",
+    ylabel: str = "E_total",
+    scales: Sequence[str] = ("linear", "log"),
+) -> Figure:
+    """Plot one curve per name in one panel per scale of the y axis; the default x counts from 1."""
+    figure = Figure(figsize=(3.5 + 4 * len(scales), 4.5), layout="constrained")
+    figure.suptitle(title)
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(curves)))
+    for position, scale in enumerate(scales, start=1):
+        axes = figure.add_subplot(1, len(scales), position, xlabel=xlabel, ylabel=ylabel)
+        for (name, values), color in zip(curves.items(), colors, strict=True):
+            axes.plot(range(1, len(values) + 1) if x is None else x, values, label=name, color=color)
+        axes.set_yscale(scale)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right center")
+    return figure
+
+
+def plot_network(labels: Mapping[str, str] = EXAMPLE, is_path: bool = False) -> Figure:
+    """Draw the network with `labels` on weights and beside neurons; `is_path` highlights the labelled weights."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlim=(-1.3, 9.9), ylim=(-0.55, 3.6), aspect="equal")
     axes.axis("off")
-    columns = {"i": 0, "h": 3.4, "o": 6.8}
-    places = {f"{layer}{row}": (x, 2.6 if row == 1 else 0) for layer, x in columns.items() for row in (1, 2)}
+    columns, rows = {"i": 0.0, "h": 3.4, "o": 6.8}, {"1": 2.6, "2": 0.0}
 
-    # w1 and w2 enter h1, w3 and w4 enter h2, and so on: the first of each pair comes from the upper neuron.
+    # w1 and w2 enter h1, w3 and w4 enter h2, and so on: the first of each pair starts at the upper neuron.
     for number in range(1, 9):
-        name = f"w{number}"
-        lit = path and name in labels
-        layer = "ih" if number <= 4 else "ho"
-        source, target = f"{layer[0]}{1 + (number - 1) % 2}", f"{layer[1]}{1 + (number - 1) // 2 % 2}"
-        (x0, y0), (x1, y1) = places[source], places[target]
-        axes.annotate(
-            "",
-            (x1, y1),
-            (x0, y0),
-            arrowprops={
-                "arrowstyle": "<|-" if lit else "-|>",
-                "color": ACCENT if lit else "0.8" if path else "0.55",
-                "shrinkA": 25,
-                "shrinkB": 27,
-                "lw": 2.5 if lit else 1.3,
-            },
-        )
-        # Near the source, so that the labels of crossing edges stay apart.
-        share = 0.5 if y0 == y1 else 0.55 if lit else 0.29
-        axes.text(
-            x0 + share * (x1 - x0),
-            y0 + share * (y1 - y0),
-            labels.get(name, ""),
-            ha="center",
-            va="center",
-            color=INK,
-            zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )
+        name, (start, end) = f"w{number}", "ih" if number <= 4 else "ho"
+        x0, y0 = columns[start], rows["12"[(number - 1) % 2]]
+        x1, y1 = columns[end], rows["12"[(number - 1) // 2 % 2]]
+        is_highlighted = is_path and name in labels
+        arrow = {"arrowstyle": "-|>", "color": "0.8" if is_path else "0.55", "shrinkA": 25, "shrinkB": 27, "lw": 1.3}
+        if is_highlighted:
+            arrow |= {"arrowstyle": "<|-", "color": ACCENT, "lw": 2.5}
+        axes.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
+        # Labels stand near the start, so that those of crossing edges stay apart.
+        share = 0.5 if y0 == y1 else 0.55 if is_highlighted else 0.29
+        x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(x, y, labels.get(name, ""), **CENTERED, zorder=5, bbox=box)
+    titles = {"i": "inputs", "h": "hidden layer", "o": "output layer"}
     fills = {"i": "#dfe7ec", "h": "#f4e3c8", "o": "#f3d3c8"}
-    for name, (x, y) in places.items():
-        axes.add_patch(Circle((x, y), 0.46, facecolor=fills[name[0]], edgecolor=INK, lw=1.4, zorder=3))
-        label = f"${name[0]}_{name[1]}$" if name[0] == "i" else f"${name[0]}_{name[1]}$ | σ"
-        axes.text(x, y, label, ha="center", va="center", color=INK, zorder=4, fontsize=12)
-    for row, y in ((1, 2.6), (2, 0)):
-        axes.text(-0.6, y, labels.get(f"i{row}", ""), ha="right", va="center", color=INK)
-        axes.text(7.4, y, labels.get(f"o{row}", ""), va="center", color=INK)
-        axes.text(3.05, y - 0.72, labels.get(f"h{row}", ""), ha="center", va="center", color=INK)
-    for name, x in (("inputs", 0), ("hidden layer", 3.4), ("output layer", 6.8)):
-        axes.text(x, 3.35, name, ha="center", color="0.4")
-    return figure
-
-
-def slip(right: Mapping[str, Sequence[float]], slipped: Mapping[str, Sequence[float]]) -> Figure:
-    """How far the losses move when the gradient of w3 and w4 has the spreadsheet's slip."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = _axes(figure, "What the slip changes", xlabel="loss number", ylabel="loss with slip − loss without")
-    for name, colour in zip(right, _colours(len(right)), strict=True):
-        difference = np.subtract(slipped[name], right[name])
-        axes.plot(range(1, len(difference) + 1), difference, label=name, color=colour)
-    figure.legend(frameon=False, title="learning rate", loc="outside right center")
-    return figure
-
-
-def past_two(rates: Sequence[float], curves: Mapping[int, Sequence[float]], limit: float) -> Figure:
-    """`curves` maps a loss number to one loss a rate; `limit` is 2/λ at the minimum."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = _axes(
-        figure,
-        "How large may a step be?",
-        xlabel="learning rate η",
-        ylabel="E_total (what lies below 1e-33 is drawn there)",
-    )
-    for (number, values), colour in zip(curves.items(), _colours(len(curves)), strict=True):
-        axes.plot(rates, np.maximum(values, 1e-33), label=f"loss {number}", color=colour, lw=1.3)
-    axes.axvline(limit, color=ACCENT, ls="--", lw=1, label=f"2/λ = {limit:.1f}")
-    axes.set(xscale="log", yscale="log")
-    axes.legend(frameon=False)
+    for letter, x in columns.items():
+        axes.text(x, 3.35, titles[letter], ha="center", color="0.4")
+        for row, y in rows.items():
+            axes.add_patch(Circle((x, y), 0.46, facecolor=fills[letter], edgecolor=INK, lw=1.4, zorder=3))
+            axes.text(x, y, f"${letter}_{row}$" + " | σ" * (letter != "i"), **CENTERED, zorder=4, fontsize=12)
+    for row, y in rows.items():
+        axes.text(-0.6, y, labels.get(f"i{row}", ""), **CENTERED | {"ha": "right"})
+        axes.text(7.4, y, labels.get(f"o{row}", ""), **CENTERED | {"ha": "left"})
+        axes.text(3.05, y - 0.72, labels.get(f"h{row}", ""), **CENTERED)
     return figure

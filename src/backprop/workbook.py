@@ -1,4 +1,4 @@
-"""backprop.xlsx: the worked example with live formulas, and the losses of every learning rate."""
+"""Write backprop.xlsx: the worked example with live formulas, and the losses of every learning rate."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -11,16 +11,24 @@ import xlsxwriter
 from xlsxwriter.utility import xl_rowcol_to_cell
 
 from src.backprop import plots
-from src.backprop.formulas import EQUATIONS, FORWARD, NAME, SPREADSHEET, UPDATE, expanded, spoken
+from src.backprop.formulas import (
+    EQUATIONS,
+    FORWARD,
+    MILESTONES,
+    NAME,
+    SPREADSHEET,
+    UPDATE,
+    expand_formula,
+    format_name,
+)
 from src.backprop.network import COLUMNS
 
-START, STEPS, LOSSES = "worked example", "steps", "losses"
-# The cells that a reader may change, below one another on the first sheet. Rows and columns count from 0.
-SETTINGS = ("η", "i1", "i2", "t1", "t2", *(f"w{n}" for n in range(1, 9)), "slip")
+EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET = "worked example", "steps", "losses"
+# The cells that a reader may change, one per row on the first sheet. Rows and columns count from 0.
+SETTINGS = ("η", "i1", "i2", "t1", "t2", *(f"w{n}" for n in range(1, 9)), "bug")
 SETTINGS_ROW = 2
-MILESTONES = 1, 10, 50, 100
-HEAD = 1  # the row of the columns' names on the second sheet; above it, those of their groups
-# Group, its first column, colour, whether a click folds it away.
+HEADER = 1  # the row of the column names on the second sheet, below the names of their groups
+# Name, first column, color, and whether a click folds the group.
 GROUPS = (
     ("sample", "t1", "#E9EDF0", False),
     ("forward: hidden layer", "w1", "#FBF3E4", True),
@@ -28,142 +36,153 @@ GROUPS = (
     ("error", "E1", "#E9EDF0", False),
     ("backward: gradients", "dE_dw1", "#E0EDFB", True),
 )
-A4, NUMBER, TINY = 9, "0.000000000", "0.0000000000E+00"
+A4 = 9
+NUMBER, TINY = {"num_format": "0.000000000"}, {"num_format": "0.0000000000E+00"}
+BOLD = {"bold": True, "align": "right"}
+NOTES = (
+    "η: the learning rate. bug = 1: a_h1·(1 − a_h1)",
+    "in ∂E/∂w3 and ∂E/∂w4 instead of a_h2·(1 − a_h2),",
+    "as in the published spreadsheet.",
+)
 
 
-def write(path: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]) -> None:
-    """Starts the sheet from the first row of `trace`, from `lr` and from `gradients`.
+def write_workbook(
+    file: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]
+) -> None:
+    """Write the workbook.
 
-    The rest of `trace`, a structured array with the fields COLUMNS, is what programs see that do not
-    calculate: the results which the file keeps beside its formulas. `losses` has a list for each rate.
+    Args:
+        file: The .xlsx file.
+        trace: A structured array with the fields COLUMNS, one row per step. The first row gives the settings; the
+            others are the stored results, for programs that do not recalculate.
+        lr: The learning rate η of the worked example.
+        gradients: A key of network.GRADIENTS; "spreadsheet" switches the bug on.
+        losses: The losses of every learning rate, for the last sheet.
     """
-    with xlsxwriter.Workbook(path) as book:
-        sheets = [book.add_worksheet(name) for name in (START, STEPS, LOSSES)]
-        _write_start(book, sheets[0], trace, lr, gradients)
-        _write_steps(book, sheets[1], trace)
-        _write_losses(book, sheets[2], losses, trace["E_total"].tolist())
-        for sheet in sheets:
+    with xlsxwriter.Workbook(file) as book:
+        example, steps, table = (book.add_worksheet(name) for name in (EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET))
+        _write_example(book, example, trace, lr, gradients)
+        _write_steps(book, steps, trace)
+        _write_losses(book, table, losses, trace["E_total"].tolist())
+        for sheet in (example, steps, table):
             sheet.set_landscape()
             sheet.set_paper(A4)
             sheet.set_margins(0.4, 0.4, 0.5, 0.5)
-        sheets[0].insert_chart("D18", _chart(book, losses, len(trace), log=True))
-        sheets[2].insert_chart(1, len(losses) + 3, _chart(book, losses, len(trace), log=False))
+        example.insert_chart("D18", _make_chart(book, losses, len(trace), is_log=True))
+        table.insert_chart(1, len(losses) + 3, _make_chart(book, losses, len(trace), is_log=False))
 
 
-def _write_start(book: Any, sheet: Any, trace: np.ndarray, lr: float, gradients: str) -> None:
-    bold = book.add_format({"bold": True, "align": "right"})
-    entry = book.add_format({"bg_color": "#FFF2CC", "border": 1})
-    tiny = book.add_format({"num_format": TINY})
+def _write_example(book: Any, sheet: Any, trace: np.ndarray, lr: float, gradients: str) -> None:
+    bold, tiny = book.add_format(BOLD), book.add_format(TINY)
+    setting, note = (
+        book.add_format(f) for f in ({"bg_color": "#FFF2CC", "border": 1}, {"font_size": 8, "italic": True})
+    )
     title = "Backpropagation by hand: change a yellow cell and everything follows"
     sheet.write(0, 0, title, book.add_format({"bold": True, "font_size": 14}))
-    start = {"η": lr, "slip": int(gradients == "spreadsheet")}
+    values = {"η": lr, "bug": int(gradients == "spreadsheet")}
     for row, name in enumerate(SETTINGS, start=SETTINGS_ROW):
         sheet.write(row, 0, name, bold)
-        sheet.write_number(row, 1, start[name] if name in start else trace[name][0].item(), entry)
+        sheet.write_number(row, 1, values[name] if name in values else trace[name][0].item(), setting)
     row = SETTINGS_ROW + len(SETTINGS)
-    notes = ("η: the learning rate. slip = 1: a_h1·(1 − a_h1)", "in ∂E/∂w3 and ∂E/∂w4, where a_h2 belongs,")
-    for offset, note in enumerate((*notes, "as in the published spreadsheet.")):
-        sheet.write(row + offset, 0, note, book.add_format({"font_size": 8, "italic": True}))
-    row += len(notes) + 2
+    sheet.write_column(row, 0, NOTES, note)
+    row += len(NOTES) + 1
     for offset, step in enumerate(number for number in MILESTONES if number <= len(trace)):
-        cell = _cell("E_total", HEAD + step)
         sheet.write(row + offset, 0, f"loss {step}", bold)
-        sheet.write_formula(row + offset, 1, f"='{STEPS}'!{cell}", tiny, trace["E_total"][step - 1].item())
-    picture = BytesIO()
-    plots.save(plots.network(plots.NAMES), picture)
-    sheet.insert_image("D3", "network.png", {"image_data": picture, "x_scale": 0.75, "y_scale": 0.75})
+        sheet.write_formula(row + offset, 1, _link_loss(step), tiny, trace["E_total"][step - 1].item())
+    image = BytesIO()
+    plots.save_figure(plots.plot_network(plots.NAMES), image)
+    sheet.insert_image("D3", "network.png", {"image_data": image, "x_scale": 0.75, "y_scale": 0.75})
     sheet.set_column(0, 0, 12)
     sheet.set_column(1, 1, 19)
     sheet.fit_to_pages(1, 1)
 
 
 def _write_steps(book: Any, sheet: Any, trace: np.ndarray) -> None:
-    bold = book.add_format({"bold": True, "align": "right"})
-    sheet.write(HEAD, 0, "step", bold)
-    sheet.write_column(HEAD + 1, 0, range(1, len(trace) + 1))
+    sheet.write(HEADER, 0, "step", book.add_format(BOLD))
+    sheet.write_column(HEADER + 1, 0, range(1, len(trace) + 1))
     ends = [COLUMNS.index(first) for _, first, *_ in GROUPS] + [len(COLUMNS)]
-    for (group, _, colour, folds), (begin, end) in zip(GROUPS, pairwise(ends), strict=True):
-        head = book.add_format({"bold": True, "align": "right", "bg_color": colour, "border": 1})
-        band = book.add_format({"bold": True, "align": "center", "bg_color": colour, "border": 1})
-        styles = [book.add_format({"num_format": form, "bg_color": colour}) for form in (NUMBER, TINY)]
-        sheet.merge_range(0, 1 + begin, 0, end, group, band)
+    for (group, _, color, can_fold), (begin, end) in zip(GROUPS, pairwise(ends), strict=True):
+        header = book.add_format({**BOLD, "bg_color": color, "border": 1})
+        group_header = book.add_format({"bold": True, "align": "center", "bg_color": color, "border": 1})
+        number, tiny = (book.add_format({**style, "bg_color": color}) for style in (NUMBER, TINY))
+        sheet.merge_range(0, 1 + begin, 0, end, group, group_header)
         for column, name in enumerate(COLUMNS[begin:end], start=1 + begin):
-            sheet.write(HEAD, column, spoken(name), head)
-            for row, value in enumerate(trace[name].tolist(), start=HEAD + 1):
-                sheet.write_formula(row, column, _formula(name, row), styles[name.startswith(("E", "dE"))], value)
-        sheet.set_column(1 + begin, end, 16 if "E" in COLUMNS[begin] else 11.5, None, {"level": int(folds)})
-    sheet.freeze_panes(HEAD + 1, 1)
-    sheet.repeat_rows(0, HEAD)
+            sheet.write(HEADER, column, format_name(name), header)
+            style = tiny if name.startswith(("E", "dE")) else number
+            for row, value in enumerate(trace[name].tolist(), start=HEADER + 1):
+                sheet.write_formula(row, column, _make_formula(name, row), style, value)
+        sheet.set_column(1 + begin, end, 16 if "E" in COLUMNS[begin] else 11.5, None, {"level": int(can_fold)})
+    sheet.freeze_panes(HEADER + 1, 1)
+    sheet.repeat_rows(0, HEADER)
     sheet.repeat_columns(0)
     sheet.set_column(0, 0, 6)
     sheet.set_v_pagebreaks([1 + COLUMNS.index(name) for name in ("w5", "dE_dw1")])
     sheet.set_print_scale(64)
 
 
-def _setting(name: str) -> str:
-    return f"'{START}'!" + xl_rowcol_to_cell(SETTINGS_ROW + SETTINGS.index(name), 1, row_abs=True, col_abs=True)
+def _link_setting(name: str) -> str:
+    return f"'{EXAMPLE_SHEET}'!" + xl_rowcol_to_cell(SETTINGS_ROW + SETTINGS.index(name), 1, row_abs=True, col_abs=True)
 
 
-def _cell(name: str, row: int) -> str:
+def _link_loss(step: int) -> str:
+    return f"='{STEPS_SHEET}'!{_get_cell('E_total', HEADER + step)}"
+
+
+def _get_cell(name: str, row: int) -> str:
     return xl_rowcol_to_cell(row, 1 + COLUMNS.index(name))
 
 
-def _formula(name: str, row: int) -> str:
-    if name in UPDATE and row > HEAD + 1:
-        return f"={_cell(name, row - 1)}-{_setting('η')}*{_cell(f'dE_d{name}', row - 1)}"
+def _make_formula(name: str, row: int) -> str:
+    if name in UPDATE and row > HEADER + 1:
+        return f"={_get_cell(name, row - 1)}-{_link_setting('η')}*{_get_cell(f'dE_d{name}', row - 1)}"
     if name in SETTINGS:
-        return f"={_setting(name)}"
+        return f"={_link_setting(name)}"
     if name in FORWARD:
-        return "=" + _spreadsheet_syntax(FORWARD[name], row)
-    right, slipped = (_spreadsheet_syntax(expanded(table[name]), row) for table in (EQUATIONS, SPREADSHEET))
-    return f"={right}" if right == slipped else f"=IF({_setting('slip')}=1,{slipped},{right})"
+        return "=" + _translate(FORWARD[name], row)
+    right, wrong = (_translate(expand_formula(table[name]), row) for table in (EQUATIONS, SPREADSHEET))
+    return f"={right}" if right == wrong else f"=IF({_link_setting('bug')}=1,{wrong},{right})"
 
 
-def _spreadsheet_syntax(formula: str, row: int) -> str:
-    """σ(x) becomes 1/(1+EXP(-x)), every name its cell, and the signs those of a spreadsheet."""
-    cells = NAME.sub(lambda name: _cell(name.group(), row), formula)
-    signs = {"σ(": "1/(1+EXP(-", "½": "0.5", "²": "^2", "·": "*", "−": "-", " ": ""}
-    closing = ")" if "σ(" in cells else ""
-    for written, meant in signs.items():
-        cells = cells.replace(written, meant)
-    return cells + closing
+def _translate(formula: str, row: int) -> str:
+    """Return the formula in a spreadsheet's syntax: names become cells, σ(x) becomes 1/(1+EXP(-x))."""
+    formula = NAME.sub(lambda name: _get_cell(name.group(), row), formula)
+    closing = ")" if "σ(" in formula else ""
+    for sign, syntax in {"σ(": "1/(1+EXP(-", "½": "0.5", "²": "^2", "·": "*", "−": "-", " ": ""}.items():
+        formula = formula.replace(sign, syntax)
+    return formula + closing
 
 
 def _write_losses(book: Any, sheet: Any, losses: Mapping[str, Sequence[float]], live: Sequence[float]) -> None:
-    bold = book.add_format({"bold": True, "align": "right"})
-    tiny = book.add_format({"num_format": TINY})
-    sheet.write(0, 0, "step", bold)
+    bold, tiny = book.add_format(BOLD), book.add_format(TINY)
+    sheet.write_row(0, 0, ["step", *(f"η = {name}" for name in losses), EXAMPLE_SHEET], bold)
     sheet.write_column(1, 0, range(1, max(map(len, losses.values())) + 1))
-    for column, (name, values) in enumerate(losses.items(), start=1):
-        sheet.write(0, column, f"η = {name}", bold)
+    for column, values in enumerate(losses.values(), start=1):
         sheet.write_column(1, column, values, tiny)
-    # One more, live: whatever stands on the worked sheet.
-    column = len(losses) + 1
-    sheet.write(0, column, START, bold)
+    # The last column is live: it follows the worked example.
     for step, value in enumerate(live, start=1):
-        sheet.write_formula(step, column, f"='{STEPS}'!{_cell('E_total', HEAD + step)}", tiny, value)
-    sheet.set_column(0, column, 18)
+        sheet.write_formula(step, len(losses) + 1, _link_loss(step), tiny, value)
+    sheet.set_column(0, len(losses) + 1, 18)
     sheet.freeze_panes(1, 1)
     sheet.fit_to_pages(1, 0)
 
 
-def _chart(book: Any, losses: Mapping[str, Sequence[float]], steps: int, log: bool) -> Any:
-    """The columns of the last sheet; the live one is black and dashed."""
+def _make_chart(book: Any, losses: Mapping[str, Sequence[float]], steps: int, is_log: bool) -> Any:
+    """Plot the columns of the last sheet; the live one is black and dashed."""
     chart = book.add_chart({"type": "scatter", "subtype": "straight"})
     lengths = [*map(len, losses.values()), steps]
     for column, length in enumerate(lengths, start=1):
-        live = {"dash_type": "dash", "color": "black"} if column == len(lengths) else {}
+        live_style = {"dash_type": "dash", "color": "black"} if column == len(lengths) else {}
         chart.add_series(
             {
-                "name": [LOSSES, 0, column],
-                "categories": [LOSSES, 1, 0, length, 0],
-                "values": [LOSSES, 1, column, length, column],
-                "line": {"width": 1.5, **live},
+                "name": [LOSSES_SHEET, 0, column],
+                "categories": [LOSSES_SHEET, 1, 0, length, 0],
+                "values": [LOSSES_SHEET, 1, column, length, column],
+                "line": {"width": 1.5, **live_style},
             }
         )
     chart.set_title({"name": "Variation of losses w.r.t. learning rate", "name_font": {"size": 12}})
     chart.set_x_axis({"name": "step", "min": 0, "max": max(lengths), "label_position": "low"})
-    scale = {"log_base": 10, "num_format": "0E+00"} if log else {"min": 0, "num_format": "0.000"}
+    scale = {"log_base": 10, "num_format": "0E+00"} if is_log else {"min": 0, "num_format": "0.000"}
     chart.set_y_axis({"name": "E_total", **scale})
-    chart.set_size({"width": 760, "height": 360} if log else {"width": 900, "height": 480})
+    chart.set_size({"width": 760, "height": 360} if is_log else {"width": 900, "height": 480})
     return chart

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -121,7 +122,7 @@ def _complete_arguments(arguments: Namespace) -> None:
         arguments.multirun = arguments.cfg is None and arguments.info is None
     has_folder = any(override.startswith("hydra.run.dir=") for override in overrides)
     if resumed := [override for override in overrides if override.startswith("resume=")]:
-        folder = Path(resumed[0].partition("=")[2].strip("'\""))
+        folder = Path(str(OverridesParser.create().parse_override(resumed[0]).value()))
         settings = [override for override in overrides if not override.startswith((resumed[0], "hydra."))]
         if other := [
             override for override in settings if override.partition("=")[0] not in run_folder.RESUME_OVERRIDES

@@ -89,51 +89,38 @@ def continue_logger_run(logger: Any, name: str) -> None:
         logger._run_id = name
 
 
-def mark_as_not_restarting(trainer: "L.Trainer") -> None:
-    """Lightning steps no ReduceLROnPlateau where the epoch ends that it restarted in, for lack of metrics."""
-    trainer.fit_loop._restarting = False
-
-
 def get_loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
-    """Where the training DataLoaders are, of those that can tell (as torchdata's StatefulDataLoader)."""
+    """Return the states of the training DataLoaders that have one, as torchdata's StatefulDataLoader."""
     loader = trainer.fit_loop._combined_loader
     return loader._state_dicts() if loader else []
 
 
-def restart_dataloader(trainer: "L.Trainer", always: bool) -> bool:
-    """Begins a resumed epoch's batches where the loaders were, if they can tell: whether they can.
+def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, Any]]) -> None:
+    """Resume with the batch at whose start the checkpoint was written, and with the DataLoaders in these states.
 
-    Lightning forgets to if a module asks how many steps there will be: that begins them before the checkpoint is read.
+    Lightning expects checkpoints of the end of a batch, and would count this batch and the last step twice. It skips
+    ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics. If a module asks for the number of
+    steps, it begins the DataLoaders before it has loaded their states.
     """
-    loop, told = trainer.fit_loop, bool(get_loader_states(trainer))
-    states, loop._combined_loader_states_to_load = loop._combined_loader_states_to_load, []
-    if states and loop._combined_loader:
-        loop._combined_loader._load_state_dicts(states)
-    if states or always:
-        iter(loop._data_fetcher)  # type: ignore[arg-type]
-    return told
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epoch_loop.batch_progress.is_last_batch = False
+    epoch_loop.batch_progress.total.ready = epoch_loop.batch_progress.total.completed
+    epoch_loop._batches_that_stepped -= not epoch_loop._should_accumulate()
+    fit_loop._restarting = False
+    assert fit_loop._combined_loader and fit_loop._data_fetcher
+    fit_loop._combined_loader_states_to_load = []
+    fit_loop._combined_loader._load_state_dicts(loader_states)
+    iter(fit_loop._data_fetcher)
 
 
-def mark_between_batches(trainer: "L.Trainer", checkpoint: dict[str, Any], states: list[dict[str, Any]]) -> None:
-    """Makes a checkpoint that is written where a batch starts one of the end of the batch before, as Lightning expects.
-
-    It would count a step more when it loads this one, and the loaders' `states` are those of that moment.
-    """
-    loops = checkpoint["loops"]["fit_loop"]
-    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-    steps = loops["epoch_loop.state_dict"]
-    steps["_batches_that_stepped"] -= not trainer.fit_loop.epoch_loop._should_accumulate()
-    if states:
-        loops["state_dict"]["combined_loader"] = states
-
-
-def disable_sigterm_broadcast(trainer: "L.Trainer") -> None:
-    """Several processes of Lightning ask each other before each step whether one got SIGTERM, and wait for it."""
+def disable_requeue_and_broadcast(trainer: "L.Trainer") -> None:
+    """Disable Lightning's requeueing on Slurm, and the broadcast before every step of whether SIGTERM was received."""
+    trainer._accelerator_connector.cluster_environment.auto_requeue = False  # type: ignore[attr-defined]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def set_closure_loss(closure: Any, loss: Any) -> None:
-    """Makes Lightning's closure of a step one that has run and given a copy of `loss`."""
+    """Mark Lightning's closure of a step as run, with `loss` as its result."""
     from lightning.pytorch.loops.optimization.automatic import ClosureResult
 
     closure._result = ClosureResult(loss)

@@ -1,13 +1,15 @@
 """Describe errors of Hydra, OmegaConf, Lightning, PyTorch and the disk as one line that names the fix."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from src.core.errors import UserError, print_error, print_warnings_in_one_line
-from src.core.process import exit_on_signals, survive_closed_stdout
+from src.core.process import exit_on_signals
 
 FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu or auto",
@@ -34,9 +36,15 @@ DISK_ERRORS = {
 def exit_on_error() -> Iterator[None]:
     """Run a program: report a user's mistake as one line with exit code 2, let a bug raise with its traceback."""
     print_warnings_in_one_line()
-    with survive_closed_stdout(), exit_on_signals():
+    with exit_on_signals():
         try:
+            if isinstance(sys.stdout, TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
             yield
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does; nothing more can be printed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             if any(text in str(error) for text in LOST_PEER):
                 print_error(f"another process of this run has ended: {str(error).splitlines()[0]}")

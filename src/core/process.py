@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import io
 import os
 import signal
 import sys
@@ -10,15 +9,9 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-from src.core.errors import UserError
-
-
-def raise_system_exit(number: int, frame: FrameType | None = None) -> None:
-    """Handle a signal: raise SystemExit with exit code 128 + its number."""
-    raise SystemExit(128 + number)
+from src.core.errors import UserError, exit_on_signal
 
 
 @contextmanager
@@ -27,38 +20,12 @@ def exit_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python installs handlers there only
         yield
         return
-    previous = {number: signal.signal(number, raise_system_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-class _StdoutFile(io.FileIO):
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except BrokenPipeError:
-            return len(data)
-
-
-@contextmanager
-def survive_closed_stdout() -> Iterator[None]:
-    """Let a program go on when nobody reads its output any more, as in `| head`, and print names in any encoding."""
-    previous = sys.stdout
-    try:
-        file = _StdoutFile(previous.fileno(), "w", closefd=False)
-    except (AttributeError, OSError, ValueError):  # closed by the caller, or replaced by an object without a file
-        sys.stdout = previous or open(os.devnull, "w")  # noqa: SIM115
-    else:
-        settings: Any = {"encoding": previous.encoding, "line_buffering": previous.isatty()}
-        sys.stdout = io.TextIOWrapper(io.BufferedWriter(file), errors="backslashreplace", **settings)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = previous
 
 
 def is_first_process() -> bool:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
         is_pruned = stops_early or (is_trial and isinstance(error, DivergenceError))
         trace = "" if line else "".join(traceback.format_exception(error))
         message = line or " ".join(f"{type(error).__name__}: {error}".split())
-        if folder.is_dir():
+        with suppress(OSError):  # a full disk must not hide the error
             write_status(folder, "pruned" if is_pruned else "failed", message, trace)
         raise
 

@@ -34,12 +34,9 @@ class Batch(NamedTuple):
 class ImageDataModule(L.LightningDataModule):
     """Serve the images of a class of src.data.datasets, normalised and, for training, augmented.
 
-    `batch_size` is per process; None is 128, or 32 for fewer than 10,000 images. `val_size` training images are held
-    out, at random by `split_seed`, or the last ones: MNIST is ordered by writer, so validation is then writer-disjoint,
-    like the test. None is a tenth, at most 5,000. `train_size` limits the others; fewer are a subset of more. `seed`
-    keys order and augmentation. `soft_labels`, of src.distillation, adds teachers' outputs to training batches, and
-    keys the augmentation by a seed of its own. With `num_workers` the images stay on disk, and so many processes read
-    them. `mean` and `std` are fractions of white per channel; None measures them on the training images.
+    `val_size` training images are held out, at random or the last ones: MNIST is ordered by writer, so validation is
+    then writer-disjoint, like the test. A smaller `train_size` trains on a subset of a larger one. `seed` keys order
+    and augmentation; `soft_labels`, of src.distillation, has its own. conf/data/images.yaml has units and defaults.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class ImageDataModule(L.LightningDataModule):
         self.val_split, self.split_seed = val_split, split_seed
         self.preprocess, self.mean, self.std = preprocess, mean, std
         self.is_prepared = False
-        self.epoch_soft_labels: tuple[int, Any] | None = None  # of one epoch, with its number
+        self.epoch_soft_labels: tuple[int, Any] = -1, None  # with their epoch
         self.device = torch.device("cpu")
         self.generator = torch.Generator()
         self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
@@ -85,9 +82,10 @@ class ImageDataModule(L.LightningDataModule):
         self.progress = 0.0
         self.device = self.trainer.strategy.root_device if self.trainer else self.device
         self.generator = torch.Generator(self.device)
-        if not self.num_workers:
-            moved = {name: getattr(self.splits, name).to(self.device) for name in ("train", "test", "val")}
-            self.splits = self.splits._replace(**moved)
+        for name in "train", "test", "val":
+            if isinstance(split := getattr(self.splits, name), LabeledImages):
+                moved = LabeledImages(split.images.to(self.device), split.labels.to(self.device))
+                self.splits = self.splits._replace(**{name: moved})  # type: ignore[arg-type]
 
     @cached_property
     def splits(self) -> DatasetSplits:
@@ -101,9 +99,8 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.val_size={val_size}: {splits.name} has {count:,} training images; use fewer")
         if self.train_size and self.train_size > (rest := count - val_size):
             raise UserError(f"data.train_size={self.train_size}: {rest:,} images are not held out; use fewer")
-        order = torch.arange(count).flip(0)
-        if self.val_split == "random":
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
+        order = shuffled if self.val_split == "random" else torch.arange(count).flip(0)
         train = _select(splits.train, order[val_size:][: self.train_size].sort().values)
         val = splits.test if self.test_every_epoch else _select(splits.train, order[:val_size])
         return splits._replace(train=train, val=val)
@@ -118,7 +115,8 @@ class ImageDataModule(L.LightningDataModule):
         shape: Any = tuple(images.shape[1:])
         if self.preprocess == "mnist" and shape != (1, 28, 28):
             raise UserError(f"data.preprocess=mnist: {self.splits.name} has images of {shape}; use resize")
-        moments = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(shape[0])]
+        is_given = self.mean and self.std
+        moments = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(0 if is_given else shape[0])]
         mean = self.mean or [mean.item() for _, mean in moments]
         std = self.std or [max(std.item(), 1 / 255) for std, _ in moments]
         if not len(mean) == len(std) == shape[0]:
@@ -140,12 +138,12 @@ class ImageDataModule(L.LightningDataModule):
     def _make_loader(self, split: Any, batch_size: int, seed: int | None = None) -> DataLoader:
         """Return a loader of index tensors for images in memory, otherwise of images and labels."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        device = None if self.num_workers else self.device
+        device = self.device if isinstance(split, LabeledImages) else None
         sampler: Any = IndexBatchSampler(_count(split), batch_size, seed, rank, world_size, device)
-        if not self.num_workers:
+        if isinstance(split, LabeledImages):
             return DataLoader(torch.arange(sampler.size, device=device), sampler=sampler, batch_size=None)  # type: ignore[arg-type]
-        options: Any = {"persistent_workers": True, "pin_memory": torch.cuda.is_available()}
-        return DataLoader(split, batch_sampler=sampler, num_workers=self.num_workers, **options)
+        options: Any = {"num_workers": self.num_workers, "persistent_workers": True}
+        return DataLoader(split, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **options)
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
@@ -166,22 +164,21 @@ class ImageDataModule(L.LightningDataModule):
             yield _select(images, batch) if isinstance(batch, Tensor) else LabeledImages(*batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        assert self.trainer
-        is_index = isinstance(batch, Tensor)
-        if is_index and batch.is_floating_point():  # the example input of Lightning's summary
-            return batch
-        if self.trainer.training:
-            if is_index and getattr(self.trainer.strategy, "wants_indices", False):
+        trainer: Any = self.trainer
+        if isinstance(batch, Tensor):
+            is_example = batch.is_floating_point()  # the input that Lightning summarises the network with
+            if is_example or (trainer.training and getattr(trainer.strategy, "wants_indices", False)):
                 return batch
+        if trainer.training:
             self.begin_batch()
         return self.make_batch(batch)
 
     def begin_batch(self) -> None:
         """Seed the generator by the batch, so that a resumed run draws the same numbers, and set the progress."""
-        assert self.trainer
-        batch_number = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        self.generator.manual_seed(hash_seed(self.seed, batch_number, self.trainer.global_rank))
-        progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        trainer: Any = self.trainer
+        batch_number = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        self.generator.manual_seed(hash_seed(self.seed, batch_number, trainer.global_rank))
+        progress = trainer.global_step / trainer.estimated_stepping_batches
         if isinstance(self.progress, Tensor):
             self.progress.fill_(progress)
         else:
@@ -190,23 +187,20 @@ class ImageDataModule(L.LightningDataModule):
     def make_batch(self, batch: Any) -> Batch:
         """Make a batch of the images at these indices of the stage's split, or of images read by a worker process."""
         trainer: Any = self.trainer
-        if isinstance(batch, Tensor):
-            is_validation = trainer.validating or trainer.sanity_checking
-            split = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
-            images, labels = _select(split, batch)
-        else:
-            images, labels = batch
-        teacher_log_probs = None
+        teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
+        split = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
+        images, labels = _select(split, batch) if isinstance(batch, Tensor) else batch
         if self.soft_labels and trainer.training:
-            images, teacher_log_probs = self._get_epoch_soft_labels(trainer).select(images, batch)
+            images, teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
-        return trainer.precision_plugin.convert_input(Batch(self.spec.normalize(images), labels, teacher_log_probs))
+        images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
+        return Batch(images, labels, teacher_log_probs)
 
     def _get_epoch_soft_labels(self, trainer: Any) -> Any:
         epoch = trainer.current_epoch
-        if self.epoch_soft_labels is None or self.epoch_soft_labels[0] != epoch:
+        if self.epoch_soft_labels[0] != epoch:
             batches = epoch * trainer.num_training_batches
             progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
             images, augment = load_into_memory(self.splits.train).images, self.augment or RandomAffine()

@@ -1,7 +1,4 @@
-"""Data sets: MNIST, scikit-learn's digits, torchvision's data sets, image folders and .npz files.
-
-Each class has `download(root)`, which fetches what is missing or raises UserError, and `load(root)`.
-"""
+"""Data sets, each with `download(root)`, which fetches what is missing or raises UserError, and `load(root)`."""
 
 import hashlib
 import os
@@ -44,10 +41,6 @@ class LabeledImages(NamedTuple):
     images: Tensor  # [N, C, H, W], uint8
     labels: Tensor  # [N], int64
 
-    def to(self, device: torch.device) -> "LabeledImages":
-        """Copy both to a device."""
-        return LabeledImages(self.images.to(device), self.labels.to(device))
-
 
 class DatasetSplits(NamedTuple):
     """Images in memory, or as a Dataset of pairs: a [C, H, W] uint8 image and its label."""
@@ -82,12 +75,12 @@ class Digits:
     def load(self, root: Path) -> DatasetSplits:
         package = find_spec("sklearn")  # only its file is needed, and importing it takes a second
         assert package and package.origin
-        rows = np.loadtxt(Path(package.origin).with_name("datasets") / "data/digits.csv.gz", delimiter=",")
-        pixels, labels = torch.from_numpy(rows[:, :64]).float(), torch.from_numpy(rows[:, 64]).long()
-        images = pixels.view(-1, 1, 8, 8) * (255 / 16)
-        images = interpolate(images, size=(20, 20), mode="bilinear", align_corners=False)
-        images = pad(images, (4, 4, 4, 4)).round().to(torch.uint8)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        file = Path(package.origin).with_name("datasets") / "data/digits.csv.gz"
+        rows = torch.from_numpy(np.loadtxt(file, delimiter=","))
+        images = rows[:, :64].float().view(-1, 1, 8, 8) * (255 / 16)
+        images = pad(interpolate(images, size=(20, 20), mode="bilinear", align_corners=False), (4, 4, 4, 4))
+        images, labels = images.round().to(torch.uint8), rows[:, 64].long()
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         train, test = (LabeledImages(images[indices], labels[indices]) for indices in order.split(1437))
         return DatasetSplits("digits", tuple("0123456789"), train, test)
 
@@ -114,11 +107,9 @@ class TorchvisionDataset:
     def __init__(self, name: NonEmptyStr, size: PositiveInt | None = None, **options: Any) -> None:
         self.name, self.size, self.options = name, size, options
         self.dataset_class: Any = getattr(datasets, name, None)
-        if not (isinstance(self.dataset_class, type) and issubclass(self.dataset_class, Dataset)):
-            raise UserError(f"data.dataset.name={name}: torchvision.datasets has no such class")
-        parameters = signature(self.dataset_class).parameters
+        parameters = signature(self.dataset_class).parameters if isinstance(self.dataset_class, type) else {}
         if not {"train", "split"} & parameters.keys():
-            raise UserError(f"data.dataset.name={name}: torchvision has no test split of it; use data=folder")
+            raise UserError(f"data.dataset.name={name}: no such data set with a test split in torchvision.datasets")
         has_flag = "train" in parameters or "split" in options  # EMNIST has `train`, and its `split` is something else
         self.splits: Any = [{"train": x} if has_flag else {"split": "train" if x else "test"} for x in (True, False)]
 
@@ -166,10 +157,7 @@ class ImageFolder:
         has_test = (root / "train").is_dir() and (root / "test").is_dir()
         try:
             folders = [root / "train", root / "test"] if has_test else [root]
-            opened = [
-                datasets.ImageFolder(folder, is_valid_file=lambda file: file.lower().endswith(SUFFIXES))
-                for folder in folders
-            ]
+            opened = [datasets.ImageFolder(x, is_valid_file=lambda x: x.lower().endswith(SUFFIXES)) for x in folders]
         except OSError as error:
             raise UserError(_first_line(error)) from error
         classes, files = opened[0].classes, [Path(file) for file, _ in opened[0].samples]
@@ -201,25 +189,20 @@ class NpzFile:
         try:
             with np.load(root, allow_pickle=False) as file:
                 names = ("x_train", "y_train", "x_test", "y_test") if "x_train" in file else needed
-                x_train, y_train, x_test, y_test = (file[name] for name in names)
-                classes = file["classes"] if "classes" in file else range(1 + int(max(y_train.max(), y_test.max())))
-            splits = [_convert_arrays(*arrays, len(classes)) for arrays in ((x_train, y_train), (x_test, y_test))]
-            if x_train.shape[1:] != x_test.shape[1:]:
-                raise ValueError("the test images have another size")
-        except (OSError, ValueError, KeyError, BadZipFile, TypeError, AttributeError) as error:
+                images, labels = ([torch.from_numpy(file[name]) for name in names[start::2]] for start in (0, 1))
+                count = 1 + max(int(split.max()) for split in labels)
+                classes = tuple(map(str, file["classes"] if "classes" in file else range(count)))
+            for x, y in zip(images, labels, strict=True):
+                if x.dtype != torch.uint8 or x.ndim not in (3, 4) or x.shape[1:] != images[0].shape[1:]:
+                    raise ValueError(f"images of {x.dtype}, {list(x.shape)}")
+                if y.is_floating_point() or y.numel() != len(x) or y.min() < 0 or count > len(classes):
+                    raise ValueError(f"labels of {y.dtype}, {list(y.shape)}, {len(classes)} classes")
+        except (OSError, ValueError, KeyError, BadZipFile, TypeError, AttributeError, RuntimeError) as error:
             form = "uint8 images [N, H, W] or [N, H, W, C], integer labels ≥ 0"
             raise UserError(f"{root}: {_first_line(error)}; it needs {', '.join(needed)}: {form}") from error
-        return DatasetSplits(root.stem, tuple(map(str, classes)), *splits)
-
-
-def _convert_arrays(images: np.ndarray, labels: np.ndarray, classes: int) -> LabeledImages:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"its images are {images.dtype} {list(images.shape)}")
-    if labels.dtype.kind not in "iu" or labels.size != len(images) or not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(f"{len(images)} images have {labels.size} labels of {labels.dtype}, for {classes} classes")
-    tensor = torch.from_numpy(images)
-    tensor = tensor[:, None] if images.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
-    return LabeledImages(tensor, torch.from_numpy(labels.reshape(-1).astype(np.int64)))
+        images = [x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous() for x in images]
+        train, test = map(LabeledImages, images, [y.flatten().long() for y in labels])
+        return DatasetSplits(root.stem, classes, train, test)
 
 
 def load_into_memory(split: LabeledImages | Dataset) -> LabeledImages:
@@ -238,11 +221,9 @@ def has_mnist(root: Path) -> bool:
 def _verify_mnist(root: Path) -> None:
     for name, checksum in MNIST_FILES.items():
         file = root / "MNIST/raw" / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
-            raise UserError(
-                f"{file}: missing, damaged or not MNIST's (its SHA-256 differs); delete it and it is downloaded again, "
-                "or use data=fashion or data=kmnist for other images of this format"
-            )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+            others = "for other images of this format use data=fashion or data=kmnist"
+            raise UserError(f"{file}: damaged or not MNIST's (its SHA-256 differs); delete it to download it; {others}")
 
 
 def download_once(name: str, root: Path, fetch: Callable[[Path], Any], verify: Callable[[Path], Any], fix: str) -> None:
@@ -265,7 +246,7 @@ def download_once(name: str, root: Path, fetch: Callable[[Path], Any], verify: C
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
     except (RuntimeError, OSError, UserError) as error:  # torchvision raises RuntimeError if every mirror has failed
-        with suppress(OSError):
+        with suppress(OSError):  # a folder that is not empty stays
             lock.unlink(missing_ok=True)
             for path in created:
                 path.rmdir()

@@ -37,16 +37,13 @@ class ImageSpec(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: Any) -> "ImageSpec":
-        """Build the spec from what `to_dict` returned. Raises UserError for anything else."""
+        """Build the spec from what `to_dict` returned. Raises UserError for anything else, and for too large images."""
         try:
-            channels, height, width = shape = tuple(map(int, values["shape"]))
             mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
-            classes = tuple(map(str, values["classes"]))
-            if min(shape) < 1 or math.prod(shape) > MAX_NUMBERS or len(classes) < 2 or not min(std) > 0:
+            shape, classes = tuple(map(int, values["shape"])), tuple(map(str, values["classes"]))
+            if len(shape) != 3 or not 0 < math.prod(shape) <= MAX_NUMBERS or not all(0 < x < math.inf for x in std):
                 raise ValueError(values)
-            if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)):
-                raise ValueError(values)
-            return cls(values["name"], (channels, height, width), classes, mean, std, values["preprocess"])
+            return cls(values["name"], shape, classes, mean, std, values["preprocess"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the description of its images is damaged ({error})") from error
 
@@ -56,7 +53,7 @@ class ImageSpec(NamedTuple):
 
     @property
     def label_name(self) -> str:
-        """Return what a label is called: "digit" or "class"."""
+        """Return "digit" or "class"."""
         return "digit" if self.preprocess == "mnist" else "class"
 
     def _scale(self, values: Sequence[float], like: Tensor) -> Any:

@@ -25,11 +25,10 @@ def make_generator(*keys: int, device: torch.device | str = "cpu") -> torch.Gene
 
 
 class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other sampler for trainer.overfit_batches
-    """Yield index tensors that cover `range(size)` once per epoch, over all processes together.
+    """Yield indices that cover `range(size)` once per epoch, over all processes together; `batch_size` is per process.
 
-    `seed` and the epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … `batch_size`
-    is per process. Without a `device` batches are lists, for worker processes. Raises UserError if there are fewer
-    images than processes.
+    Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … Batches are
+    tensors, or lists, for worker processes, if `device` is None. Raises UserError for fewer images than processes.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         self.epoch = self.skipped = 0
         self.sampler = self  # Lightning sets the epoch of a loader's batch_sampler.sampler
         remainder = size % self.global_batch_size
-        # A last batch with fewer images than processes joins the one before it.
+        # A remainder with fewer images than processes joins the batch before it.
         self.joined = remainder if remainder < world_size and size > self.global_batch_size else 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,15 +1,11 @@
-"""Soft labels: teachers' outputs for every augmented training image, computed once and cached for all runs.
-
-Source: Faghri et al. 2023, https://arxiv.org/abs/2303.08983.
-"""
+"""Teachers' outputs for augmented training images, cached for all runs (https://arxiv.org/abs/2303.08983)."""
 
 import hashlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -32,33 +28,19 @@ BATCH_SIZE = 250  # a constant, because other batches would give other last bits
 
 
 class Ensemble(nn.Module):
-    """The mean of the log-probabilities of networks from run folders, .ckpt or .pt files."""
+    """The mean of the log-probabilities of the networks in run folders, .ckpt or .pt files."""
 
     def __init__(self, files: Sequence[str]) -> None:
         super().__init__()
         if not files:
             raise UserError("data.soft_labels.teachers is empty; name run folders or .pt files")
-        self.predictors = nn.ModuleList(load_predictor(Path(file)) for file in files)
-        contents = b"".join(predictor.file.read_bytes() for predictor in self.predictors)  # type: ignore[union-attr, operator]
-        self.digest = hashlib.sha256(contents).hexdigest()
+        predictors = [load_predictor(Path(file)) for file in files]
+        self.digest = hashlib.sha256(b"".join(x.file.read_bytes() for x in predictors)).hexdigest()
+        self.predictors = nn.ModuleList(predictors)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map [N, C, H, W] normalised images to [N, classes]; a softmax makes the means sum to one again."""
+        # A softmax makes the means of log-probabilities sum to one again.
         return torch.stack([predictor.log_probabilities(images) for predictor in self.predictors]).mean(dim=0)  # type: ignore[union-attr, operator]
-
-
-class EpochSoftLabels(NamedTuple):
-    """The augmentation and the soft labels of all N training images in one epoch."""
-
-    augment: RandomAffine
-    sample: list[Tensor]  # the augmentation's random numbers
-    progress: float  # fraction of the run when the epoch begins
-    log_probs: Tensor  # [N, classes]
-
-    def select(self, images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the augmented images at `indices`, not normalised, with their soft labels."""
-        sample = [numbers[indices] for numbers in self.sample]
-        return self.augment.apply(images.float(), sample, self.progress), self.log_probs[indices]
 
 
 class SoftLabels:
@@ -73,10 +55,17 @@ class SoftLabels:
 
     def prepare_epoch(
         self, images: Tensor, augment: RandomAffine, spec: ImageSpec, epoch: int, progress: float
-    ) -> EpochSoftLabels:
-        """Load or compute one epoch's soft labels of all training images, [N, C, H, W] uint8."""
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Load or compute an epoch's soft labels of all training images; `progress` is that when the epoch begins.
+
+        Return a function from a batch's images and indices to augmented images and soft labels, [batch, classes].
+        """
         # Drawn on the CPU, so that every device gets the same numbers.
         sample = [x.to(images.device) for x in augment.draw(len(images), make_generator(self.seed, epoch))]
+
+        def augment_batch(batch: Tensor, indices: Tensor) -> Tensor:
+            return augment.apply(batch.float(), [numbers[indices] for numbers in sample], progress)
+
         settings = self.ensemble.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
         key = hashlib.sha256(images.cpu().numpy().tobytes() + repr(settings).encode()).hexdigest()[:16]
         file = self.folder / f"{key}{_format_device(images.device)}.pt"
@@ -85,24 +74,21 @@ class SoftLabels:
             if not file.exists():
                 print(f"computing teacher outputs, epoch {epoch + 1} (cached in {self.folder})", file=sys.stderr)
                 buffer = io.BytesIO()
-                torch.save(self._compute(images, augment, sample, spec, progress).cpu(), buffer)
+                torch.save(self._compute(images, augment_batch, spec).cpu(), buffer)
                 write_atomically(file, buffer.getvalue())
         try:
             log_probs = load_weights_only(file).to(images.device)
         except (UserError, AttributeError) as error:
             raise UserError(f"{file}: damaged ({error}); delete it and it is computed again") from error
-        return EpochSoftLabels(augment, sample, progress, log_probs)
+        return lambda batch, indices: (augment_batch(batch, indices), log_probs[indices])
 
-    def _compute(
-        self, images: Tensor, augment: RandomAffine, sample: list[Tensor], spec: ImageSpec, progress: float
-    ) -> Tensor:
+    def _compute(self, images: Tensor, augment_batch: Callable[[Tensor, Tensor], Tensor], spec: ImageSpec) -> Tensor:
         move_to_device(self.ensemble, images.device)
         outputs, use_bf16 = [], images.device.type == "cpu" and has_amx_bf16()
         batches = torch.arange(len(images), device=images.device).split(BATCH_SIZE)
         with torch.inference_mode(), make_bar(len(batches)) as bar:
             for indices in bar.track(batches, description="teacher outputs"):
-                augmented = augment.apply(images[indices].float(), [x[indices] for x in sample], progress)
-                normalized = spec.normalize(augmented)
+                normalized = spec.normalize(augment_batch(images[indices], indices))
                 with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):  # the networks alone
                     outputs.append(self.ensemble(normalized).float())
         return torch.cat(outputs)

@@ -19,8 +19,9 @@ from src.optim.configure import configure_optimizers
 
 def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
     """Return whether outputs are log-probabilities, not logits. Raises UserError unless they are [N, classes]."""
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or (classes and outputs.shape[1] != classes):
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    shape: tuple[int, ...] = getattr(outputs, "shape", ())
+    if len(shape) != 2 or (classes and shape[1] != classes):
+        found = tuple(shape) or type(outputs).__name__
         raise UserError(f"model: returns {found}; it must return logits, [images, {classes or 'classes'}]")
     values = outputs.detach().float()
     if values.min() >= 0 and ((values.sum(1) - 1).abs() < 1e-3).all():
@@ -29,10 +30,7 @@ def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
 
 
 def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network in a memory layout that the device computes correctly in.
-
-    PyTorch before 2.15 gets convolutions and batch norm wrong in channels_last on mps (pytorch#192212, #175189).
-    """
+    """Move a network; on mps out of channels_last, which PyTorch before 2.15 computes wrongly (pytorch#192212)."""
     return net.to(device, memory_format=torch.contiguous_format) if device.type == "mps" else net.to(device)  # type: ignore[call-overload]
 
 
@@ -92,9 +90,7 @@ class Classifier(L.LightningModule):
         move_to_device(self.net, self.trainer.strategy.root_device)
         spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
         if spec:
-            self.classes = len(spec.classes)
-            if self.example_input_array is None:
-                self.example_input_array = torch.zeros(1, *spec.shape)
+            self.classes, self.example_input_array = len(spec.classes), torch.zeros(1, *spec.shape)
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.net(images)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from src.core.value_types import NonNegativeFloat, PositiveFloat, Probability
@@ -55,32 +56,27 @@ class Muon(Optimizer):
             if not parameters:
                 continue
             for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                self.state[parameter] = self.state[parameter] or {"momentum_buffer": torch.zeros_like(parameter)}
             gradients = [parameter.grad for parameter in parameters]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, gradients)
             directions = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
-            is_kernel = [parameter.ndim == 4 and parameter.shape[1] > 1 for parameter in parameters]
-            kernels, others = ([i for i, x in enumerate(is_kernel) if x == wanted] for wanted in (True, False))
-            for indices, lr in (kernels, group["lr"]), (others, group["lr"] * group["sgd_lr_ratio"]):
-                chosen = [directions[i] for i in indices]
-                chosen = _orthogonalize_all(chosen) if indices is kernels else chosen
-                _descend([parameters[i] for i in indices], chosen, lr, group["weight_decay"])
+            for is_kernel, factor in (True, 1.0), (False, group["sgd_lr_ratio"]):
+                indices = [i for i, x in enumerate(parameters) if (x.ndim == 4 and x.shape[1] > 1) == is_kernel]
+                if not indices:
+                    continue
+                chosen, updates = [parameters[i] for i in indices], [directions[i] for i in indices]
+                lr = group["lr"] * factor
+                decay = 1 - lr * group["weight_decay"]
+                if isinstance(lr, Tensor):  # in a CUDA graph, rounded like the floats
+                    lr, decay = lr.to(updates[0].dtype), decay.to(updates[0].dtype)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(chosen, decay)
+                updates = _orthogonalize_all(updates) if is_kernel else updates
+                torch._foreach_mul_(updates, lr)
+                torch._foreach_sub_(chosen, updates)
         return loss
-
-
-def _descend(parameters: list[Tensor], directions: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
-    if not parameters:
-        return
-    factor: float | Tensor = 1 - lr * weight_decay
-    if isinstance(lr, Tensor) and isinstance(factor, Tensor):  # in a CUDA graph, rounded like the floats
-        lr, factor = lr.to(directions[0].dtype), factor.to(directions[0].dtype)
-    if weight_decay:
-        torch._foreach_mul_(parameters, factor)
-    torch._foreach_mul_(directions, lr)
-    torch._foreach_sub_(parameters, directions)
 
 
 def _orthogonalize_all(kernels: list[Tensor]) -> list[Tensor]:
@@ -93,11 +89,9 @@ def _orthogonalize_all(kernels: list[Tensor]) -> list[Tensor]:
         matrices = [kernels[index].flatten(1) for index in indices]
         matrices = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
         rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices), strict=True))
-        batch = matrices[0].new_zeros(len(matrices), rows, columns)
-        for padded, matrix in zip(batch, matrices, strict=True):
-            padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-        for padded, matrix, index in zip(orthogonalize(batch), matrices, indices, strict=True):
-            shape, result = kernels[index].shape, padded[: matrix.shape[0], : matrix.shape[1]]
+        batch = torch.stack([pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])) for x in matrices])
+        for result, matrix, index in zip(orthogonalize(batch), matrices, indices, strict=True):
+            shape, result = kernels[index].shape, result[: matrix.shape[0], : matrix.shape[1]]
             ratio = shape[0] / shape[1:].numel()  # of rows to columns
             results[index] = (result.mT * ratio**0.5 if ratio > 1 else result).reshape(shape)
     return results

@@ -4,8 +4,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -15,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.core.compat import use_sweeper
 from src.core.error_messages import exit_on_error
-from src.core.errors import UserError
+from src.core.errors import UserError, print_error
 from src.core.process import count_cores, list_gpus
 from src.core.run_folder import STOP_FILE, read_yaml, reject_different_config
 from src.sweeps.grid import ZIP, GridSweeper, list_jobs
@@ -76,31 +78,48 @@ class SweepCallback(Callback):
             line.update()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from src.sweeps.report import write_report  # Hydra imports this file before it has parsed the command line
+        from src.sweeps.report import (  # Hydra imports this file before it has parsed the command line
+            mark_lost_runs,
+            write_report,
+        )
 
         progress.pop().__exit__()
         folder = Path(config.hydra.sweep.dir)
         with exit_on_error():
+            mark_lost_runs(folder)
             if code := write_report([folder], folder):
                 sys.exit(code)
 
 
 class ReportingSweeper(GridSweeper):
-    """Report a sweep, with the jobs that were lost, when a worker process of its launcher has died."""
+    """Finish a sweep with its report although a worker process of the launcher has died."""
 
     def sweep(self, arguments: list[str]) -> Any:
         try:
-            return super().sweep(arguments)
+            with self._tolerate_lost_jobs():
+                return super().sweep(arguments)
         except Exception as error:
-            if not type(error).__module__.startswith(("joblib", "submitit")):
+            if not type(error).__module__.startswith("joblib"):  # which kills all workers when one of them dies
                 raise
-            from src.sweeps.report import mark_lost_runs, write_report
+            print_error(f"a worker process has died: {' '.join(str(error).split()).partition('. ')[0]}")
 
-            folder = Path(self.config.hydra.sweep.dir)
-            mark_lost_runs(folder, f"its process has died ({' '.join(str(error).split())[:200]})")
-            progress.pop().__exit__()
-            write_report([folder], folder)
-            sys.exit(1)
+    def _tolerate_lost_jobs(self) -> AbstractContextManager[Any]:
+        """Let submitit's launcher wait for the other jobs when one has ended without a result."""
+        if not str(self.config.hydra.launcher._target_).endswith(("SlurmLauncher", "LocalLauncher")):
+            return nullcontext()
+        import submitit
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        get_results = submitit.Job.results
+
+        def results(job: Any) -> list[Any]:
+            try:
+                return get_results(job)
+            except (UncompletedJobError, FailedJobError):
+                print_error(f"job {job.job_id} ended without a result ({job.state}); its log is {job.paths.stderr}")
+                return [JobReturn(status=JobStatus.COMPLETED)]
+
+        return patch.object(submitit.Job, "results", results)
 
 
 def _divide_machine(config: DictConfig, jobs: int) -> None:
@@ -113,4 +132,4 @@ def _divide_machine(config: DictConfig, jobs: int) -> None:
     config.hydra.launcher.n_jobs = workers
     if config.threads is None:
         threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or count_cores() // workers))
-        config.hydra.job.env_set.OMP_NUM_THREADS = str(threads)
+        OmegaConf.update(config, "hydra.job.env_set.OMP_NUM_THREADS", str(threads), force_add=True)

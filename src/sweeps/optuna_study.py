@@ -95,7 +95,7 @@ def optimize(
     Several processes on one study may finish a trial more than `target` each (see MaxTrialsCallback).
     """
     if count_trials(study) < target:
-        callbacks = [MaxTrialsCallback(target, states=COUNTED), lambda *_: update()]
+        callbacks: list[Any] = [MaxTrialsCallback(target, states=COUNTED), lambda *_: update()]
         study.optimize(objective, callbacks=callbacks)
 
 

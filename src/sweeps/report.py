@@ -35,8 +35,8 @@ def write_report(folders: Sequence[Path], output: Path) -> int:
     return 1 if comparison.unreadable or has_bug else 2 if failed else 0
 
 
-def mark_lost_runs(sweep: Path, reason: str) -> None:
-    """Mark the jobs of a sweep that were running when their worker process died."""
+def mark_lost_runs(sweep: Path) -> None:
+    """Mark the jobs that still count as running when the launcher has ended: their process has died."""
     for status in sweep.rglob("status.json"):
         if (read_status(status.parent) or {}).get("state") == "running":
-            write_status(status.parent, LOST, reason)
+            write_status(status.parent, LOST, "its process has died, perhaps for lack of memory")

@@ -110,10 +110,14 @@ def read_run(folder: Path) -> Run:
         if run.state == FINISHED:
             run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
         run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
-        run.config = run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)
-        leaves = {key: value for key, value in iterate_items(run.config) if not isinstance(value, dict)}
-        groups = {key: value for key, value in parse_overrides(run.overrides).items() if key not in leaves}
-        run.settings = groups | {key: format_setting(value) for key, value in leaves.items()}
+        run.settings = parse_overrides(run.overrides)
+        config = run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)
+        leaves = {key: value for key, value in iterate_items(config) if not isinstance(value, dict)}
+        if any("${" in str(value).replace("${output_dir}", "") for key, value in leaves.items() if key != "output_dir"):
+            return run  # it failed before its config was resolved
+        run.config = config
+        run.settings = run.results.get("choices", {}) | run.settings
+        run.settings |= {key: format_setting(value) for key, value in leaves.items()}
     except (UserError, HydraException) as error:
         if run.state == UNFINISHED:  # Hydra was killed while it wrote these files
             return Run(folder, UNFINISHED, [])
@@ -197,16 +201,15 @@ def compare_runs(found: list[Run]) -> Comparison:
     runs, unreadable = ([run for run in found if (run.state == UNREADABLE) == wanted] for wanted in (False, True))
     if not runs:
         raise UserError(f"no run in here can be read: {unreadable[0].error}")
-    keys = dict.fromkeys(key for run in runs for key in parse_overrides(run.overrides))
-    _add_default_choices(runs, list(keys))
-    keys = [key for key in dict.fromkeys([*keys, *(key for run in runs for key in run.settings)]) if key not in IGNORED]
+    named = list(dict.fromkeys(key for run in runs for key in parse_overrides(run.overrides)))
+    every_key = dict.fromkeys([*named, *(key for run in runs for key in run.settings)])
+    keys = [key for key in every_key if key not in IGNORED]
     complete = [run for run in runs if run.config]
     differing = [key for key in keys if len({run.settings.get(key) for run in complete}) > 1]
     groups: dict[Any, list[Run]] = {}
     for run in complete:  # data=auto is MNIST on one machine and digits on another
         values = *(run.settings.get(key) for key in differing), run.results.get("data")
         groups.setdefault(values, []).append(run)
-    named = {key for run in runs for key in parse_overrides(run.overrides)}
     shown = [key for key in keys if key in named and len({run.settings.get(key) for run in runs}) > 1]
     for key in differing:  # an edited file changes settings that no override names
         if len({_get_values(group[0], shown) for group in groups.values()}) < len(groups) and key not in shown:
@@ -214,9 +217,9 @@ def compare_runs(found: list[Run]) -> Comparison:
     for run in runs:  # not started, or stopped before its config was written: its overrides tell where it belongs
         if not run.config:
             values = _get_values(run, shown)
-            alike = (group for group in groups.values() if _get_values(group[0], shown) == values)
-            next(alike, groups.setdefault(values, [])).append(run)
-    settings = [Setting(_get_values(group[0], shown), group) for group in groups.values() if group]
+            alike = [group for group in groups.values() if _get_values(group[0], shown) == values]
+            (alike[0] if alike else groups.setdefault(values, [])).append(run)
+    settings = [Setting(_get_values(group[0], shown), group) for group in groups.values()]
     metric, lower_is_better, reason = _find_metric(runs)
 
     def rank(setting: Setting) -> tuple[bool, float]:
@@ -228,15 +231,6 @@ def compare_runs(found: list[Run]) -> Comparison:
 
 def _get_values(run: Run, keys: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple((key, run.settings.get(key, "")) for key in keys)
-
-
-def _add_default_choices(runs: list[Run], keys: list[str]) -> None:
-    """Give runs that leave a config group at its default that option as a setting."""
-    for run in runs:
-        missing = [key for key in keys if run.config and key not in run.settings and key in run.config]
-        if missing:
-            choices = run_folder.read_yaml(run.folder / ".hydra/hydra.yaml")["hydra"]["runtime"]["choices"]
-            run.settings |= {key: format_setting(choices.get(key)) for key in missing}
 
 
 def _find_metric(runs: list[Run]) -> tuple[str | None, bool, str]:

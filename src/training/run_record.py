@@ -179,6 +179,7 @@ def write_results(
     results = {
         "name": recorder.cfg.name,
         "overrides": recorder.overrides,
+        "choices": {group: str(recorder.choices.get(group) or "null") for group in CHOICES},
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
         "seed": recorder.cfg.seed,
         "threads": recorder.cfg.threads,

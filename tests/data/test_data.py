@@ -1,317 +1,205 @@
-import gzip
-import hashlib
-import json
-import subprocess
-import sys
-import threading
-import warnings
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+"""Batches: their order, augmentation and normalisation, the splits, and how the data module makes them."""
 
+import lightning as L
 import pytest
 import torch
-from torchvision.datasets import MNIST
 
 from src.core.errors import UserError
-from src.data import sources
 from src.data.augment import RandomAffine
-from src.data.datamodule import ImageDataModule
-from src.data.datasets import MNIST as MNISTSource
-from src.data.datasets import Digits, MNISTOrDigits, download_mnist, has_mnist
-from src.data.image_spec import MNIST_SPEC
-from src.data.sampler import IndexBatchSampler, make_generator
+from src.data.datamodule import Batch, ImageDataModule
+from src.data.datasets import MNIST, Digits, ImageFolder
+from src.data.image_spec import MNIST_SPEC, ImageSpec
+from src.data.sampler import IndexBatchSampler, find_batch_sampler, make_generator
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [4, 31, 32, 33, 97, 98, 99, 100])
-def test_an_epoch_sees_every_sample_once(size, world_size):
+def test_sampler_yields_every_index_once_per_epoch(size, world_size):
     ranks = [list(IndexBatchSampler(size, 8, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert {len(batches) for batches in ranks} == {len(IndexBatchSampler(size, 8, world_size=world_size))}
     assert all(len(batch) for batches in ranks for batch in batches)
     assert sorted(torch.cat([torch.cat(batches) for batches in ranks]).tolist()) == list(range(size))
 
 
-def test_too_few_samples_for_the_processes_are_refused():
+def test_sampler_with_fewer_images_than_processes_raises():
     with pytest.raises(UserError, match="3 samples are too few for 4 processes"):
         IndexBatchSampler(3, 8, world_size=4)
 
 
-def test_skipped_batches_are_left_out_once():
-    batches = IndexBatchSampler(100, 8, seed=1)
-    whole = [batch.tolist() for batch in batches]
-    batches.skip(5)
-    assert [batch.tolist() for batch in batches] == whole[5:]
-    assert [batch.tolist() for batch in batches] == whole
+def test_sampler_order_depends_on_seed_and_epoch_alone():
+    def draw_order(seed, epoch):
+        sampler = IndexBatchSampler(100, 8, seed=seed)
+        sampler.set_epoch(epoch)
+        return torch.cat(list(sampler)).tolist()
 
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        batches = IndexBatchSampler(100, 8, seed=seed)
-        batches.set_epoch(epoch)
-        return torch.cat(list(batches)).tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
-
-
-def test_generators_differ_by_the_order_of_their_keys():
-    assert make_generator(1, 2).initial_seed() == make_generator(1, 2).initial_seed()
-    assert make_generator(1, 2).initial_seed() != make_generator(2, 1).initial_seed()
+    assert draw_order(0, 0) == draw_order(0, 0)
+    assert len({tuple(draw_order(seed, epoch)) for seed in (0, 1, 2) for epoch in (0, 1, 2)}) == 9
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_affine_without_amounts_changes_nothing(interpolation):
+def test_affine_with_zero_limits_returns_the_images(interpolation):
     images = torch.rand(3, 1, 28, 28)
     affine = RandomAffine(interpolation=interpolation)
     torch.testing.assert_close(affine(images, make_generator(0)), images, atol=1e-4, rtol=0)
 
 
-def test_bicubic_interpolation_blurs_less():
-    images = torch.rand(8, 1, 28, 28)
-
-    def contrast(interpolation):
-        return RandomAffine(translate=3, interpolation=interpolation)(images, make_generator(0))[..., 4:-4, 4:-4].std()
-
-    assert contrast("bilinear") < 0.9 * contrast("bicubic") < contrast("bicubic") < images.std()
-
-
-def test_affine_gives_each_image_its_own_amounts():
-    images = torch.rand(1, 1, 28, 28).expand(4, 1, 28, 28)
-    moved = RandomAffine(degrees=10, translate=2, scale=0.1, shear=0.1)(images, make_generator(0))
-    assert len({tuple(image.flatten().tolist()) for image in moved}) == 4
-    assert torch.equal(moved, RandomAffine(10, 2, 0.1, 0.1)(images, make_generator(0)))
-
-
 def test_translation_is_in_pixels():
-    dot = torch.zeros(64, 1, 28, 28)
-    dot[:, :, 14, 14] = 1
-    moved = RandomAffine(translate=3)(dot, make_generator(0))
+    dots = torch.zeros(64, 1, 28, 28)
+    dots[:, :, 14, 14] = 1
+    moved = RandomAffine(translate=3)(dots, make_generator(0))
     ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     distances = torch.stack([(moved[:, 0] * axis).sum((1, 2)) - 14 for axis in (ys, xs)]).abs()
     assert 2.5 < distances.max() <= 3.001
 
 
 def test_elastic_displacement_is_smooth_and_in_pixels():
-    ramp = torch.arange(28.0).expand(64, 1, 28, 28)  # what a pixel reads is where it was taken from
-    found = RandomAffine(elastic=2)(ramp, make_generator(0))[..., 4:-4, 4:-4] - ramp[..., 4:-4, 4:-4]
-    assert 1.5 < found.abs().max() < 2.9  # a smooth curve may leave the range of its knots
-    assert found.diff(dim=-1).abs().max() < 1 and found.diff(dim=-2).abs().max() < 1
-    assert found.std((1, 2, 3)).min() > 0.1
+    ramp = torch.arange(28.0).expand(64, 1, 28, 28)  # the value of a pixel is the column that it was taken from
+    displacements = RandomAffine(elastic=2)(ramp, make_generator(0))[..., 4:-4, 4:-4] - ramp[..., 4:-4, 4:-4]
+    assert 1.5 < displacements.abs().max() < 2.9  # a smooth curve may leave the range of its knots
+    assert displacements.diff(dim=-1).abs().max() < 1 and displacements.diff(dim=-2).abs().max() < 1
+    assert displacements.std((1, 2, 3)).min() > 0.1
 
 
-def test_rotation_keeps_the_middle_and_its_angle():
-    bar = torch.zeros(256, 1, 28, 28)
-    bar[:, :, 4:24, 13:15] = 1
-    turned = RandomAffine(degrees=30)(bar, make_generator(0))
+def test_rotation_is_in_degrees_and_keeps_the_centre():
+    bars = torch.zeros(256, 1, 28, 28)
+    bars[:, :, 4:24, 13:15] = 1
+    rotated = RandomAffine(degrees=30)(bars, make_generator(0))[:, 0]
     ys, xs = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
-    weight = turned[:, 0]
-    angles = 0.5 * torch.atan2(2 * (weight * xs * ys).sum((1, 2)), (weight * (ys**2 - xs**2)).sum((1, 2)))
+    angles = 0.5 * torch.atan2(2 * (rotated * xs * ys).sum((1, 2)), (rotated * (ys**2 - xs**2)).sum((1, 2)))
     assert 28 < angles.abs().max().rad2deg() < 31
-    torch.testing.assert_close((weight * xs).sum((1, 2)), torch.zeros(256), atol=1e-2, rtol=0)
+    torch.testing.assert_close((rotated * xs).sum((1, 2)), torch.zeros(256), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("progress, strength", [(0, 1), (0.6, 1), (0.8, 0.5), (1, 0)])
-def test_augmentation_decays_over_the_end_of_a_run(progress, strength):
+def test_augmentation_fades_out_at_the_end_of_a_run(progress, strength):
     images = torch.rand(8, 1, 28, 28)
     limits = {"degrees": 10, "translate": 2, "scale": 0.1, "shear": 0.1, "elastic": 1}
     weaker = RandomAffine(**{name: limit * strength for name, limit in limits.items()})(images, make_generator(0))
-    decayed = RandomAffine(**limits, decay=0.4)(images, make_generator(0), progress)
-    torch.testing.assert_close(decayed, weaker, atol=1e-4, rtol=0)
+    faded = RandomAffine(**limits, fade_out=0.4)(images, make_generator(0), progress)
+    torch.testing.assert_close(faded, weaker, atol=1e-4, rtol=0)
 
 
-def test_normalised_black_and_white():
+def test_spec_normalizes_and_denormalizes():
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8)
     assert MNIST_SPEC.normalize(black_and_white).tolist() == pytest.approx([-0.4242, 2.8215], abs=1e-4)
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(MNIST_SPEC.denormalize(MNIST_SPEC.normalize(levels)), levels)
+    assert ImageSpec.from_dict(MNIST_SPEC.to_dict()) == MNIST_SPEC and MNIST_SPEC.label_name == "digit"
 
 
-def test_digits_have_the_form_of_mnist():
-    name, _, train, test = Digits().read(Path())
-    assert name == "digits"
-    assert train.images.shape == (1437, 1, 28, 28) and test.images.shape == (360, 1, 28, 28)
-    assert train.images.dtype == torch.uint8 and train.images.max() == 255
-    assert train.images[:, :, :4].max() == 0 and set(train.labels.tolist()) == set(range(10))
+@pytest.mark.parametrize("damage", [{"shape": [1, 100_000, 100_000]}, {"std": [float("nan")]}, {"mean": None}])
+def test_damaged_spec_raises(damage):
+    with pytest.raises(UserError, match="description of its images is damaged"):
+        ImageSpec.from_dict(MNIST_SPEC.to_dict() | damage)
 
 
-def read_mnist(root):
-    return MNISTSource().read(root)
-
-
-def module(**settings) -> ImageDataModule:
-    settings = {"source": MNISTSource(), "batch_size": 8, "val_size": 10} | settings
-    settings["root"] = str(settings["root"])
-    data = ImageDataModule(**settings)
+def make_module(**settings) -> ImageDataModule:
+    data = ImageDataModule(**{"dataset": MNIST(), "batch_size": 8, "val_size": 10} | settings)
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def all_images(loader) -> set[bytes]:
-    return {image.numpy().tobytes() for images, _ in loader for image in images}
+def to_set(images) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
 
 
-def test_training_validation_and_test_images_are_apart(mnist_root):
-    data = module(root=mnist_root)
-    train, val, test = map(all_images, (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()))
+def test_training_validation_and_test_images_are_disjoint(mnist_root):
+    data = make_module(root=str(mnist_root))
+    train, val, test = (to_set(split.images) for split in (data.splits.train, data.splits.val, data.splits.test))
     assert (len(train), len(val), len(test)) == (30, 10, 20)
     assert not (train & val or train & test or val & test)
-    assert all_images(module(root=mnist_root, split_seed=1).val_dataloader()) != val
-    last = module(root=mnist_root, split_seed=None)
-    assert torch.equal(last.val.labels, read_mnist(mnist_root).train.labels[-10:].flip(0))
-    assert len(all_images(last.train_dataloader()) - all_images(last.val_dataloader())) == 30
+    assert to_set(make_module(root=str(mnist_root), split_seed=1).splits.val.images) != val
+    last = make_module(root=str(mnist_root), val_split="last").splits
+    assert torch.equal(last.val.labels, MNIST().load(mnist_root).train.labels[-10:].flip(0))
+    assert len(to_set(last.train.images) - to_set(last.val.images)) == 30
 
 
-def test_without_a_split_all_images_are_for_training(mnist_root):
-    data = module(root=mnist_root, val_size=0)
-    assert len(all_images(data.train_dataloader())) == 40 and data.val_dataloader() == []
-    on_test = module(root=mnist_root, val_size=0, test_every_epoch=True)
-    assert all_images(on_test.val_dataloader()) == all_images(on_test.test_dataloader())
+def test_val_size_zero_trains_on_all_images(mnist_root):
+    data = make_module(root=str(mnist_root), val_size=0)
+    assert len(to_set(data.splits.train.images)) == 40 and data.val_dataloader() == []
+    on_test = make_module(root=str(mnist_root), val_size=0, test_every_epoch=True)
+    assert torch.equal(on_test.splits.val.images, on_test.splits.test.images)
 
 
-def test_fewer_images_are_a_part_of_more_and_none_of_those_held_out(mnist_root):
-    fewer, more, whole = (module(root=mnist_root, train_size=size) for size in (7, 20, None))
-    few, many, all_ = (all_images(data.train_dataloader()) for data in (fewer, more, whole))
-    assert (len(few), len(many), len(all_)) == (7, 20, 30) and few < many < all_
-    assert torch.equal(fewer.val.images, whole.val.images)
+def test_smaller_train_size_is_a_subset_of_a_larger_one(mnist_root):
+    modules = [make_module(root=str(mnist_root), train_size=size) for size in (7, 20, None)]
+    few, more, whole = (to_set(data.splits.train.images) for data in modules)
+    assert (len(few), len(more), len(whole)) == (7, 20, 30) and few < more < whole
+    assert torch.equal(modules[0].splits.val.images, modules[2].splits.val.images)
     with pytest.raises(UserError, match=r"data\.train_size=31: 30 images are not held out"):
-        module(root=mnist_root, train_size=31)
-
-
-def test_a_split_that_leaves_nothing_is_refused(mnist_root):
+        make_module(root=str(mnist_root), train_size=31)
     with pytest.raises(UserError, match=r"data\.val_size=40: mnist has 40 training images"):
-        module(root=mnist_root, val_size=40)
+        make_module(root=str(mnist_root), val_size=40)
 
 
-@pytest.fixture
-def mirror(mnist_root, tmp_path, monkeypatch):
-    """A local server with `mnist_root`'s files as torchvision's mirrors have them; yields the requests it got."""
-    resources, served = [], []
-    (tmp_path / "mirror").mkdir()
-    for file in (mnist_root / "MNIST/raw").iterdir():
-        packed = gzip.compress(file.read_bytes())
-        (tmp_path / f"mirror/{file.name}.gz").write_bytes(packed)
-        resources.append((f"{file.name}.gz", hashlib.md5(packed).hexdigest()))
+class BatchRecorder(L.LightningModule):
+    """Keep the batches of each stage; the loss depends on no image. It unpacks batches as any module does."""
 
-    class Handler(SimpleHTTPRequestHandler):
-        def do_GET(self):
-            served.append(self.path)
-            super().do_GET()
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.batches = torch.nn.Parameter(torch.zeros(1)), {"train": [], "val": [], "test": []}
 
-        def log_message(self, *_):
-            pass
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        assert isinstance(batch, Batch) and batch.teacher_log_probs is None
+        self.batches["train"].append((images, labels))
+        return self.weight.sum()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "mirror")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    yield served
-    server.shutdown()
+    def validation_step(self, batch, batch_idx):
+        self.batches["val"].append(tuple(batch))
+        self.log("val/acc", self.weight.sum())  # Lightning must find the batch size without a warning
+
+    def test_step(self, batch, batch_idx):
+        self.batches["test"].append(tuple(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_download_once_also_when_several_start_together(mirror, mnist_root, tmp_path):
-    download_mnist(tmp_path / "alone")
-    alone = len(mirror)
-    root = tmp_path / "new"
-    threads = [threading.Thread(target=download_mnist, args=(root,)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(mirror) == 2 * alone
-    assert torch.equal(read_mnist(root).train.images, read_mnist(mnist_root).train.images)
-    assert [file.name for file in root.iterdir() if file.name != ".mnist.lock"] == ["MNIST"]
+def record_batches(tmp_path, data) -> BatchRecorder:
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_model_summary=False, **options)
+    trainer.fit(module := BatchRecorder(), data)
+    trainer.test(module, data, verbose=False)
+    return module
 
 
-@pytest.mark.slow
-def test_two_processes_on_an_empty_folder_download_once_and_train(mirror, tmp_path):
-    download_mnist(tmp_path / "alone")
-    alone = len(mirror)
-    code = f"""
-import sys
-from torchvision.datasets import MNIST
-from src import train
-from src.data import sources
-MNIST.mirrors, MNIST.resources = {MNIST.mirrors!r}, {MNIST.resources!r}
-sources.MNIST_FILES = {sources.MNIST_FILES!r}
-train.main()
-"""
-    tiny = "model.channels=[4,4,4,4,4,4]", "data.val_size=10", "trainer.max_epochs=1", "callbacks.tensorboard=null"
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *tiny, f"data.root={tmp_path / 'new'}", f"hydra.run.dir={tmp_path / name}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+def test_each_stage_gets_its_own_normalized_images(tmp_path, recwarn):
+    data = ImageDataModule(Digits(), batch_size=32, augment=RandomAffine(degrees=20), preprocess="mnist")
+    batches = record_batches(tmp_path, data).batches
+    images, labels = {}, {}
+    for stage, pairs in batches.items():
+        images[stage], labels[stage] = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    assert torch.equal(images["test"], data.spec.normalize(data.splits.test.images))
+    assert torch.equal(labels["val"][-143:], data.splits.val.labels)
+    order = torch.cat(list(data.train_dataloader()))
+    assert torch.equal(labels["train"], data.splits.train.labels[order])
+    plain = data.spec.normalize(data.splits.train.images[order])
+    assert images["train"].shape == plain.shape and not torch.equal(images["train"], plain)
+    assert not [warning for warning in recwarn if "batch_size" in str(warning.message)]
+    raw = [torch.cat(parts) for parts in zip(*data.raw_batches("test"), strict=True)]
+    assert torch.equal(raw[0], data.splits.test.images) and torch.equal(raw[1], data.splits.test.labels)
+
+
+def test_worker_processes_make_the_same_batches_as_memory(tmp_path, image_folder):
+    in_memory, by_workers = (
+        ImageDataModule(
+            ImageFolder(size=16), str(image_folder), batch_size=8, augment=RandomAffine(translate=2), num_workers=count
         )
-        for name in ("one", "two")
-    ]
-    for run in runs:
-        printed, _ = run.communicate(timeout=120)
-        assert run.returncode == 0, printed
-    assert len(mirror) == 2 * alone
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text())["metrics"] for name in ("one", "two"))
-    assert one == two
+        for count in (None, 2)
+    )
+    expected, batches = record_batches(tmp_path, in_memory).batches, record_batches(tmp_path, by_workers).batches
+    assert in_memory.spec == by_workers.spec and find_batch_sampler(by_workers.train_dataloader())
+    for stage in expected:
+        for one, other in zip(expected[stage], batches[stage], strict=True):
+            assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    for one, other in zip(in_memory.raw_batches("train"), by_workers.raw_batches("train"), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
-def test_a_damaged_download_never_counts_as_data(mirror, mnist_root, tmp_path, monkeypatch):
-    known = dict(sources.MNIST_FILES)
-    known["t10k-labels-idx1-ubyte"] = (known["t10k-labels-idx1-ubyte"][0], "0" * 64)
-    monkeypatch.setattr(sources, "MNIST_FILES", known)
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte"):
-        download_mnist(tmp_path / "new")
-    assert not has_mnist(tmp_path / "new") and not (tmp_path / "new/MNIST").exists()
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])  # the discard port: nothing listens
-
-
-def test_without_a_network_the_error_names_the_way_out(no_network, tmp_path):
-    with pytest.raises(UserError, match=r"could not be downloaded .* MNIST_ROOT .* data=digits"):
-        download_mnist(tmp_path / "new")
-
-
-def test_auto_falls_back_to_digits_and_says_so(no_network, tmp_path):
-    with pytest.warns(UserWarning, match="small digits"):
-        data = module(source=MNISTOrDigits(), root=tmp_path, batch_size=None, val_size=None)
-    assert data.spec.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 143
-    with warnings.catch_warnings(action="error"):
-        data.prepare_data()  # as Lightning does again before the test
-
-
-def test_auto_takes_mnist_where_it_is(mnist_root):
-    with warnings.catch_warnings(action="error"):
-        assert module(source=MNISTOrDigits(), root=mnist_root).spec.name == "mnist"
-
-
-@pytest.mark.parametrize(
-    "damage, words",
-    [
-        (lambda content: content[:-1], "bytes where MNIST's has"),
-        (lambda content: b"", "has 0 bytes"),
-        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "SHA-256 differs"),
-    ],
-)
-@pytest.mark.parametrize("name", sources.MNIST_FILES)
-def test_a_damaged_file_is_named(mnist_root, name, damage, words):
-    file = mnist_root / "MNIST/raw" / name
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=f"{name} .*{words}.*; delete it"):
-        module(root=mnist_root)
-
-
-def test_swapped_files_are_refused(mnist_root):
-    raw = mnist_root / "MNIST/raw"
-    (raw / "train-images-idx3-ubyte").rename(raw / "other")
-    (raw / "t10k-images-idx3-ubyte").rename(raw / "train-images-idx3-ubyte")
-    (raw / "other").rename(raw / "t10k-images-idx3-ubyte")
-    with pytest.raises(UserError, match="train-images-idx3-ubyte"):
-        module(root=mnist_root)
-
-
-@pytest.mark.mnist
-def test_the_real_mnist_reads(real_mnist):
-    name, _, train, test = read_mnist(real_mnist)
-    assert name == "mnist" and train.images.shape == (60_000, 1, 28, 28) and test.labels.shape == (10_000,)
-    assert train.images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
+def test_resuming_with_other_images_raises():
+    data = make_module(dataset=Digits(), val_size=None)
+    data.load_state_dict(data.state_dict())
+    with pytest.raises(UserError, match="other images"):
+        data.load_state_dict(data.state_dict() | {"mean": [0.5]})

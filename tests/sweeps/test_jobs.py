@@ -1,9 +1,8 @@
-"""The jobs of a multirun share a process and must not notice."""
+"""Jobs of a multirun in one process, and runs of several processes."""
 
 import json
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_with_processes
-from src.command import process
 
 from src.core.config import CONF
-from src.core.process import exit_with_first_process, restore_global_state
+from src.core.process import restore_global_state
 
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
@@ -31,7 +29,7 @@ def final(folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("before", ["trainer.deterministic", "trainer.detect_anomaly", "trainer.benchmark"])
-def test_a_job_is_the_same_after_another_as_alone(run_main, tmp_path, before):
+def test_job_is_bitwise_the_same_after_another_as_alone(run_main, tmp_path, before):
     assert run_main(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
     handlers, environment = list(logging.getLogger().handlers), dict(os.environ)
     assert run_main("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
@@ -41,7 +39,7 @@ def test_a_job_is_the_same_after_another_as_alone(run_main, tmp_path, before):
     assert not torch.are_deterministic_algorithms_enabled() and not torch.is_anomaly_enabled()
 
 
-def test_a_job_gives_back_the_process_as_it_was():
+def test_job_restores_the_global_state():
     def state():
         return (
             torch.get_num_threads(),
@@ -69,7 +67,7 @@ def test_a_job_gives_back_the_process_as_it_was():
 def test_several_devices_in_a_multirun_are_refused(run_main, tmp_path):
     many = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
     result = run_main("-m", *TINY, *many, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    assert result.code == 2 and "trainer.devices=2: a sweep or a search trains on one device a job" in result.err
+    assert result.code == 2 and "trainer.devices=2: a job of a sweep or study trains on one device" in result.err
     assert "Traceback" not in result.err and not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -80,14 +78,14 @@ SLURM = {
 }
 
 
-def test_processes_that_slurm_starts_need_one_folder(run_main, monkeypatch):
+def test_processes_of_slurm_need_one_folder(run_main, monkeypatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     result = run_main(*TINY)
     assert result.code == 2 and "set hydra.run.dir=" in result.err and len(result.err.splitlines()) == 1
 
 
-def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
+def test_lightning_takes_its_rank_from_slurm_and_does_not_requeue(monkeypatch):
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
     from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -111,35 +109,10 @@ def test_slurm_says_which_process_this_is_and_nobody_else_requeues(monkeypatch):
         assert not environment.auto_requeue
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
-def test_the_processes_of_a_run_end_with_the_first():
-    reading, writing = os.pipe()
-    first = os.fork()
-    if not first:
-        os.environ.pop("DIGITLAB_FIRST", None)
-        exit_with_first_process()
-        if not os.fork():
-            os.environ["LOCAL_RANK"] = "1"
-            exit_with_first_process()
-            os.write(writing, b"x")
-        time.sleep(60)
-        os._exit(0)
-    os.close(writing)
-    assert os.read(reading, 1) == b"x"
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
-    assert select.select([reading], [], [], 10)[0] and os.read(reading, 1) == b""  # both have ended
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="by Linux alone")
-def test_a_process_whose_first_is_gone_ends_before_it_imports_anything():
-    environment = os.environ | {"LOCAL_RANK": "1", process.FIRST: "1"}
-    ended = subprocess.run([sys.executable, "-m", "src.train"], cwd=CONF.parent, env=environment, capture_output=True)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, b"", b"")
-
-
 @pytest.mark.slow
-def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum has the same bits in any order
+def test_run_of_three_processes_continues_bitwise_after_one_is_killed(
+    tmp_path,
+):  # a sum of two is bitwise the same in any order
     many = "trainer=ddp", "trainer.devices=3", "trainer.accelerator=cpu", "data.batch_size=11", "trainer.max_epochs=2"
     command = [sys.executable, "-m", "src.train"]
     arguments = [*TINY[:-2], *many, "callbacks.resume.every_steps=20"]
@@ -153,43 +126,8 @@ def test_three_processes_end_together_and_continue(tmp_path):  # of two each sum
     second, _ = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(second), signal.SIGKILL)
     # It finds the connection closed, and says so, unless Lightning's observer of the processes kills it before or then.
-    said = "another process of this run has ended" in first.communicate(timeout=60)[1].decode()
-    assert first.returncode == -signal.SIGKILL or (first.returncode == 1 and said)
+    reported = "another process of this run has ended" in first.communicate(timeout=60)[1].decode()
+    assert first.returncode == -signal.SIGKILL or (first.returncode == 1 and reported)
     assert [file.name for file in tmp_path.iterdir() if file.is_dir()] in (["whole", "run"], ["run", "whole"])
     subprocess.run([*command, f"resume={folder}"], **limit, **settings)
     assert final(folder) == final(whole)
-
-
-def test_runs_side_by_side_divide_the_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-
-    def threads() -> int:
-        monkeypatch.setattr("torch.get_num_threads", lambda: 4)
-        monkeypatch.setattr("torch.set_num_threads", chosen.append)
-        process._runs_at_work.cache_clear()
-        process.divide_threads()
-        return chosen.pop()
-
-    chosen: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert threads() == 4
-    with process.register_active_run():
-        assert threads() == 4
-        with process.register_active_run():
-            assert threads() == 2
-            with process.register_active_run(), process.register_active_run(), process.register_active_run():
-                assert threads() == 1
-        assert threads() == 4
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    process.divide_threads()
-    assert not chosen  # who names a number gets it
-    process._runs_at_work.cache_clear()
-
-
-def test_another_users_folder_of_locks_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / f"digitlab-{os.getuid()}").symlink_to(tmp_path / "theirs")
-    with process.register_active_run():
-        assert not list((tmp_path / "theirs").iterdir())

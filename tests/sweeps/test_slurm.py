@@ -25,20 +25,20 @@ PROGRAM = [sys.executable, "-m", "src.train"]
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    if why := lacking():
-        pytest.skip(f"no Slurm: {why}")
+    if reason := lacking():
+        pytest.skip(f"no Slurm: {reason}")
     with cluster(tmp_path_factory.mktemp("slurm")) as up:
         yield up
 
 
-def bits(run: Path) -> dict[str, list]:
+def read_weights(run: Path) -> dict[str, list]:
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
     return {name: tensor.tolist() for name, tensor in state.items()}
 
 
-def wait_for(there, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 120) -> None:
     until = time.monotonic() + seconds
-    while not there():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -51,35 +51,35 @@ def sweep(slurm: Cluster, folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
-def test_a_sweep_of_six_survives_a_node(run_main, slurm, tmp_path):
+def test_sweep_continues_bitwise_after_a_node_was_lost(run_main, slurm, tmp_path):
     steps = "trainer.limit_train_batches=60"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    again = sweep(slurm, cut, steps, "seed=range(6)")
+    running = sweep(slurm, cut, steps, "seed=range(6)")
     wait_for(lambda: len(list(cut.glob("*/metrics.json"))) >= 1)
     slurm.kill("n2")
     time.sleep(1)
     slurm.start("n2")
-    out, err = again.communicate(timeout=400)
+    out, err = running.communicate(timeout=400)
     before = {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}
-    if again.returncode:  # what Slurm did not begin again by itself
-        assert "lost: " in err and "Traceback" not in err
+    if running.returncode:  # what Slurm did not begin again by itself
+        assert "Traceback" not in err
         out, err = sweep(slurm, cut, steps, "seed=range(6)").communicate(timeout=400)
     assert "6 runs: 6 finished" in out, err
     assert before.items() <= {file: file.stat().st_mtime_ns for file in cut.glob("*/metrics.json")}.items()
     assert run_main("-m", *LONG, steps, "seed=range(6)", f"hydra.sweep.dir={whole}").code == 0
-    assert all(bits(cut / f"seed={seed}") == bits(whole / f"seed={seed}") for seed in range(6))
+    assert all(read_weights(cut / f"seed={seed}") == read_weights(whole / f"seed={seed}") for seed in range(6))
 
 
-def test_a_cancelled_job_is_named_and_the_others_finish(slurm, tmp_path):
+def test_cancelled_job_is_reported_and_the_others_finish(slurm, tmp_path):
     running = sweep(slurm, tmp_path, "trainer.limit_train_batches=100", "seed=0,1,2")
     wait_for(lambda: (tmp_path / "seed=1/checkpoints/last.ckpt").exists())
     (job,) = [file.name.partition("_0_")[0] for file in (tmp_path / ".submitit").glob("*_1/*_0_log.err")]
     slurm.ask("scancel", "--signal=KILL", job)
-    out, err = running.communicate(timeout=400)
-    assert running.returncode == 1 and "failed: seed=1: lost: " in err and "2 finished, 1 failed" in out
+    out, _ = running.communicate(timeout=400)
+    assert running.returncode == 1 and "seed=1: its process has died" in out and "2 finished, 1 lost" in out
 
 
-def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(run_main, slurm, tmp_path):
+def test_job_at_its_time_limit_is_requeued_and_continues_bitwise(run_main, slurm, tmp_path):
     steps, twice = "trainer.limit_train_batches=150", "hydra.launcher.max_num_timeout=3"
     running = sweep(slurm, tmp_path / "cut", steps, twice, "seed=0,1")
     last = tmp_path / "cut/seed=1/checkpoints/last.ckpt"
@@ -90,11 +90,11 @@ def test_a_job_whose_time_is_up_saves_and_goes_on_in_its_folder(run_main, slurm,
     assert "2 runs: 2 finished" in out, err
     assert "Caught signal SIGUSR2" in log.read_text() and "DUE TO JOB REQUEUE" in log.read_text()
     assert run_main(*LONG, steps, "seed=1", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
-    assert bits(tmp_path / "cut/seed=1") == bits(tmp_path / "whole")
+    assert read_weights(tmp_path / "cut/seed=1") == read_weights(tmp_path / "whole")
 
 
-def test_the_batch_script(slurm, tmp_path):
-    text = (CONF.parent / "docs/scale.md").read_text()
+def test_batch_script_is_requeued_and_continues_bitwise(slurm, tmp_path):
+    text = (CONF.parent / "docs/sweeps.md").read_text()
     script = text[text.index("#!/bin/bash") :].partition("```")[0]
     many = ["trainer.accelerator=cpu", "data.batch_size=16", "trainer.max_epochs=2", *LONG[:3], *LONG[4:]]
     script = script.replace("hydra.run.dir=$RUN", f"hydra.run.dir=$RUN {' '.join(many)}")
@@ -107,7 +107,7 @@ def test_the_batch_script(slurm, tmp_path):
     slurm.ask("scancel", "--signal=TERM", cut)
     slurm.wait(cut, "PENDING", "COMPLETED", seconds=60)
     assert slurm.wait(cut, "COMPLETED", "FAILED", seconds=300) == "COMPLETED"
-    said = (tmp_path / f"{cut}.txt").read_text()
-    assert said.count("stopped by SIGTERM; continue with") == 1
+    log = (tmp_path / f"{cut}.txt").read_text()
+    assert log.count("stopped by SIGTERM; continue with") == 1
     run_with_processes(4, *many, f"hydra.run.dir={tmp_path / 'whole'}")
-    assert bits(tmp_path / f"slurm-{cut}") == bits(tmp_path / "whole")
+    assert read_weights(tmp_path / f"slurm-{cut}") == read_weights(tmp_path / "whole")

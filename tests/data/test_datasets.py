@@ -1,0 +1,236 @@
+"""Data sets: loaded, downloaded once, described, trained on, and their errors."""
+
+import gzip
+import hashlib
+import json
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from src import evaluate, export, predict
+from src.core.errors import UserError
+from src.data import datasets
+from src.data.datamodule import ImageDataModule
+from src.data.datasets import MNIST, Digits, ImageFolder, MNISTOrDigits, NpzFile, TorchvisionDataset, load_into_memory
+from src.data.preprocess import resize_image
+
+TINY = "model.channels=[4,4,4,4,4,4]", "trainer.max_epochs=2", "data.batch_size=8", "callbacks.model_summary=null"
+CLASSES = "blue", "green", "red"
+
+
+def make_module(dataset, root, **settings) -> ImageDataModule:
+    data = ImageDataModule(dataset, str(root), **settings)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_digits_have_the_format_of_mnist():
+    splits = Digits().load(Path())
+    assert splits.name == "digits" and splits.test.images.shape == (360, 1, 28, 28)
+    images = splits.train.images
+    assert images.shape == (1437, 1, 28, 28) and images.dtype == torch.uint8 and images.max() == 255
+    assert images[:, :, :4].max() == 0 and set(splits.train.labels.tolist()) == set(range(10))
+
+
+@pytest.mark.mnist
+def test_real_mnist_loads(real_mnist):
+    splits = MNIST().load(real_mnist)
+    assert splits.train.images.shape == (60_000, 1, 28, 28) and splits.test.labels.shape == (10_000,)
+    assert splits.train.images.float().mean().item() / 255 == pytest.approx(0.1307, abs=5e-5)
+
+
+@pytest.fixture
+def mirror(mnist_root, tmp_path, monkeypatch):
+    """Serve the files of `mnist_root` as torchvision's mirrors do; yield the list of requests."""
+    resources, requests = [], []
+    (tmp_path / "mirror").mkdir()
+    for file in (mnist_root / "MNIST/raw").iterdir():
+        packed = gzip.compress(file.read_bytes())
+        (tmp_path / f"mirror/{file.name}.gz").write_bytes(packed)
+        resources.append((f"{file.name}.gz", hashlib.md5(packed).hexdigest()))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path / "mirror")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
+    yield requests
+    server.shutdown()
+
+
+def test_several_threads_download_once(mirror, mnist_root, tmp_path):
+    MNIST().download(tmp_path / "alone")
+    expected, root = len(mirror), tmp_path / "new"
+    threads = [threading.Thread(target=MNIST().download, args=(root,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(mirror) == 2 * expected
+    assert torch.equal(MNIST().load(root).train.images, MNIST().load(mnist_root).train.images)
+    assert [path.name for path in root.iterdir() if path.name != ".mnist.lock"] == ["MNIST"]
+
+
+def test_damaged_download_raises_and_leaves_nothing(mirror, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MNIST_FILES", datasets.MNIST_FILES | {"t10k-labels-idx1-ubyte": "0" * 64})
+    with pytest.raises(UserError, match=r"could not be downloaded \(.*t10k-labels-idx1-ubyte"):
+        MNIST().download(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    for dataset in torchvision.datasets.MNIST, torchvision.datasets.KMNIST:
+        monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:9/"])  # the discard port: nothing listens
+
+
+@pytest.mark.parametrize(
+    "dataset, fix", [(MNIST(), "MNIST_ROOT .* data=digits"), (TorchvisionDataset("KMNIST"), r"set data\.root")]
+)
+def test_failed_download_names_the_fix_and_leaves_no_folder(no_network, tmp_path, dataset, fix):
+    (tmp_path / "empty").mkdir()
+    for root in tmp_path / "not/there", tmp_path / "empty":
+        with pytest.raises(UserError, match=f"could not be downloaded .*{fix}"):
+            dataset.download(root)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_auto_without_network_warns_and_loads_digits(no_network, tmp_path):
+    with pytest.warns(UserWarning, match="small digits"):
+        data = make_module(MNISTOrDigits(), tmp_path)
+    assert data.spec.name == "digits" and len(data.train_dataloader().dataset) == 1437 - 143
+    with warnings.catch_warnings(action="error"):
+        data.prepare_data()  # as Lightning does again before the test
+
+
+def test_auto_with_mnist_on_disk_loads_mnist(mnist_root):
+    with warnings.catch_warnings(action="error"):
+        assert make_module(MNISTOrDigits(), mnist_root).spec.name == "mnist"
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?"])
+@pytest.mark.parametrize("name", datasets.MNIST_FILES)
+def test_damaged_mnist_file_is_named(mnist_root, name, damage):
+    file = mnist_root / "MNIST/raw" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{name}: .*SHA-256 differs.*; delete it"):
+        make_module(MNIST(), mnist_root)
+
+
+def test_image_folder_is_described_by_its_files(image_folder):
+    data = make_module(ImageFolder(size=16), image_folder, val_size=0)
+    train, test = data.splits.train, data.splits.test
+    assert data.spec.name == "colours" and data.spec.shape == (3, 16, 16) and data.spec.classes == CLASSES
+    pixels = train.images.double() / 255
+    assert data.spec.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert data.spec.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
+    assert len(train.labels) == 29 and len(test.labels) == 7
+    assert not {x.numpy().tobytes() for x in train.images} & {x.numpy().tobytes() for x in test.images}
+    assert torch.equal(data.spec.denormalize(data.spec.normalize(train.images)), train.images)
+
+
+def test_image_folder_with_a_test_folder_keeps_the_split(image_folder):
+    for name in CLASSES:
+        (image_folder / "test" / name).mkdir(parents=True)
+        (image_folder / "train" / name).mkdir(parents=True)
+        for i, file in enumerate(list((image_folder / name).iterdir())):
+            file.rename(image_folder / ("test" if i < 4 else "train") / name / file.name)
+        (image_folder / name).rmdir()
+    splits = ImageFolder().load(image_folder)
+    assert (len(splits.train), len(splits.test)) == (24, 12) and splits.classes == CLASSES
+
+
+def test_image_of_the_right_size_is_not_resampled():
+    assert resize_image(Image.new("L", (9, 9)), (1, 8, 8)).shape == (1, 8, 8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    wide = np.concatenate([np.zeros((8, 8, 3), np.uint8), pixels, np.zeros((8, 8, 3), np.uint8)], axis=1)
+    for array in pixels, wide:  # of the wide one, the middle
+        assert torch.equal(resize_image(Image.fromarray(array), (3, 8, 8)).permute(1, 2, 0), torch.from_numpy(pixels))
+
+
+@pytest.mark.parametrize("damage", [b"", b"GIF89a", None])
+def test_run_on_a_damaged_image_folder_fails_in_one_line(run_main, image_folder, tmp_path, damage):
+    if damage is None:
+        for name in CLASSES[1:]:
+            (image_folder / name).rename(tmp_path / name)
+    else:
+        (image_folder / "red/0.png").write_bytes(damage)
+    result = run_main(*TINY, "data=folder", f"data.root={image_folder}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert ("two classes" if damage is None else "red/0.png: ") in result.err
+
+
+def write_npz(file: Path, **changes) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (20, 10, 12, 3), dtype=np.uint8)
+    arrays = {"train_images": images[:15], "train_labels": np.arange(15)[:, None] % 3}
+    arrays |= {"test_images": images[15:], "test_labels": np.arange(5) % 3} | changes
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    return file
+
+
+def test_npz_file_is_described_by_its_arrays(tmp_path):
+    file = write_npz(tmp_path / "fruit.npz", classes=np.array(["apple", "fig", "pear"]))
+    data = make_module(NpzFile(), file, val_size=3)
+    assert data.spec.shape == (3, 10, 12) and data.spec.classes == ("apple", "fig", "pear")
+    assert data.spec.name == "fruit" and len(data.splits.train.labels) == 12
+
+
+def test_invalid_npz_file_raises(tmp_path):
+    images = np.zeros((15, 10, 12, 3)), np.zeros((15, 9, 9), np.uint8)
+    labels = None, np.arange(15) - 1, np.arange(14), np.array([{}] * 15)
+    changes = [
+        *({"train_images": x} for x in images),
+        *({"train_labels": x} for x in labels),
+        {"classes": np.array(["x"])},
+    ]
+    for change in changes:
+        with pytest.raises(UserError, match=r"a\.npz: .*; it needs train_images, .* uint8 images"):
+            NpzFile().load(write_npz(tmp_path / "a.npz", **change))
+
+
+def test_torchvision_dataset_without_splits_raises():
+    for name in "Nothing", "os", "Omniglot":
+        with pytest.raises(UserError, match=f"{name}: no such data set with a test split"):
+            TorchvisionDataset(name)
+
+
+def test_torchvision_dataset_is_trained_evaluated_predicted_and_exported(run_main, mnist_root, tmp_path):
+    folder = tmp_path / "run"
+    (mnist_root / "MNIST").rename(mnist_root / "FashionMNIST")
+    result = run_main(*TINY, "data=fashion", f"data.root={mnist_root}", f"hydra.run.dir={folder}")
+    assert result.code == 0, result.err
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["data"] == "fashionmnist"
+    result = run_main(folder, "--output", tmp_path / "out", main=evaluate.main)
+    assert result.code == 0, result.err
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["accuracy"] == pytest.approx(metrics["metrics"]["test/acc"]) and "Ankle boot" in result.out
+
+    splits = TorchvisionDataset("FashionMNIST").load(mnist_root)
+    images, labels = load_into_memory(splits.test)
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{i:03}.png")
+    result = run_main(tmp_path / "images", "--weights", folder, "--json", main=predict.main)
+    predicted = [splits.classes.index(answer["class"]) for answer in json.loads(result.out)]
+    assert (torch.tensor(predicted) == labels).float().mean().item() == pytest.approx(scores["accuracy"])
+
+    pytest.importorskip("onnxruntime")
+    result = run_main(folder, "--output", tmp_path / "out", main=export.main)
+    assert result.code == 0 and (tmp_path / "out/fashionmnist.onnx").exists(), result.err
