@@ -72,7 +72,8 @@ def serve(predictor: Any, port: int) -> ThreadingHTTPServer:
 
 @argparse_main
 def main() -> None:
-    parser = Parser(prog="python -m src.draw", description="Serve a page to draw a digit on.")
+    """Serve a page to draw a digit on."""
+    parser = Parser(prog="python -m src.draw", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default: 8000")
     arguments = parser.parse_args()

@@ -91,7 +91,8 @@ def score(predictor: Any, data: Any, folder: Path) -> None:
 
 @argparse_main
 def main() -> None:
-    parser = Parser(prog="python -m src.evaluate", description="Score a trained network on the test images.")
+    """Score a trained network on the test images."""
+    parser = Parser(prog="python -m src.evaluate", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
     parser.add_argument("--data", help="a config of conf/data; default: that of the training")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")

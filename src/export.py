@@ -14,7 +14,8 @@ from src.core.errors import UserError
 
 @argparse_main
 def main() -> None:
-    parser = Parser(prog="python -m src.export", description="Export a trained network to ONNX and torch.export.")
+    """Export a trained network to ONNX and torch.export."""
+    parser = Parser(prog="python -m src.export", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="folder for the exports")
@@ -55,12 +56,12 @@ def main() -> None:
     def run_onnx(batch: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
-    runs = {"PyTorch": predictor, onnx_file: run_onnx, program_file: torch.export.load(program_file).module()}
+    exported = torch.export.load(program_file).module()
     compared = f"compared with PyTorch on {len(images):,} test images of {data.spec.name}"
     print(f"{os.path.relpath(predictor.file)}, {compared}")
     with torch.inference_mode():
         expected = predictor(images)
-        for name, run in runs.items():
+        for name, run in ("PyTorch", predictor), (onnx_file, run_onnx), (program_file, exported):
             outputs = torch.cat([run(images[:1]), run(images[1:])])  # two batch sizes
             accuracy, difference = (outputs.argmax(1) == labels).float().mean(), (outputs - expected).abs().max()
             of_probabilities = (outputs.exp() - expected.exp()).abs().max()

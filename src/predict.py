@@ -21,22 +21,22 @@ def predict_files(predictor: Any, files: list[Path]) -> Iterator[tuple[dict[str,
     import torch
 
     for start in range(0, len(files), BATCH_SIZE):
-        batch, results, images = files[start : start + BATCH_SIZE], [], []
-        for file in batch:
+        batch, images, failures = files[start : start + BATCH_SIZE], [], {}
+        for index, file in enumerate(batch):
             try:
                 images.append(predictor.preprocess_file(sys.stdin.buffer.read() if str(file) == "-" else file))
-                results.append(None)
             except UserError as error:
-                results.append({"error": str(error)})
+                failures[index] = {"error": str(error)}
         predictions = zip(predictor.predict(torch.stack(images)) if images else [], images, strict=True)
-        for file, failure in zip(batch, results, strict=True):
-            result, image = (failure, None) if failure else next(predictions)
+        for index, file in enumerate(batch):
+            result, image = (failures[index], None) if index in failures else next(predictions)
             yield {"file": str(file), **result}, image
 
 
 @argparse_main
 def main() -> int:
-    parser = Parser(prog="python -m src.predict", description="Predict the digit or class of each image.")
+    """Predict the digit or class of each image."""
+    parser = Parser(prog="python -m src.predict", description=main.__doc__)
     images_help = "PNG, JPEG, BMP, GIF or WebP files, folders of them, or - for stdin"
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help=images_help)
     parser.add_argument("--weights", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")

@@ -1,13 +1,12 @@
 """Plots of images, mistakes and confusions, as matplotlib figures."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from src.core.errors import UserError
 
@@ -25,17 +24,15 @@ def save_figure(figure: Figure, file: Path) -> None:
 
 def plot_image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 10) -> Figure:
     """Plot [C, H, W] uint8 images in rows, each below its caption."""
-    columns, (height, width) = min(columns, len(images)), images[0].shape[1:]
-    gap = max(12, round(2.2 * max(map(len, captions))) - width)  # pixels, so that captions do not touch
-    grid = make_grid(torch.stack(list(images)), nrow=columns, padding=gap, pad_value=255).permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(grid.shape[1] / 32, grid.shape[0] / 32))
-    axes: Any = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(grid, interpolation="nearest")
-    axes.axis("off")
-    for index, caption in enumerate(captions):
-        row, column = divmod(index, columns)
-        x, y = gap + column * (width + gap) + width / 2, gap + row * (height + gap) - 2
-        axes.text(x, y, caption, ha="center", fontsize=8)
+    columns = min(columns, len(images))
+    rows, width = math.ceil(len(images) / columns), max(1.2, 0.08 * max(map(len, captions)))  # inches
+    figure = Figure(figsize=(width * columns, 1.4 * rows))
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.2 / rows, hspace=0.3)
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        axes: Any = figure.add_subplot(rows, columns, index + 1)
+        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(caption, fontsize=8)
+        axes.axis("off")
     return figure
 
 
@@ -49,7 +46,7 @@ def find_worst_mistakes(labels: Tensor, probabilities: Tensor, count: int = 30) 
 def plot_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> Figure | None:
     """Plot the worst mistakes among [N, C, H, W] uint8 images; None if there are none."""
     worst, predicted = find_worst_mistakes(labels, probabilities), probabilities.argmax(1)
-    captions = [f"{classes[labels[i]]} predicted as {classes[predicted[i]]}" for i in worst]
+    captions = [f"{classes[int(labels[i])]} predicted as {classes[int(predicted[i])]}" for i in worst]
     return plot_image_grid(list(images[worst]), captions, columns=6) if captions else None
 
 
@@ -58,9 +55,8 @@ def plot_confusion_matrix(labels: Tensor, probabilities: Tensor, classes: Sequen
     from torchmetrics.functional.classification import multiclass_confusion_matrix  # slow to import
     from torchmetrics.utilities.plot import plot_confusion_matrix
 
-    has_room = len(classes) <= MAX_NAMED_CLASSES
     counts = multiclass_confusion_matrix(probabilities, labels, len(classes))
-    size = 6.4 if len(classes) <= 10 else 9  # inches, small so that the labels are large
+    size, has_room = 6.4 if len(classes) <= 10 else 9, len(classes) <= MAX_NAMED_CLASSES
     figure = Figure(figsize=(size, 0.9 * size), layout="constrained")
     axes: Any = figure.add_subplot()
     plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=list(classes), add_text=has_room)

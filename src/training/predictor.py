@@ -30,10 +30,11 @@ class Predictor(nn.Module):
     `data` is the config of its training data, None for a .pt file; `ood_detector` is None unless one was fitted.
     """
 
-    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: dict[str, Any] | None) -> None:
+    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any) -> None:
         super().__init__()
         self.net, self.spec, self.file, self.data = net, spec, file, data
-        self.ood_file, self.ood_detector = file.with_suffix(".ood.pt"), None
+        self.ood_file = file.with_suffix(".ood.pt")
+        self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
         self.has_logits = not are_log_probabilities(net(torch.zeros(1, *spec.shape)), len(spec.classes))
 
@@ -97,7 +98,7 @@ def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Pred
         spec = spec._replace(classes=tuple(map(escape_control_characters, spec.classes)))
         net = instantiate_node("model", config.model, **infer_network_arguments(config.model, spec))
         net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
-        predictor = Predictor(net, spec, file, OmegaConf.to_container(config).get("data"))
+        predictor = Predictor(net, spec, file, OmegaConf.to_container(config.data) if is_run else None)
     except (UserError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         fix = "name a run folder, a .ckpt in one, or a .pt file"
         raise UserError(f"{file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
@@ -105,8 +106,8 @@ def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Pred
         try:
             detector = OODDetector(**load_weights_only(predictor.ood_file))
         except (UserError, TypeError) as error:
-            fix = f"type python -m src.evaluate {file} --fit-ood"
-            raise UserError(f"{predictor.ood_file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
+            fix = f"python -m src.evaluate {file} --fit-ood"
+            raise UserError(f"{predictor.ood_file}: {error}; type {fix} to write it again") from error
         is_of_net = math.isclose(detector.fingerprint, compute_fingerprint(net), rel_tol=1e-6)
         predictor.ood_detector = detector if is_of_net else None  # a resumed run has other weights
     return predictor
@@ -118,9 +119,9 @@ def load_test_data(predictor: Predictor, choice: str | None = None, root: Path |
     if choice or data is None:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", overrides=[f"data={choice or predictor.spec.name}", "output_dir=."])
-        data = resolve_config(config).data
-    root_override = {"root": str(root)} if root else {}
-    module = instantiate_node("data", {**data, "augment": None, "soft_labels": None, **root_override})
+        data = OmegaConf.to_container(resolve_config(config).data)
+    overrides = {"augment": None, "soft_labels": None} | ({"root": str(root)} if root else {})
+    module = instantiate_node("data", data | overrides)
     module.prepare_data()
     if module.spec.shape != predictor.spec.shape or len(module.spec.classes) != len(predictor.spec.classes):
         raise UserError(f"data={module.spec.name}: its shape {module.spec.shape} or its classes are not the network's")

@@ -68,7 +68,7 @@ class TensorBoardCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self.writer: Any = writers[0] if writers and trainer.is_global_zero else None
-        self.spec = getattr(trainer.datamodule, "spec", None) if self.writer else None  # describes images
+        self.spec: Any = getattr(trainer.datamodule, "spec", None) if self.writer else None  # describes images
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self.writer:
@@ -116,7 +116,7 @@ class TensorBoardCallback(Callback):
             self.writer.add_histogram(f"activations/{name}", output, step)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self.hooks, self.labels = ExitStack(), []
+        self.hooks, self.labels = ExitStack(), list[Tensor]()
         layers = [("features", layer) for layer in pl_module.modules() if isinstance(layer, nn.Linear)][-1:]
         is_plotted = self.spec and trainer.world_size == 1  # each of several processes tests only a part
         self.calls = _record([("module", pl_module), *layers] if is_plotted else [], self.hooks)
