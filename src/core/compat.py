@@ -26,7 +26,9 @@ def parse_hydra_arguments(arguments: list[str]) -> Namespace:
     """Parse Hydra's flags and the overrides, which may stand on both sides of a flag. Raises UserError."""
 
     def fail(message: str) -> NoReturn:
-        raise UserError(f"{message}; keys have no dashes, and python -m src.train --hydra-help lists the flags")
+        flag = next((word for word in message.split() if word.startswith("--")), None)
+        reason = f"{flag}: no such flag, and keys have no dashes" if "unrecognized" in message else message
+        raise UserError(f"{reason}; python -m src.train --hydra-help lists the flags")
 
     parser = get_args_parser()
     parser.error = fail  # type: ignore[method-assign, assignment]

@@ -1,7 +1,9 @@
 """The jobs of a sweep: a grid over the values of its keys, in which some keys may change together."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -46,4 +48,12 @@ class GridSweeper(BasicSweeper):  # type: ignore[misc, valid-type]
         def is_choice(override: str) -> bool:
             return bool(get_options(override.partition("=")[0].lstrip("+~").partition("@")[0]))
 
-        super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
+        try:
+            super().validate_batch_is_legal(list({tuple(filter(is_choice, job)): job for job in batch}.values()))
+        except Exception:
+            folder = Path(self.config.hydra.sweep.dir)
+            if not any(folder.glob("*/.hydra")):  # of a sweep that has not started
+                (folder / "multirun.yaml").unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+            raise

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -79,9 +80,10 @@ class LayerTable(Callback):
             device=pl_module.device,
             verbose=0,
         )
+        text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # torchinfo prints the member of an Enum
         if _is_verbose():
-            print(table)
-        Path(trainer.default_root_dir, "layers.txt").write_text(f"{table}\n", encoding="utf-8")
+            print(text)
+        Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
 def make_bar(total: float | None, is_enabled: bool = True) -> Progress:
