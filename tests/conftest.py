@@ -218,8 +218,9 @@ def interrupt_at(monkeypatch):
 
 
 def run_with_processes(number: int, *arguments: str) -> None:
-    """Train with `number` processes, started as torchrun does."""
-    command = [sys.executable, "-m", "src.train", *arguments, "trainer=ddp", f"trainer.devices={number}"]
+    """Train, or resume, with `number` processes, started as torchrun does."""
+    devices = [] if arguments[0].startswith("resume=") else ["trainer=ddp", f"trainer.devices={number}"]
+    command = [sys.executable, "-m", "src.train", *arguments, *devices]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = os.environ | {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": f"{number}", "MASTER_ADDR": "127.0.0.1"}

@@ -104,6 +104,8 @@ def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, An
     ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics. If a module asks for the number of
     steps, it begins the DataLoaders before it has loaded their states.
     """
+    import torch
+
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch_loop.batch_progress.is_last_batch = False
     epoch_loop.batch_progress.total.ready = epoch_loop.batch_progress.total.completed
@@ -112,7 +114,10 @@ def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, An
     assert fit_loop._combined_loader and fit_loop._data_fetcher
     fit_loop._combined_loader_states_to_load = []
     fit_loop._combined_loader._load_state_dicts(loader_states)
-    iter(fit_loop._data_fetcher)
+    with torch.random.fork_rng(devices=[]):
+        iter(fit_loop._data_fetcher)  # loads the states
+    if not epoch_loop.batch_progress.current.completed:  # they are of the end of the epoch before
+        iter(fit_loop._data_fetcher)
 
 
 def disable_requeue_and_broadcast(trainer: "L.Trainer") -> None:

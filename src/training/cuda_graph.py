@@ -1,134 +1,110 @@
-"""The training step as one CUDA graph: python -m src.train trainer=cuda_graph."""
+"""Train with one CUDA graph per step: python -m src.train trainer=cuda_graph."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
-from torch.optim import Optimizer
 
 from src.core.compat import set_closure_loss
 from src.core.errors import UserError
 
-EAGER = 3  # steps at the start of an epoch that let PyTorch and the optimizer allocate what a graph may not
+EAGER_STEPS = 3  # per epoch, in which PyTorch and the optimizer allocate what a graph cannot
 
 
 class CUDAGraphStrategy(SingleDeviceStrategy):
-    """Captures augmentation, forward and backward pass, clipping and the optimizer's step; then replays them.
+    """Capture augmentation, forward and backward pass, clipping and the optimizer step, and replay them.
 
-    Eager remain the first steps of an epoch, every `log_every_n_steps`-th, which writes, and a batch of another size;
-    hooks inside a step run in those alone. Captured anew each epoch, for scores are reset and teachers' answers change.
-    Between replays it sets what changes: the batch, the generator's seed, the progress, the learning rate.
-    Raises UserError for what cannot be captured.
+    The first steps of an epoch, logged steps and batches of another size run eagerly, and only they call hooks within a
+    step. Each epoch is captured anew, because metrics are reset. Raises UserError for what a graph cannot do.
     """
 
-    strategy_name = "graph"
-    wants_indices = True  # asks src.data.datamodule for them, so that a graph reads and augments the images itself
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parallel_devices: list[torch.device] = []  # Lightning sets them
-        self.graph: Any = None
-        self.capturing = False
-        self.static: list[Tensor] = []  # the batch that a replay reads
-        self.eager = 0
+    strategy_name = "cuda_graph"
+    wants_indices = True  # a graph makes the batch itself
+    parallel_devices: Sequence[torch.device] = ()  # set by Lightning
+    graph: Any = None
+    inputs: list[Tensor]  # the batch that a replay reads
+    is_capturing, eager_steps = False, 0
 
     @property
     def root_device(self) -> torch.device:
         return self.parallel_devices[0]
 
-    def setup(self, trainer: L.Trainer) -> None:
-        self.trainer = trainer
+    def setup(self, trainer: Trainer) -> None:
+        self.trainer: Any = trainer
         if len(self.parallel_devices) > 1 or self.root_device.type != "cuda":
-            raise UserError("trainer=cuda_graph needs one CUDA GPU; set trainer.accelerator=gpu trainer.devices=1")
+            raise UserError("trainer=cuda_graph: needs one CUDA GPU; set trainer.accelerator=gpu trainer.devices=1")
         if trainer.accumulate_grad_batches > 1 or not trainer.lightning_module.automatic_optimization:
-            raise UserError("trainer=cuda_graph captures whole steps; set trainer.accumulate_grad_batches=1")
+            raise UserError("trainer=cuda_graph: captures whole steps; set trainer.accumulate_grad_batches=1")
         if trainer.precision == "16-mixed":
-            raise UserError(
-                "trainer=cuda_graph: 16-mixed looks at each step's gradients; set trainer.precision=bf16-mixed"
-            )
+            raise UserError("trainer=cuda_graph: cannot scale gradients; set trainer.precision=bf16-mixed")
         super().setup(trainer)
 
-    def setup_optimizers(self, trainer: L.Trainer) -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            takes = "capturable" if "capturable" in group else "fused" if "fused" in group else None
-            if takes:
-                group |= {takes: True} | ({"foreach": False} if takes == "fused" else {})
+            if "capturable" in group or "fused" in group:
+                group |= {"capturable": True} if "capturable" in group else {"fused": True, "foreach": False}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        tensors = [batch] if isinstance(batch, Tensor) else [*batch]
-        if batch_idx == 0 or not self.eager:  # not at the first when it is resumed
-            self.graph, self.eager = None, 0
-            self.indexed = isinstance(batch, Tensor)
-            if self.indexed:
-                data.progress = torch.zeros((), dtype=torch.float64, device=self.root_device)
-        log = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        fits = self.graph is None or all(a.shape == b.shape for a, b in zip(self.static, tensors, strict=True))
-        self.replays = self.eager >= EAGER and fits and not log
-        if self.replays and self.graph:
-            for static, tensor in zip(self.static, tensors, strict=True):
-                static.copy_(tensor)
-        elif self.replays:
-            self.static = [tensor.clone() for tensor in tensors]
-        if self.indexed:
+        data, self.has_indices = self.trainer.datamodule, isinstance(batch, Tensor)
+        tensors = [batch] if self.has_indices else [*batch]
+        if batch_idx == 0:
+            self.graph, self.eager_steps = None, 0
+        is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        fits = not self.graph or [a.shape for a in self.inputs] == [b.shape for b in tensors]
+        self.is_replayed = self.eager_steps >= EAGER_STEPS and fits and not is_logged
+        if self.is_replayed and not self.graph:
+            self.inputs = [tensor.clone() for tensor in tensors]
+        for static, tensor in zip(self.inputs, tensors, strict=True) if self.is_replayed else ():
+            static.copy_(tensor)
+        if self.has_indices:
+            data.progress = torch.as_tensor(data.progress, dtype=torch.float64, device=self.root_device)
             data.begin_batch()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.capturing:
-            batch = self.static[0] if self.indexed else self.static
-        return super().training_step(self.trainer.datamodule.make_batch(batch) if self.indexed else batch, batch_idx)  # type: ignore[attr-defined]
+        if self.is_capturing:
+            batch = self.inputs[0] if self.has_indices else self.inputs
+        batch = self.trainer.datamodule.make_batch(batch) if self.has_indices else batch
+        return super().training_step(batch, batch_idx)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        if not self.replays:
-            self.eager += 1
+    def _run_step(self, optimizer: torch.optim.Optimizer, closure: Any, model: Any, **kwargs: Any) -> None:
+        learning_rates, self.is_capturing = [group["lr"] for group in optimizer.param_groups], True
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.loss, self.is_capturing = closure.consume_result().loss, False
+        for group, lr in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = lr
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        if not self.is_replayed:
+            self.eager_steps += 1
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         groups = optimizer.param_groups
-        settings = [{key: x for key, x in group.items() if key not in ("params", "lr")} for group in groups]
-        if self.graph is None:
+        settings = [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in groups]
+        if not self.graph:
+            dtype = torch.float32 if {"capturable", "fused"} & groups[0].keys() else torch.float64  # PyTorch's take 32
             self.settings = settings
-            own = not any("capturable" in group or "fused" in group for group in groups)
-            kind = torch.float64 if own else torch.float32  # as precise as a number in the config; PyTorch's take 32
-            self.rates = [torch.zeros((), dtype=kind, device=self.root_device) for _ in groups]
-            generators = [self.trainer.datamodule.generator] if self.indexed else []  # type: ignore[attr-defined]
-            self.graph = capture_graph(lambda: self._whole_step(optimizer, closure, model, **kwargs), generators)
-        elif settings != self.settings:
-            raise UserError(
-                "trainer=cuda_graph: the schedule changes more than the learning rate; leave trainer=cuda_graph out"
-            )
+            self.rates = [torch.zeros((), dtype=dtype, device=self.root_device) for _ in groups]
+            self.graph = self._capture(lambda: self._run_step(optimizer, closure, model, **kwargs))
+        if settings != self.settings:
+            raise UserError("trainer=cuda_graph: the scheduler changes more than the learning rate; leave it out")
         for rate, group in zip(self.rates, groups, strict=True):
             rate.fill_(group["lr"])
         self.graph.replay()
         set_closure_loss(closure, self.loss)
-        return None
 
-    def _whole_step(self, optimizer: Optimizer, closure: Any, model: Any, **kwargs: Any) -> None:
-        before, self.capturing = [group["lr"] for group in optimizer.param_groups], True
+    def _capture(self, step: Callable[[], None]) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        if self.has_indices and torch.__version__ < "2.14":  # newer ones register generators themselves
+            graph.register_generator_state(self.trainer.datamodule.generator)
         try:
-            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate
-            super().optimizer_step(optimizer, closure, model, **kwargs)
-            self.loss = closure.consume_result().loss
-        finally:
-            self.capturing = False
-            for group, lr in zip(optimizer.param_groups, before, strict=True):
-                group["lr"] = lr
-
-
-def capture_graph(step: Callable[[], None], generators: Sequence[torch.Generator]) -> Any:
-    """What `step` does on the GPU, to be replayed; it is not done yet. It draws from `generators` and PyTorch's own."""
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators if torch.__version__ < "2.14" else ():  # newer ones see for themselves
-        graph.register_generator_state(generator)
-    try:
-        with torch.cuda.graph(graph):
-            step()
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"trainer=cuda_graph: this step cannot be captured ({reason}); leave trainer=cuda_graph out"
-        ) from error
-    return graph
+            with torch.cuda.graph(graph):
+                step()
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"trainer=cuda_graph: this step cannot be captured ({reason}); leave it out") from error
+        return graph

@@ -24,10 +24,9 @@ class ResumeCheckpoint(Checkpoint):
     """Write last.ckpt every `every_minutes`, every `every_steps`, on a signal and at the end of the training.
 
     It is written where a batch starts: from the end of an epoch's last batch, Lightning resumes without validation.
-    PyTorch is seeded for each batch, so no generator's state is saved. SIGINT and SIGTERM raise SystemExit with 128 +
-    their number after a checkpoint, a second signal at once; SIGUSR1 and SIGUSR2 are passed on to a handler that
-    requeues the job. Every `log_every_n_steps`, processes agree to save or stop, and losses are checked: one that is
-    not finite raises DivergenceError.
+    Each batch has a seed, so no generator's state is saved. SIGINT and SIGTERM raise SystemExit with 128 + their number
+    after a checkpoint, a second signal at once; SIGUSR1 and SIGUSR2 are passed on to a handler that requeues the job.
+    Every `log_every_n_steps`, processes agree to save or stop, and a loss that is not finite raises DivergenceError.
     """
 
     def __init__(
@@ -68,8 +67,10 @@ class ResumeCheckpoint(Checkpoint):
         raise SystemExit(128 + number)
 
     def _seed_generators(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        torch.manual_seed(hash_seed(self.seed, batch, trainer.global_rank, 1))  # 1: not the stream of the data
+        seed = hash_seed(self.seed, trainer.fit_loop.epoch_loop.batch_progress.total.completed, trainer.global_rank, 1)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.4 ms if CUDA is not in use
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seed)
 
     on_train_epoch_start = on_test_start = _seed_generators  # DataLoaders may shuffle by it, networks may draw
 

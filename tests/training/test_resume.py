@@ -1,29 +1,28 @@
-"""A run that was stopped and continued ends with the same bits as one that was not."""
+"""A run that is interrupted and resumed ends bitwise identical to an uninterrupted one."""
 
 import errno
 import os
-import random
 import re
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SimulatedKill, read_outcome
+from conftest import SimulatedKill, read_outcome, run_with_processes
 
-from src.core.config import CONF
+from src.training.resume import ResumeCheckpoint
 
-# 24 batches of training.
+# 24 batches in two epochs.
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
-    *("data.batch_size=8", "callbacks.resume.every_steps=5"),
+    *("data.batch_size=8", "callbacks.resume.every_steps=5", "callbacks.model_summary=null"),
 )
-PLAIN = "callbacks.tensorboard=null"  # half of so short a run
+PLAIN = "callbacks.tensorboard=null"  # halves the time of so short a run
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +31,38 @@ def outcomes():
 
 
 @pytest.fixture
-def whole(run_main, tmp_path, outcomes):
-    """The read_outcome of the same run, not stopped."""
+def uninterrupted(run_main, tmp_path, outcomes):
+    """Return the outcome of a run that is not interrupted."""
 
     def run(*overrides):
         if overrides not in outcomes:
-            assert run_main(*TINY, f"hydra.run.dir={tmp_path / 'whole'}", *overrides).code == 0
-            outcomes[overrides] = read_outcome(tmp_path / "whole")
+            result = run_main(*TINY, f"hydra.run.dir={tmp_path / 'uninterrupted'}", *overrides)
+            assert result.code == 0, result.err
+            outcomes[overrides] = read_outcome(tmp_path / "uninterrupted")
         return outcomes[overrides]
 
     return run
 
 
-@pytest.mark.parametrize("batch", [0, 8, 11, 12, 13, 23])
-def test_a_killed_run_continues_to_the_same_bits(run_main, tmp_path, interrupt_at, whole, batch):
+@pytest.fixture
+def kill(run_main, interrupt_at):
+    """Kill a run, or a resumed one, before a batch."""
+
+    def run(batch, *arguments):
+        interrupt_at(batch, SimulatedKill)
+        with pytest.raises(SimulatedKill):
+            run_main(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("batch", [0, 8, 12, 23])
+def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, kill, uninterrupted, batch):
     folder = tmp_path / "run"
-    interrupt_at(batch, SimulatedKill)
-    with pytest.raises(SimulatedKill):
-        run_main(*TINY, f"hydra.run.dir={folder}")
+    kill(batch, *TINY, f"hydra.run.dir={folder}")
     result = run_main(f"resume={folder}")
     assert result.code == 0 and not result.err, result.err
-    assert read_outcome(folder) == whole()
+    assert read_outcome(folder) == uninterrupted()
 
 
 @pytest.mark.parametrize(
@@ -62,35 +72,41 @@ def test_a_killed_run_continues_to_the_same_bits(run_main, tmp_path, interrupt_a
         ("trainer.accumulate_grad_batches=3", "callbacks.resume.every_steps=2"),
         ("trainer.max_steps=20",),
         ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
-        ("optimizer=adamw", "scheduler=none", "data.augment=null"),
         ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1"),
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_every_state_is_in_the_checkpoint(run_main, tmp_path, interrupt_at, whole, overrides):
+def test_resume_after_two_kills_restores_every_state(run_main, tmp_path, kill, uninterrupted, overrides):
     overrides, folder = (PLAIN, *overrides), tmp_path / "run"
-    for batch in 8, 19:
-        interrupt_at(batch, SimulatedKill)
-        with pytest.raises(SimulatedKill):
-            run_main(*((*TINY, f"hydra.run.dir={folder}", *overrides) if batch == 8 else [f"resume={folder}"]))
+    kill(8, *TINY, f"hydra.run.dir={folder}", *overrides)
+    kill(19, f"resume={folder}")
     assert run_main(f"resume={folder}").code == 0
-    assert read_outcome(folder) == whole(*overrides)
+    assert read_outcome(folder) == uninterrupted(*overrides)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_continue(run_main, tmp_path, interrupt_at, whole, number, code):
-    folder = tmp_path / "optimizer.lr=0.1,model.dropout=it's 0"  # as in a sweep, and worse
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_writes_a_checkpoint_and_prints_the_command(
+    run_main, tmp_path, interrupt_at, uninterrupted, number, code
+):
+    folder = tmp_path / "optimizer.lr=0.1,model.dropout=0 1"  # as a sweep names it, and worse
     interrupt_at(7, number)
-    result = run_main(*TINY, PLAIN, f"hydra.run.dir='{str(folder).replace(chr(39), chr(92) + chr(39))}'")
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir='{folder}'")
     assert result.code == code and "Traceback" not in result.err
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
     (line,) = [line for line in result.err.splitlines() if "resume=" in line]
     assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train resume=")
     assert run_main(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
-    assert read_outcome(folder) == whole(PLAIN)
+    assert read_outcome(folder) == uninterrupted(PLAIN)
 
 
-def test_a_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_at, whole):
+def test_second_signal_exits_without_a_checkpoint(tmp_path):
+    callback = ResumeCheckpoint(str(tmp_path))
+    callback._handle_signal(signal.SIGINT, None)
+    with pytest.raises(SystemExit, match="143"):
+        callback._handle_signal(signal.SIGTERM, None)
+
+
+def test_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_at, uninterrupted):
     interrupt_at(7, signal.SIGTERM)
     result = run_main("-m", *TINY, PLAIN, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 143 and not (tmp_path / "seed=1").exists()
@@ -98,94 +114,125 @@ def test_a_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_
     command = shlex.split(line)
     assert run_main(*command[command.index("src.train") + 1 :]).code == 0
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
-    assert read_outcome(tmp_path / "seed=0") == whole(PLAIN)
+    assert read_outcome(tmp_path / "seed=0") == uninterrupted(PLAIN)
 
 
-def test_a_run_stopped_after_training_is_tested_and_recorded(run_main, tmp_path, monkeypatch, whole):
+EARLY_STOPPING = (
+    "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,patience:1,min_delta:9}"
+)
+
+
+@pytest.mark.parametrize("overrides", [(), (EARLY_STOPPING, "trainer.max_epochs=4")], ids=["all epochs", "stops early"])
+def test_stop_before_the_test_gives_identical_scores(run_main, tmp_path, monkeypatch, uninterrupted, overrides):
     import lightning as L
 
-    folder, test = tmp_path / "run", L.Trainer.test
+    from src.models.cnn import CNN
 
-    def terminated(*arguments, **settings):
+    folder, test, forward = tmp_path / "run", L.Trainer.test, CNN.forward
+    monkeypatch.setattr(CNN, "forward", lambda self, images: forward(self, images + torch.randn_like(images)))
+
+    def terminate(*_, **__):
         monkeypatch.setattr(L.Trainer, "test", test)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(L.Trainer, "test", terminated)
-    assert run_main(*TINY, PLAIN, f"hydra.run.dir={folder}").code == 143
+    noisy = PLAIN, "name=noisy", *overrides  # another key of the cache
+    expected = uninterrupted(*noisy)
+    monkeypatch.setattr(L.Trainer, "test", terminate)
+    assert run_main(*TINY, *noisy, f"hydra.run.dir={folder}").code == 143
     assert run_main(f"resume={folder}").code == 0
-    assert read_outcome(folder) == whole(PLAIN)
+    assert read_outcome(folder) == expected
+
+
+def test_submitits_handler_requeues_after_a_checkpoint(run_main, tmp_path, interrupt_at, uninterrupted):
+    folder, calls = tmp_path / "run", []
+
+    def requeue(number, frame):  # as submitit's
+        calls.append((number, (folder / "checkpoints/last.ckpt").exists()))
+        raise SystemExit(-1)
+
+    previous = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        interrupt_at(8, signal.SIGUSR2)
+        assert run_main(*TINY, PLAIN, f"hydra.run.dir={folder}").code == -1
+        assert calls == [(signal.SIGUSR2, True)] and signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert run_main(f"resume={folder}").code == 0
+    assert read_outcome(folder) == uninterrupted(PLAIN)
 
 
 @pytest.fixture
-def stopped(run_main, tmp_path, interrupt_at) -> Path:
-    """The folder of a run that has two checkpoints, of steps 5 and 10."""
-    interrupt_at(11, SimulatedKill)
-    with pytest.raises(SimulatedKill):
-        run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
-    return tmp_path / "run"
+def killed(tmp_path, kill) -> Path:
+    """A killed run with two checkpoints, of steps 5 and 10; in a folder that was moved since."""
+    kill(11, *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'before'}")
+    return (tmp_path / "before").rename(tmp_path / "run")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run_main, stopped, whole):
-    newest = stopped / "checkpoints/last.ckpt"
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    result = run_main(f"resume={stopped}")
-    assert result.code == 0 and "last.ckpt cannot be used: it is damaged" in result.err
-    assert read_outcome(stopped) == whole(PLAIN)
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
+def test_damaged_checkpoint_is_named_and_the_previous_one_used(run_main, killed, uninterrupted, damage):
+    newest = killed / "checkpoints/last.ckpt"
+    content = bytearray(newest.read_bytes())
+    with zipfile.ZipFile(newest) as archive:
+        tensor = max(archive.infolist(), key=lambda part: part.file_size)
+    content[tensor.header_offset + 300] ^= 1  # in its numbers, where torch.load finds nothing wrong
+    newest.write_bytes({"truncated": content[:-1000], "flipped bit": content, "empty": b""}[damage])
+    result = run_main(f"resume={killed}")
+    assert result.code == 0 and f"warning: {newest}: damaged" in result.err
+    assert read_outcome(killed) == uninterrupted(PLAIN)
 
 
-def test_without_a_sound_checkpoint_nothing_is_touched(run_main, stopped):
-    for file in (stopped / "checkpoints").iterdir():
+def test_without_a_whole_checkpoint_resume_prints_one_error(run_main, killed):
+    for file in (killed / "checkpoints").iterdir():
         file.write_bytes(b"")
-    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
-    result = run_main(f"resume={stopped}")
-    assert result.code == 2 and "none of its checkpoints is sound" in result.err.splitlines()[-1]
-    assert {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()} == before
+    result = run_main(f"resume={killed}")
+    assert result.code == 2 and "all checkpoints are damaged; start the run again" in result.err.splitlines()[-1]
+    assert not (killed / "metrics.json").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["resume=nowhere"], "not the folder of a run"),
-        (["resume={}", "optimizer.lr=3"], "leave out optimizer.lr=3"),
-        (["-m", "resume={}"], "leave out -m"),
-    ],
-)
-def test_what_resume_refuses_is_one_line(run_main, stopped, arguments, words):
-    result = run_main(*(argument.format(stopped) for argument in arguments))
-    assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
-    assert not Path("nowhere").exists()
-
-
-def test_a_finished_run_is_left_alone(run_main, tmp_path):
-    folder = tmp_path / "run"
-    run_main(*TINY, PLAIN, f"hydra.run.dir={folder}", "trainer.max_epochs=1")
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def test_moved_run_keeps_its_best_checkpoint(run_main, tmp_path, kill, uninterrupted):
+    kill(17, *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'before'}")
+    folder = (tmp_path / "before").rename(tmp_path / "run")
     result = run_main(f"resume={folder}")
-    assert result.code == 0 and "is finished" in result.out
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert result.code == 0 and not result.err
+    assert read_outcome(folder) == uninterrupted(PLAIN) and not (tmp_path / "before").exists()
+    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    ]
+    (state,) = [
+        state
+        for name, state in torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["callbacks"].items()
+        if name.startswith("ModelCheckpoint")
+    ]
+    assert state["best_model_path"] == str(folder / "checkpoints/best.ckpt") and state["best_model_score"] is not None
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(run_main, tmp_path, monkeypatch):
-    folder, replace, done = tmp_path / "run", os.fsync, []
+def test_full_disk_keeps_the_previous_checkpoint(run_main, tmp_path, monkeypatch):
+    folder, write = tmp_path / "run", torch.save
 
-    def full(descriptor):
-        done.append(descriptor)
-        if len(done) > 3:  # the config, and two checkpoints
-            raise OSError(errno.ENOSPC, "No space left on device")
-        replace(descriptor)
+    def save(checkpoint, file):
+        write(checkpoint, file)
+        if checkpoint["global_step"] == 15:
+            monkeypatch.setattr(os, "fsync", fail)
 
-    monkeypatch.setattr(os, "fsync", full)
-    result = run_main(*TINY, PLAIN, f"hydra.run.dir={folder}")
-    assert result.code == 2 and "No space left on device; make room" in result.err.splitlines()[-1]
-    assert "Traceback" not in result.err
+    def fail(descriptor):
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(sys, "argv", ["src/train.py", *TINY, PLAIN, f"hydra.run.dir={folder}", "callbacks.best=null"])
+    from src import train
+
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
 
-def test_a_loss_that_is_not_finite_is_named(run_main, tmp_path):
-    result = run_main(
-        *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}", "optimizer.lr=1e30", "trainer.gradient_clip_val=null"
-    )
+def test_infinite_loss_is_reported_with_its_step(run_main, tmp_path):
+    diverging = "optimizer.lr=1e30", "trainer.gradient_clip_val=null"
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}", *diverging)
     line = result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err
     assert re.search(r"the loss is (nan|inf) at step \d \(epoch 1, batch \d\); no checkpoint yet", line)
@@ -196,80 +243,142 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, tmp_path, monkeypat
 
     step = Classifier.training_step
 
-    def broken(self, batch, batch_idx):
+    def training_step(self, batch, batch_idx):
         loss = step(self, batch, batch_idx)
         return loss * float("nan") if self.global_step == 7 else loss
 
-    monkeypatch.setattr(Classifier, "training_step", broken)
+    monkeypatch.setattr(Classifier, "training_step", training_step)
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
-    assert "the loss is nan at step 8 (epoch 1, batch 8); the last good checkpoint is" in result.err
+    assert "the loss is nan at step 8 (epoch 1, batch 8); last good checkpoint: " in result.err
     assert "last.ckpt (step 5)" in result.err and result.code == 2
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
-        "CUDA error: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "MPS backend out of memory (MPS allocated: 9.06 GB, other allocations: 56.38 KB, max allowed: 9.07 GB)",
-        None,
-    ],
-)
-def test_out_of_memory_names_the_batch_size(run_main, tmp_path, monkeypatch, message):
+def test_out_of_memory_names_the_batch_size(run_main, tmp_path, monkeypatch):
     from src.models.classifier import Classifier
 
-    def full(*_):
-        raise RuntimeError(message) if message else torch.OutOfMemoryError("CUDA out of memory")
+    def training_step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Classifier, "training_step", full)
+    monkeypatch.setattr(Classifier, "training_step", training_step)
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
-    assert result.code == 2 and "out of memory with data.batch_size=8" in result.err.splitlines()[-1]
+    assert result.code == 2 and "data.batch_size=8: out of memory" in result.err.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments(tmp_path, whole):
-    """Real processes; the same in `whole` ran in this one, so equal bits also mean equal threads and flags."""
-    rng, folder = random.Random(0), tmp_path / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "src.train", *TINY, PLAIN, f"hydra.run.dir={folder}"]
-    for _ in range(3):
-        process = subprocess.Popen(command, env=environment, cwd=CONF.parent, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (folder / "layers.txt").exists():
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1.5))
-        process.kill()
-        process.wait()
-        command = [sys.executable, "-m", "src.train", f"resume={folder}"]
-    subprocess.run(command, env=environment, cwd=CONF.parent, check=True)
-    assert read_outcome(folder) == whole(PLAIN)
+def test_resume_of_two_processes_gives_bitwise_identical_results(tmp_path):
+    arguments = *TINY, PLAIN, "trainer.accelerator=cpu", "callbacks.resume.every_steps=3"
+    run_with_processes(2, *arguments, f"hydra.run.dir={tmp_path / 'uninterrupted'}")
+    run_with_processes(2, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    for name in "metrics.json", "checkpoints/last.ckpt":
+        (tmp_path / "run" / name).unlink()  # the previous one is of step 21, within the second epoch
+    run_with_processes(2, f"resume={tmp_path / 'run'}")
+    assert read_outcome(tmp_path / "run") == read_outcome(tmp_path / "uninterrupted")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_something_is_imported_ends_at_once(tmp_path, number, code):
-    """Code that is imported may make anything of an exception."""
-    lines = "import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "except BaseException: pass", ""
-    (tmp_path / "far.py").write_text("\n".join(lines))
-    program = f"import sys; sys.argv[0] = '-m'; sys.path[:0] = {[str(CONF.parent), str(tmp_path)]}; import src, far"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (code, f"\nstopped by {number.name}\n")
+def fit_linear(folder: Path, loader_class: type, kill_at: int | None = None) -> tuple:
+    """Fit a linear model with OneCycle, which asks for the number of steps, in three epochs of five batches."""
+    import lightning as L
+
+    class Linear(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.inputs = torch.nn.Linear(1, 1), []
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == kill_at:
+                raise SimulatedKill
+
+        def training_step(self, batch, batch_idx):
+            self.inputs.append(batch.flatten().tolist())
+            return (self.layer(batch) - batch).square().mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            steps = self.trainer.estimated_stepping_batches
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    L.seed_everything(0, verbose=False)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    callback, module = ResumeCheckpoint(str(folder / "checkpoints"), every_steps=1), Linear()
+    trainer = L.Trainer(max_epochs=3, callbacks=[callback], default_root_dir=folder, **options)
+    file = folder / "checkpoints/last.ckpt"
+    loader = loader_class(torch.arange(20.0)[:, None], batch_size=4, shuffle=True)
+    trainer.fit(module, loader, ckpt_path=file if file.exists() else None)
+    return module.inputs, module.layer.weight.item(), trainer.global_step
 
 
-def test_submitits_signal_is_passed_on_after_a_checkpoint(run_main, tmp_path, interrupt_at, whole):
-    saved = []
+@pytest.mark.parametrize("batch", [0, 3, 5, 7, 10])
+def test_stateful_dataloader_resumes_with_identical_batches(tmp_path, batch):
+    loader_class = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    inputs, *final = fit_linear(tmp_path / "uninterrupted", loader_class)
+    with pytest.raises(SimulatedKill):
+        fit_linear(tmp_path / "run", loader_class, kill_at=batch)
+    assert fit_linear(tmp_path / "run", loader_class) == (inputs[batch:], *final)
 
-    def requeue(number, frame):  # as submitit does
-        saved.append((number, (tmp_path / "run/checkpoints/last.ckpt").exists()))
-        raise SystemExit(-1)
 
-    before = signal.signal(signal.SIGUSR2, requeue)
+def test_other_dataloader_warns_that_the_epoch_is_drawn_anew(tmp_path):
+    with pytest.raises(SimulatedKill):
+        fit_linear(tmp_path, torch.utils.data.DataLoader, kill_at=7)
+    with pytest.warns(UserWarning, match="this epoch is drawn anew after 2 batches; use torchdata's Stateful"):
+        assert fit_linear(tmp_path, torch.utils.data.DataLoader)[-1] == 15
+
+
+MOMENTS = 20
+
+
+def run_in_child(arguments, folder: Path, moment: float) -> int:
+    """Run in a forked process that kills itself at a moment, counted in batches and operations on files in `folder`.
+
+    Return its exit code, or -9. The number of moments is written to a file beside the folder.
+    """
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count, start = 0, ResumeCheckpoint.on_train_batch_start
+
+    def tick():
+        nonlocal count
+        count += 1
+        if count > moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, values):
+        is_written = event == "open" and isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR)
+        if (is_written or event == "os.rename") and str(values[0]).startswith(str(folder)):
+            tick()
+
+    def on_train_batch_start(self, *values):
+        tick()
+        start(self, *values)
+
+    code = 1
     try:
-        interrupt_at(8, signal.SIGUSR2)
-        folder = tmp_path / "run"
-        assert run_main(*TINY, PLAIN, f"hydra.run.dir={folder}").code == -1
-        assert saved == [(signal.SIGUSR2, True)] and signal.getsignal(signal.SIGUSR2) is requeue
+        ResumeCheckpoint.on_train_batch_start = on_train_batch_start
+        sys.addaudithook(audit)
+        sys.argv = ["src/train.py", *arguments]
+        from src import train
+
+        train.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
     finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert run_main(f"resume={folder}").code == 0
-    assert read_outcome(folder) == whole(PLAIN)
+        folder.with_suffix(".count").write_text(str(count))
+        os._exit(code)
+
+
+@pytest.mark.slow
+def test_resume_after_sigkill_at_20_moments_gives_bitwise_identical_results(run_main, tmp_path, uninterrupted):
+    folder, expected = tmp_path / "run", uninterrupted(PLAIN)
+    arguments = *TINY, PLAIN, f"hydra.run.dir={folder}"
+    assert run_in_child(arguments, folder, float("inf")) == 0
+    moments = int(folder.with_suffix(".count").read_text())
+    for number in range(MOMENTS):
+        shutil.rmtree(folder)
+        assert run_in_child(arguments, folder, number * moments // MOMENTS) == -signal.SIGKILL
+        result = run_main(f"resume={folder}")
+        if result.code == 2 and not (folder / "checkpoints").exists():  # killed before its config was written
+            result = run_main(*arguments)
+        assert result.code == 0, (number, result.err)
+        assert read_outcome(folder) == expected, number
