@@ -167,6 +167,8 @@ class BackpropModule(L.LightningModule):
         super().__init__()
         if gradients not in GRADIENTS:
             raise UserError(f"task.gradients={gradients}: must be one of {', '.join(GRADIENTS)}")
+        if not isinstance(net, BackpropNet):
+            raise UserError("task=backprop trains model=backprop only; type experiment=backprop without model=")
         self.net, self.optimizer, self.scheduler, self.gradients = net, optimizer, scheduler, gradients
         self.rows: list[dict[str, float]] = []
 

@@ -152,7 +152,7 @@ def test_torch_sgd_differs_only_by_rounding(losses):
 
 @pytest.mark.parametrize("gradients", [equations, spreadsheet])
 def test_vectorised_descent_equals_training(losses, gradients):
-    curves, _ = descend(torch.tensor(RATES).double(), 100, gradients)
+    curves, _ = descend(torch.tensor(RATES, dtype=torch.float64), 100, gradients)
     np.testing.assert_allclose(curves, [*losses[gradients.__name__].values()], atol=1e-15, rtol=0)
 
 
@@ -242,6 +242,7 @@ def test_large_gradients_are_not_clipped(run, tmp_path):
         assert float(second[f"w{n}"]) == float(first[f"w{n}"]) - 0.1 * float(first[f"dE_dw{n}"])
 
 
+@pytest.mark.slow
 def test_sweep_writes_losses_plots_and_workbook(run, tmp_path, losses):
     run("sweep=backprop_lr", f"hydra.sweep.dir={tmp_path}")
 
@@ -267,6 +268,7 @@ def test_sweep_writes_losses_plots_and_workbook(run, tmp_path, losses):
     assert [axes.get_title() for axes in figure.axes] == ["loss/E_total"]
 
 
+@pytest.mark.slow
 def test_sweep_over_two_keys_names_losses_by_run(run, tmp_path):
     run("-m", f"hydra.sweep.dir={tmp_path}", "optimizer.lr=0.5,1.0", "trainer.max_epochs=2,3")
     rows = read_csv(tmp_path / "losses.csv")
