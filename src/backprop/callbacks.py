@@ -7,25 +7,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import rich
 from hydra.experimental.callback import Callback as HydraCallback
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.markdown import Markdown
 
 from src.backprop.formulas import format_milestones, format_worked_step
 from src.backprop.network import COLUMNS, BackpropModule
 from src.core.run_folder import CONFIG_FILE
 
-LESSON_RATE = 0.5
-
 
 class TraceCallback(Callback):
-    """Write trace.csv (one row per step) and losses.png, and print the first and last loss.
-
-    The first step goes to TensorBoard's Text tab, with its formulas and numbers.
-    """
+    """Write trace.csv, losses.png and the worked first step (TensorBoard's Text tab); print the first and last loss."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         from src.backprop import plots  # imported late: Matplotlib is slow
@@ -70,11 +63,10 @@ class SweepReport(HydraCallback):
         for name, values in losses.items():
             file = folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png"
             plots.save_figure(plots.plot_curves({name: values}), file)
-        # The workbook starts with the learning rate of docs/backprop.md if a run has it.
-        lr, _, gradients, rows = next((run for run in runs if run[0] == LESSON_RATE), runs[0])
+        # The workbook starts with the learning rate of docs/backprop.md, 0.5, if a run has it.
+        lr, _, gradients, rows = next((run for run in runs if run[0] == 0.5), runs[0])
         workbook.write_workbook(folder / "backprop.xlsx", rows, lr, gradients, losses)
-        rich.print(Markdown(table))
-        rich.print(f"report in {folder}")
+        print(f"{table}report in {folder}")
 
 
 def _write_csv(file: Path, rows: list[list[Any]]) -> None:

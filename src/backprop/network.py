@@ -6,8 +6,7 @@
        ╱w2  ╲    ╱w6  ╲             no biases
     i2 ──w4── h2 ──w8── o2
 
-All numbers are float64. For one sample, every quantity is a scalar tensor, so that it can be compared with a
-number on paper.
+For one sample, every quantity is a float64 scalar tensor, so that it can be compared with a number on paper.
 """
 
 from collections import namedtuple
@@ -25,8 +24,7 @@ from src.core.value_types import PositiveFloat
 from src.optim.configure import configure_optimizers
 
 # The worked example.
-INPUTS = (0.05, 0.10)
-TARGETS = (0.5, 0.5)
+INPUTS, TARGETS = (0.05, 0.10), (0.5, 0.5)
 WEIGHTS = (0.15, 0.20, 0.25, 0.30, 0.40, 0.45, 0.50, 0.55)
 
 # One tensor per weight: the weights themselves, or ∂E_total/∂w of each weight.
@@ -112,8 +110,7 @@ def autograd(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Wei
     return Weights(*torch.autograd.grad(a.E_total, w))
 
 
-GradientFunction = Callable[[Weights, Activations, Tensor, Tensor], Weights]
-GRADIENTS: dict[str, GradientFunction] = {"autograd": autograd, "equations": equations, "spreadsheet": spreadsheet}
+GRADIENTS = {"autograd": autograd, "equations": equations, "spreadsheet": spreadsheet}
 
 
 class GradientDescent(Optimizer):

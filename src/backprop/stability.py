@@ -1,13 +1,10 @@
-"""Measure how large a step may be, and make the plots and numbers of docs/backprop.md."""
+"""Measure how large a step may be, and reproduce the plots and numbers of docs/backprop.md."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import rich
 import torch
-from rich.markdown import Markdown
 from torch import Tensor
 
 from src.backprop import plots
@@ -71,30 +68,20 @@ def make_lesson(folder: Path) -> None:
     tables = [descend(rates, 100, gradients)[0] for gradients in (equations, spreadsheet)]
     right = dict(zip(map(str, RATES), tables[0].tolist(), strict=True))
     study = past_two()
-    title, xlabel, ylabel = (
-        "How large may a step be?",
-        "learning rate η",
-        "E_total (smaller values are plotted at 1e-33)",
-    )
-    curves = {f"loss {n}": study.losses[:, n - 1].clamp(min=1e-33).numpy() for n in (2, 10, 100, 1000)}
-    past_limit = plots.plot_curves(curves, study.rates.numpy(), title, xlabel, ylabel, ["log"])
-    past_limit.axes[0].set_xscale("log")
-    past_limit.axes[0].axvline(study.limit, ls="--", color=plots.ACCENT)
-    past_limit.axes[0].text(study.limit, 1e-32, f"2/λ = {study.limit:.1f} ", color=plots.ACCENT, ha="right")
-    title, ylabel = "Effect of the bug", "loss with bug − loss without"
-    differences = dict(zip(right, (tables[1] - tables[0]).numpy(), strict=True))
-    figures = {
-        "network": plots.plot_network(),
-        "path": plots.plot_network(plots.PATH_OF_W1, is_path=True),
-        "losses": plots.plot_curves(right),
-        "bug": plots.plot_curves(differences, title=title, ylabel=ylabel, scales=["linear"]),
-        "past_two": past_limit,
-    }
-    for name, figure in figures.items():
-        plots.save_figure(figure, folder / f"backprop_{name}.png")
+    plots.save_figure(plots.plot_curves(right), folder / "backprop_losses.png")
 
-    for text in format_worked_step(compute_first_row(), "equations"), format_milestones(right):
-        rich.print(Markdown(text)) if sys.stdout.isatty() else print(text)
+    differences = dict(zip(right, tables[1] - tables[0], strict=True))
+    figure = plots.plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], ylabel="difference")
+    plots.save_figure(figure, folder / "backprop_bug.png")
+
+    curves = {f"loss {n}": study.losses[:, n - 1].clamp(min=1e-33) for n in (2, 10, 100, 1000)}
+    labels = {"xlabel": "learning rate η", "ylabel": "E_total (smaller values are plotted at 1e-33)", "xscale": "log"}
+    title = f"How large may a step be? The dashed line is 2/λ = {study.limit:.1f}."
+    figure = plots.plot_curves(curves, study.rates, title, ["log"], **labels)
+    figure.axes[0].axvline(study.limit, ls="--", color="0.4")
+    plots.save_figure(figure, folder / "backprop_past_two.png")
+
+    print(format_worked_step(compute_first_row(), "equations"), format_milestones(right), sep="\n")
     wrong_w3 = spreadsheet(START, forward(START, *SAMPLE), *SAMPLE).w3.item()
     tenth = study.losses[:, 9]
     print(f"With the bug, the first ∂E/∂w3 is {wrong_w3:.10f}.")

@@ -1,7 +1,6 @@
 """Write backprop.xlsx: the worked example with live formulas, and the losses of every learning rate."""
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from xlsxwriter.utility import xl_rowcol_to_cell
 
 from src.backprop import formulas, plots
 from src.backprop.network import COLUMNS
+from src.core.config import ROOT
 
 EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET = "worked example", "steps", "losses"
 # The cells that a reader may change, one per row on the first sheet. Rows and columns count from 0.
@@ -26,22 +26,18 @@ GROUPS = (
     ("error", "E1", "#E9EDF0", False),
     ("backward: gradients", "dE_dw1", "#E0EDFB", True),
 )
-Losses = Mapping[str, Sequence[float]]
 NUMBER, TINY = {"num_format": "0.000000000"}, {"num_format": "0.0000000000E+00"}
 BOLD = {"bold": True, "align": "right"}
-NOTES = (
-    "η: the learning rate. bug = 1: a_h1·(1 − a_h1)",
-    "in ∂E/∂w3 and ∂E/∂w4 instead of a_h2·(1 − a_h2),",
-    "as in the published spreadsheet.",
-)
+NOTES = "η: the learning rate. bug = 1:", "∂E/∂w3 and ∂E/∂w4 of the", "published spreadsheet"
 
 
-def write_workbook(file: Path, trace: np.ndarray, lr: float, gradients: str, losses: Losses) -> None:
+def write_workbook(
+    file: Path, trace: np.ndarray, lr: float, gradients: str, losses: Mapping[str, Sequence[float]]
+) -> None:
     """Write the three sheets and their charts.
 
-    `trace` is a structured array with the fields COLUMNS. Its first row gives the settings, with η = `lr` and the bug
-    if `gradients` is "spreadsheet". All its values are stored beside the formulas, for programs that do not
-    recalculate. `losses` has the losses of every learning rate.
+    The first row of `trace`, an array with the fields COLUMNS, gives the settings; all its values are stored beside
+    the formulas, for programs that do not recalculate. `losses` has the losses of every learning rate.
     """
     with xlsxwriter.Workbook(file) as book:
         example, steps, table = (book.add_worksheet(name) for name in (EXAMPLE_SHEET, STEPS_SHEET, LOSSES_SHEET))
@@ -70,9 +66,7 @@ def _write_example(book: Any, sheet: Any, trace: np.ndarray, lr: float, gradient
     for row, step in enumerate(steps, start=end + len(NOTES) + 1):
         sheet.write(row, 0, f"loss {step}", bold)
         sheet.write_formula(row, 1, _link_loss(step), tiny, trace["E_total"][step - 1].item())
-    image = BytesIO()
-    plots.save_figure(plots.plot_network(plots.NAMES), image)
-    sheet.insert_image("D3", "network.png", {"image_data": image, "x_scale": 0.75, "y_scale": 0.75})
+    sheet.insert_image("D3", ROOT / "docs/backprop_names.png", {"x_scale": 0.75, "y_scale": 0.75})
     sheet.set_column(0, 0, 12)
     sheet.set_column(1, 1, 19)
 
@@ -115,9 +109,8 @@ def _make_formula(name: str, row: int) -> str:
         return f"={_link_setting(name)}"
     if name in formulas.FORWARD:
         return "=" + _translate(formulas.FORWARD[name], row)
-    right, wrong = (
-        _translate(formulas.expand_formula(table[name]), row) for table in (formulas.EQUATIONS, formulas.SPREADSHEET)
-    )
+    tables = formulas.EQUATIONS, formulas.SPREADSHEET
+    right, wrong = (_translate(formulas.expand_formula(table[name]), row) for table in tables)
     return f"={right}" if right == wrong else f"=IF({_link_setting('bug')}=1,{wrong},{right})"
 
 
@@ -130,7 +123,7 @@ def _translate(formula: str, row: int) -> str:
     return formula + closing
 
 
-def _write_losses(book: Any, sheet: Any, losses: Losses, live: Sequence[float]) -> None:
+def _write_losses(book: Any, sheet: Any, losses: Mapping[str, Sequence[float]], live: Sequence[float]) -> None:
     bold, tiny = book.add_format(BOLD), book.add_format(TINY)
     sheet.write_row(0, 0, ["step", *(f"η = {name}" for name in losses), EXAMPLE_SHEET], bold)
     sheet.write_column(1, 0, range(1, max(map(len, losses.values())) + 1))
@@ -151,7 +144,7 @@ def _make_chart(book: Any, lengths: Sequence[int], y_axis: dict[str, Any]) -> An
         steps, values = ([LOSSES_SHEET, 1, number, length, number] for number in (0, column))
         name = [LOSSES_SHEET, 0, column]
         chart.add_series({"name": name, "categories": steps, "values": values, "line": {"width": 1.5, **line}})
-    chart.set_title({"name": "Variation of losses w.r.t. learning rate", "name_font": {"size": 12}})
+    chart.set_title({"name": plots.TITLE, "name_font": {"size": 12}})
     chart.set_x_axis({"name": "step", "min": 0, "max": max(lengths), "label_position": "low"})
     chart.set_y_axis({"name": "E_total", **y_axis})
     chart.set_size({"width": 760, "height": 360})

@@ -1,6 +1,5 @@
-"""docs/lesson.html in Debian's chromium, held against the traces of runs."""
+"""Test docs/lesson.html in chromium and compare it with the traces of runs."""
 
-import csv
 import json
 import math
 import random
@@ -11,9 +10,8 @@ from urllib.parse import quote
 import lightning as L
 import pytest
 
-from src.backprop.callbacks import TraceCallback
 from src.backprop.datamodule import OneSampleDataModule
-from src.backprop.formulas import worked_step
+from src.backprop.formulas import format_worked_step
 from src.backprop.network import INPUTS, TARGETS, WEIGHTS, BackpropModule, BackpropNet, GradientDescent
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,8 +21,8 @@ WORKED = dict(zip(NAMES, (*INPUTS, *TARGETS, *WEIGHTS), strict=True))
 
 
 @pytest.fixture(scope="module")
-def watched(browser):
-    """A page, and what has failed on it: to load another costs a quarter of a new one."""
+def page_and_errors(browser):
+    """Open a page that is reused, which takes a quarter of the time of a new one, and collect its errors."""
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: request.url.startswith(("file:", "data:")) or errors.append(request.url))
@@ -33,52 +31,43 @@ def watched(browser):
 
 
 @pytest.fixture
-def lesson(watched):
-    """Opens the lesson from the file system, as if for the first time; nothing may fail on it."""
-    page, errors = watched
+def lesson(page_and_errors):
+    """Return a function that opens the lesson from the file system; the test fails if an error occurs on the page."""
+    page, errors = page_and_errors
 
-    def open_page(address="", width=1280, **media):
-        page.goto("about:blank")  # else another #… would be the same page still
+    def open_page(url_hash="", width=1280, **media):
+        page.goto("about:blank")  # otherwise another hash would not load the page reopened
         page.mouse.move(0, 0)
         page.set_viewport_size({"width": width, "height": 700})
         page.emulate_media(**{"color_scheme": "light", "reduced_motion": "no-preference"} | media)
-        page.goto(f"{PAGE.as_uri()}#{address}")
+        page.goto(f"{PAGE.as_uri()}#{url_hash}")
         return page
 
     yield open_page
     assert not errors
 
 
-def address(settings, **more):
-    return "&".join(f"{quote(name)}={value!r}" for name, value in (settings | more).items())
+def make_url_hash(settings, **options):
+    return "&".join(f"{quote(name)}={value!r}" for name, value in (settings | options).items())
 
 
-def random_settings(count):
-    draw = random.Random(0)
+def draw_settings(count):
+    generator = random.Random(0)
     ranges = {"i": (-2, 2), "t": (0, 1), "w": (-3, 3)}
     for _ in range(count):
-        yield {name: draw.uniform(*ranges[name[0]]) for name in NAMES}, 10 ** draw.uniform(-1, 1)
+        yield {name: generator.uniform(*ranges[name[0]]) for name in NAMES}, 10 ** generator.uniform(-1, 1)
 
 
-def trace(folder, settings, lr, gradients):
-    """trace.csv of a run of 100 steps: a list of rows."""
-    values = list(settings.values())
-    module = BackpropModule(BackpropNet(values[4:]), lambda p: GradientDescent(p, lr=lr), gradients=gradients)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = L.Trainer(
-        max_epochs=100,
-        accelerator="cpu",
-        callbacks=TraceCallback(),
-        default_root_dir=folder,
-        enable_model_summary=False,
-        **quiet,
-    )
-    trainer.fit(module, OneSampleDataModule(values[:2], values[2:4]))
-    with (folder / "trace.csv").open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+def train(settings, lr, gradients):
+    """Train 100 steps; return the rows."""
+    numbers = list(settings.values())
+    module = BackpropModule(BackpropNet(numbers[4:]), lambda p: GradientDescent(p, lr=lr), gradients=gradients)
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+    L.Trainer(max_epochs=100, accelerator="cpu", **off).fit(module, OneSampleDataModule(numbers[:2], numbers[2:4]))
+    return module.rows
 
 
-# Everything that the page says of one step: the exact values, the three columns, the texts of the drawing.
+# Everything that the page displays of one step: the exact values, the three columns, the texts of the drawing.
 READ = """() => ({
     exact: Object.fromEntries([...document.querySelectorAll("[data-row]")].map(
         row => [row.children[0].textContent, Number(row.querySelector("data").value)])),
@@ -86,17 +75,18 @@ READ = """() => ({
         cell => cell.textContent).concat(row.querySelector("data").textContent)),
     drawn: [...document.querySelectorAll("#drawing text")].map(text => text.textContent).join(", "),
 })"""
-# As one text: Playwright takes longer over half a megabyte of values than the page over its hundred steps.
+# As one JSON string, which Playwright transfers faster than half a megabyte of values.
 READ_100 = f"""() => JSON.stringify(Array.from({{length: 100}}, () => {{
-    const said = ({READ})()
+    const values = ({READ})()
     document.getElementById("run1").click()
-    return said
+    return values
 }}))"""
+TABLE_ROW = r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$"
 FIELDS = "names => names.map(name => Number(document.getElementById(name).value))"
 
 
-def as_drawn(value):
-    """The drawing's short numbers."""
+def round_as_drawn(value):
+    """Round as the drawing does."""
     size = abs(value)
     if value and (size < 0.001 or size >= 1e4):
         return float(f"{value:.1e}")
@@ -105,45 +95,42 @@ def as_drawn(value):
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("slip", [0, 1])
-def test_every_number_is_that_of_the_trace(lesson, tmp_path, slip, monkeypatch):
-    monkeypatch.setattr("src.backprop.plots.save", lambda *_: None)  # of 12 runs
-    gradients = ("equations", "spreadsheet")[slip]
+@pytest.mark.parametrize("bug", [0, 1])
+def test_every_number_equals_the_trace(lesson, bug):
+    gradients = ("equations", "spreadsheet")[bug]
     page = lesson()
-    farthest = 0.0
-    for settings, lr in ((WORKED, 0.5), *random_settings(5)):
-        rows = trace(tmp_path, settings, lr, gradients)
-        page.goto(f"{PAGE.as_uri()}#{address(settings, eta=lr, slip=slip)}")
+    for settings, lr in ((WORKED, 0.5), *draw_settings(5)):
+        rows = train(settings, lr, gradients)
+        page.goto(f"{PAGE.as_uri()}#{make_url_hash(settings, eta=lr, bug=bug)}")
         page.wait_for_function("lr => Number(document.getElementById('η').value) === lr", arg=lr)
         assert page.evaluate(FIELDS, list(settings)) == list(settings.values())
         page.locator("[data-row='26']").click()  # from here on the drawing has the gradients too
-        said = json.loads(page.evaluate(READ_100))
-        for row, step, after in zip(rows, said, [*rows[1:], None], strict=True):
+        steps = json.loads(page.evaluate(READ_100))
+        for row, step, next_row in zip(rows, steps, [*rows[1:], None], strict=True):
             on_page = {name.replace("∂E/∂", "dE_d"): value for name, value in step["exact"].items()}
-            apart = {name: abs(on_page[name] - row[name]) for name in row if name in on_page}
-            if after:
-                apart |= {f"w{n} next": abs(on_page[f"w{n} next"] - after[f"w{n}"]) for n in range(1, 9)}
-            assert max(apart.values()) <= 1e-12, (settings, row["step"], apart)
-            farthest = max(farthest, *apart.values())
+            expected = {name: row[name] for name in row if name in on_page}
+            if next_row:
+                expected |= {f"w{n} next": next_row[f"w{n}"] for n in range(1, 9)}
+            assert {name: on_page[name] for name in expected} == pytest.approx(expected, abs=1e-12, rel=0)
             drawn = re.findall(r"\b([itwhoE]\d) ([-+.\de]+)", step["drawn"])
             assert sorted(name for name, _ in drawn) == sorted((*NAMES, "h1", "h2", "o1", "o2", "E1", "E2"))
-            assert all(math.isclose(float(shown), as_drawn(row[name]), rel_tol=1e-9) for name, shown in drawn), drawn
-        # The three columns, to the last character, are what the project's own worked step says.
-        first = {name: value for name, value in rows[0].items() if name != "step"}
-        told = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", worked_step(first, lr, gradients), re.MULTILINE)
-        assert sorted(map(tuple, said[0]["columns"])) == sorted(told)
-    print(f"farthest from the trace: {farthest:.1e}")
+            assert all(math.isclose(float(text), round_as_drawn(row[name]), rel_tol=1e-9) for name, text in drawn), (
+                drawn
+            )
+        # The three columns equal the worked step of the run in every character.
+        table = re.findall(TABLE_ROW, format_worked_step(rows[0], gradients), re.MULTILINE)
+        assert sorted(map(tuple, steps[0]["columns"])) == sorted(table)
 
 
 @pytest.mark.browser
-def test_the_worked_example_is_the_lesson(lesson):
-    said = lesson().evaluate(READ)
-    table = re.findall(r"^\| (.+) \| (.+) \| (.+) \| (.+) \|$", (DOCS / "backprop.md").read_text(), re.MULTILINE)
-    assert set(map(tuple, said["columns"])) <= set(table)
-    assert said["exact"]["E_total"] == 0.014181377937891659
+def test_worked_example_equals_the_lesson(lesson):
+    values = lesson().evaluate(READ)
+    table = re.findall(TABLE_ROW, (DOCS / "backprop.md").read_text(), re.MULTILINE)
+    assert set(map(tuple, values["columns"])) <= set(table)
+    assert values["exact"]["E_total"] == 0.014181377937891659
 
 
-def exercises():
+def read_exercises():
     lesson = (DOCS / "backprop.md").read_text()
     links = re.findall(r"^(\d)\. \[.+\]\(lesson\.html#(.+?)\)", lesson, re.MULTILINE)
     answers = dict(re.findall(r"^(\d)\. (-?\d\.\d+)", lesson, re.MULTILINE))
@@ -151,30 +138,30 @@ def exercises():
 
 
 @pytest.mark.browser
-def test_exercises_of_the_lesson(lesson):
-    found = exercises()
-    assert len(found) >= 5
+def test_exercises_accept_their_answers(lesson):
+    exercises = read_exercises()
+    assert len(exercises) >= 5
     page = lesson()
-    for link, answer in found:
+    for link, answer in exercises:
         page.goto(f"{PAGE.as_uri()}#{link}")
         page.wait_for_function("ask => document.querySelector('#ask').value && location.hash.includes(ask)", arg=link)
         page.wait_for_function("[...document.querySelectorAll('data')].some(data => data.textContent === '?')")
-        assert judged(page, answer) == "Right, to the digits given."
+        assert check_answer(page, answer) == "Right, to the digits given."
         assert answer.lstrip("-")[:5] in page.locator("#sheet").inner_text()
 
 
-def judged(page, answer):
+def check_answer(page, answer):
     page.fill("#answer", answer)
     page.press("#answer", "Enter")
     return page.locator("#verdict").text_content()
 
 
-# A learner's own sums at the worked example with t = (0.9, 0.1), i = (1, 2), η = 2.
+# The worked example with t = (0.9, 0.1), i = (1, 2), η = 2.
 EXERCISE = "i1=1&i2=2&t1=0.9&t2=0.1&eta=2"
 
 
-def learner():
-    """Right and wrong values by name: of a weight of the output layer, and of w3, which the slip is about."""
+def compute_answers():
+    """Compute right and wrong answers by name, for a weight of the output layer and for w3, which the bug affects."""
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
@@ -200,7 +187,7 @@ def learner():
             "the second path is forgotten": d1 * w[6] * slope,
             "the first path is forgotten": d2 * w[8] * slope,
             "old and new weights are mixed": (d1 * new6 + d2 * new8) * slope,
-            "the spreadsheet’s slip": back * h1 * (1 - h1),
+            "the spreadsheet’s bug": back * h1 * (1 - h1),
             "sign": -back * slope,
         },
         "w3_next": {
@@ -209,65 +196,65 @@ def learner():
             "old and new are mixed": w[3],
             "η is forgotten": w[3] - back * slope,
             "the second path is forgotten": w[3] - 2 * d1 * w[6] * slope,
-            "the spreadsheet’s slip": w[3] - 2 * back * h1 * (1 - h1),
+            "the spreadsheet’s bug": w[3] - 2 * back * h1 * (1 - h1),
         },
     }
 
 
 @pytest.mark.browser
-def test_each_mistake_is_named(lesson):
+def test_each_mistake_is_named_in_the_verdict(lesson):
     page = lesson()
-    # By the page's own functions: loading it and typing are in the other tests.
-    turn = """([address, answer]) => {
-        readAddress(address)
+    # Call the page's own functions; other tests load the page and type.
+    submit_answer = """([urlHash, answer]) => {
+        readAddress(urlHash)
         const hidden = [...document.querySelectorAll("data")].some(data => data.textContent === "?")
         document.getElementById("answer").value = answer
         document.getElementById("turn").requestSubmit()
         return [hidden, document.getElementById("verdict").textContent]
     }"""
-    for asked, values in learner().items():
-        for words, value in values.items():
-            address = f"#{EXERCISE}&ask={asked}&row={len(words) % 30}"
-            hidden, verdict = page.evaluate(turn, [address, f"{value:.7g}"])
-            assert hidden and words in verdict, (asked, words, verdict)
-            assert verdict.startswith("Right, to the digits given" if words == "Right" else "Not yet: ")
-    assert "no mistake that this page knows" in judged(lesson(f"{EXERCISE}&ask=dE_dw6"), "0.777")
+    for quantity, answers in compute_answers().items():
+        for mistake, value in answers.items():
+            url_hash = f"#{EXERCISE}&ask={quantity}&row={len(mistake) % 30}"
+            is_hidden, verdict = page.evaluate(submit_answer, [url_hash, f"{value:.7g}"])
+            assert is_hidden and mistake in verdict, (quantity, mistake, verdict)
+            assert verdict.startswith("Right, to the digits given" if mistake == "Right" else "Not yet: ")
+    assert "no mistake that this page knows" in check_answer(lesson(f"{EXERCISE}&ask=dE_dw6"), "0.777")
 
 
 @pytest.mark.browser
-def test_notations_and_digits(lesson):
+def test_answer_accepts_notations_and_enough_digits(lesson):
     page = lesson()
 
     def verdict(text, ask="∂E/∂w5"):
         page.select_option("#ask", ask)
-        return judged(page, text)
+        return check_answer(page, text)
 
     for right in ("0.0128808", "1.28808e-2", "0,0128808", "+1.28808E-02", " .01288 ", "0.012880818632"):
         assert verdict(right) == "Right, to the digits given.", right
     assert verdict("0.0128809").startswith("Not yet")
     assert verdict("0.013") == "So far right. Give three digits at least."
-    # Three digits of ∂E/∂w3 cannot tell it from the slip, five can.
-    assert "cannot tell it from a mistake: that is the spreadsheet’s slip" in verdict("0.000352", "∂E/∂w3")
+    # Three digits of ∂E/∂w3 cannot distinguish it from the bug, five can.
+    assert "cannot tell it from a mistake: that is the spreadsheet’s bug" in verdict("0.000352", "∂E/∂w3")
     assert verdict("0.00035178", "∂E/∂w3") == "Right, to the digits given."
-    assert verdict("0.00035187", "∂E/∂w3").startswith("Not yet: that is the spreadsheet’s slip")
-    for text, words in {"": "missing", "a lot": "not a number", "NaN": "not a number", "1e309": "smaller"}.items():
-        assert verdict(text).startswith("Your value: ") and words in verdict(text)
+    assert verdict("0.00035187", "∂E/∂w3").startswith("Not yet: that is the spreadsheet’s bug")
+    for text, text_part in {"": "missing", "a lot": "not a number", "NaN": "not a number", "1e309": "smaller"}.items():
+        assert verdict(text).startswith("Your value: ") and text_part in verdict(text)
 
 
 @pytest.mark.browser
-def test_the_asked_value_is_hidden_until_it_is_found(lesson):
+def test_value_of_the_exercise_is_hidden_until_the_answer_is_right(lesson):
     page = lesson("ask=dE_dw5&row=13")
     assert "0.0128808" not in page.locator("main").inner_text()
     assert "0.0128808" not in page.locator("main").inner_html()
-    judged(page, "0.01288")
+    check_answer(page, "0.01288")
     assert "0.01288081863" in page.locator("#sheet").inner_text()
 
 
 @pytest.mark.browser
-def test_wrong_input_is_a_word_beside_the_field(lesson):
+def test_wrong_input_prints_a_message_beside_the_field(lesson):
     page = lesson()
     before = page.evaluate(READ)
-    for name, text, words in (
+    for name, text, text_part in (
         ("w1", "many", "not a number"),
         ("w1", "", "a number is missing"),
         ("w1", "1e309", "must be from -1000 to 1000"),
@@ -279,7 +266,7 @@ def test_wrong_input_is_a_word_beside_the_field(lesson):
         ("η", "1e7", "must be from 0 to 1000000"),
     ):
         page.fill(f"[id='{name}']", text)
-        assert words in page.locator(f"[id='{name}-word']").text_content(), (name, text)
+        assert text_part in page.locator(f"[id='{name}-word']").text_content(), (name, text)
         assert page.get_attribute(f"[id='{name}']", "aria-invalid") == "true"
         assert page.evaluate(READ) == before
         page.fill(f"[id='{name}']", "0,25")
@@ -290,53 +277,53 @@ def test_wrong_input_is_a_word_beside_the_field(lesson):
 
 
 @pytest.mark.browser
-def test_extreme_numbers_break_nothing(lesson):
+def test_extreme_numbers_give_no_nan_and_no_infinity(lesson):
     for settings in (
         {"i1": 1000, "w1": 1000, "w5": -1000},
         {"eta": 1e6, "t1": 1000.0},
         {"i1": 0, "i2": 0, "eta": 1e-300},
     ):
-        page = lesson(address(settings))
+        page = lesson(make_url_hash(settings))
         page.click("#run100")
         assert page.locator("#sheet").get_by_text(re.compile("NaN|Infinity")).count() == 0
         assert "NaN" not in page.locator("#charts").inner_html()
 
 
 @pytest.mark.browser
-def test_the_address_keeps_it_all(lesson):
+def test_url_restores_the_whole_page(lesson):
     page = lesson()
     page.fill("#w1", "-0,75")
     page.fill("[id='η']", "70")
-    page.check("#slip")
+    page.check("#bug")
     page.click("#run10")
     page.click("#next")
     page.select_option("#ask", "w7 next")
     page.wait_for_function("location.hash.includes('ask=w7_next')")
-    said = page.evaluate(READ)
-    again = lesson(page.url.partition("#")[2])
-    assert again.evaluate(READ) == said
-    assert again.locator("#where").text_content() == "loss 11, row 2 of 31"
-    assert again.is_checked("#slip") and again.input_value("[id='η']") == "70"
-    again.click("#worked")
-    again.wait_for_function("location.hash === '#' || location.hash === ''")
-    assert again.evaluate(READ) == lesson().evaluate(READ)
+    values = page.evaluate(READ)
+    reopened = lesson(page.url.partition("#")[2])
+    assert reopened.evaluate(READ) == values
+    assert reopened.locator("#where").text_content() == "loss 11, row 2 of 31"
+    assert reopened.is_checked("#bug") and reopened.input_value("[id='η']") == "70"
+    reopened.click("#worked")
+    reopened.wait_for_function("location.hash === '#' || location.hash === ''")
+    assert reopened.evaluate(READ) == lesson().evaluate(READ)
 
 
 @pytest.mark.browser
-def test_a_wrong_address_is_told(lesson):
-    page = lesson("w1=x&step=0&row=99&nonsense=1&slip=2&w2=0.3")
-    told = page.locator("#address").text_content()
-    assert all(f"{name}: " in told for name in ("w1", "step", "row", "nonsense", "slip")) and "w2" not in told
+def test_wrong_url_parameters_are_listed(lesson):
+    page = lesson("w1=x&step=0&row=99&nonsense=1&bug=2&w2=0.3")
+    message = page.locator("#address").text_content()
+    assert all(f"{name}: " in message for name in ("w1", "step", "row", "nonsense", "bug")) and "w2" not in message
     assert page.input_value("#w2") == "0.3" and page.input_value("#w1") == "0.15"
 
 
 @pytest.mark.browser
-def test_by_keyboard_alone(lesson):
+def test_keyboard_reaches_every_control(lesson):
     page = lesson()
     for _ in range(17):
         page.keyboard.press("ArrowRight")
     assert page.locator("#caption").text_content().split("\n")[1] == "∂E/∂a_h1 = ∂E/∂o1·w5 + ∂E/∂o2·w7"
-    assert lit(page) == {"w5", "w7", "h1", "o1", "o2"}
+    assert find_highlighted(page) == {"w5", "w7", "h1", "o1", "o2"}
     assert {"+ 0.0102", "+ 0.0152"} <= set(page.locator(".note").all_text_contents())  # the two addends
     page.keyboard.press("ArrowLeft")
     assert page.locator("#where").text_content() == "loss 1, row 17 of 31"
@@ -344,54 +331,54 @@ def test_by_keyboard_alone(lesson):
         page.keyboard.press("ArrowRight")
     assert page.locator("#where").text_content() == "loss 2, row 1 of 31"
 
-    reached = [""]
-    while reached[-1] != "reveal" and len(reached) < 100:  # the last on the page
+    focused = [""]
+    while focused[-1] != "reveal" and len(focused) < 100:  # the last on the page
         page.keyboard.press("Tab")
         active = "e => e.id || e.dataset.part || e.ariaLabel || e.textContent"
-        reached.append(page.evaluate(f"({active})(document.activeElement)"))
-        if reached[-1] == "w1" and "w1" not in reached[:-1]:  # the weight; the field comes later
-            assert lit(page) == {"w1", "i1", "h1", "w5", "w7", "o1", "o2"}
+        focused.append(page.evaluate(f"({active})(document.activeElement)"))
+        if focused[-1] == "w1" and "w1" not in focused[:-1]:  # the weight; the field comes later
+            assert find_highlighted(page) == {"w1", "i1", "h1", "w5", "w7", "o1", "o2"}
             assert "two ways" in page.locator("#caption").text_content()
-        elif reached[-1] == "run10":
+        elif focused[-1] == "run10":
             page.keyboard.press("Enter")
             assert page.locator("#where").text_content() == "loss 12, row 1 of 31"
-        elif reached[-1] == "slip":
+        elif focused[-1] == "bug":
             page.keyboard.press("Space")
-            assert page.is_checked("#slip")
-        elif reached[-1] == "w1-slider":
+            assert page.is_checked("#bug")
+        elif focused[-1] == "w1-slider":
             page.keyboard.press("ArrowRight")
             assert page.input_value("#w1") == "0.16"
-        elif reached[-1] == "finite difference of ∂E/∂w3":
+        elif focused[-1] == "finite difference of ∂E/∂w3":
             page.keyboard.press("Enter")
             assert "apart by" in page.locator("#sheet").inner_text()
-    wanted = {*NAMES, *(f"{name}-slider" for name in NAMES), "run1", "run10", "run100", "η", "η-slider"}
-    assert all(reached.count(f"w{n}") >= 2 for n in range(1, 9))
-    wanted |= {"back", "next", "first", "worked", "slip", "h", "ask", "answer", "reveal", "Check"}
-    assert wanted <= set(reached), wanted - set(reached)
+    expected = {*NAMES, *(f"{name}-slider" for name in NAMES), "run1", "run10", "run100", "η", "η-slider"}
+    assert all(focused.count(f"w{n}") >= 2 for n in range(1, 9))
+    expected |= {"back", "next", "first", "worked", "bug", "h", "ask", "answer", "reveal", "Check"}
+    assert expected <= set(focused), expected - set(focused)
     nameless = """[...document.querySelectorAll("input, select, button, [tabindex]")].filter(
         e => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).length"""
     assert page.evaluate(nameless) == 0
 
 
-def lit(page):
+def find_highlighted(page):
     return set(page.locator(".lit[data-part]").evaluate_all("parts => parts.map(part => part.dataset.part)"))
 
 
 @pytest.mark.browser
-def test_pointing(lesson):
+def test_hover_highlights_the_path_of_a_weight(lesson):
     page = lesson()
     page.hover("[data-weight='5'] text >> nth=0")
-    assert lit(page) == {"w5", "h1", "o1"}
+    assert find_highlighted(page) == {"w5", "h1", "o1"}
     path = page.locator("#caption").text_content()
     assert "∂E/∂a_o1·∂a_o1/∂o1·∂o1/∂w5" in path and "0.01288081863" in path
     page.hover("[data-row='18']")
-    assert lit(page) == {"w6", "w8", "h2", "o1", "o2"}
+    assert find_highlighted(page) == {"w6", "w8", "h2", "o1", "o2"}
     page.hover("h1")
-    assert lit(page) == {"w1", "w2", "i1", "i2", "h1"}  # the current row again
+    assert find_highlighted(page) == {"w1", "w2", "i1", "i2", "h1"}  # the current row again
 
 
 @pytest.mark.browser
-def test_finite_differences_show_too_large_and_too_small_an_h(lesson):
+def test_finite_difference_is_wrong_for_too_large_and_too_small_h(lesson):
     page = lesson()
     page.click("td button >> nth=0")
 
@@ -400,7 +387,7 @@ def test_finite_differences_show_too_large_and_too_small_an_h(lesson):
         return float(page.locator(".difference >> nth=0").text_content().split()[-1])
 
     assert apart("1e-5") < 1e-10 < 1e-5 < apart("1e-0") and apart("1e-15") > 1e-4
-    page.check("#slip")  # the slip is plain beside a finite difference
+    page.check("#bug")  # a finite difference reveals the bug
     page.click("[aria-label='finite difference of ∂E/∂w3']")
     page.select_option("#h", "1e-5")
     assert float(page.locator(".difference").all_text_contents()[6].split()[-1]) == pytest.approx(9.2e-8, rel=0.02)
@@ -449,8 +436,8 @@ CONTRAST = """() => {
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1280])
-def test_contrast_and_no_sideways_scrolling(lesson, scheme, width):
-    for state in ("row=17", "w1=-0.123456789&w7=-987.654321&t2=-0.3333&eta=123.456&step=7&row=22&slip=1&nonsense=1"):
+def test_contrast_is_readable_and_page_does_not_scroll_sideways(lesson, scheme, width):
+    for state in ("row=17", "w1=-0.123456789&w7=-987.654321&t2=-0.3333&eta=123.456&step=7&row=22&bug=1&nonsense=1"):
         page = lesson(state, width, color_scheme=scheme, reduced_motion="reduce")
         page.fill("#w2", "wrong")
         page.locator("td button").evaluate_all("buttons => buttons.forEach(button => button.click())")
@@ -468,7 +455,7 @@ def test_prints_on_one_page(lesson):
 
 
 @pytest.mark.browser
-def test_without_javascript_it_says_what_to_do(lesson, browser):
+def test_page_without_javascript_explains_what_to_do(lesson, browser):
     page = browser.new_page(java_script_enabled=False)
     page.goto(PAGE.as_uri())
     text = page.locator("body").inner_text()
@@ -478,7 +465,7 @@ def test_without_javascript_it_says_what_to_do(lesson, browser):
     assert "Switch JavaScript on" not in lesson().locator("body").inner_text()
 
 
-def test_the_page_is_one_file():
+def test_page_loads_no_other_file():
     page = PAGE.read_text()
     assert not re.findall(r"https?:|\bsrc=|@import|\bfetch\(|<link(?! rel=\"icon\" href=\"data:)", page)
     assert (DOCS / re.findall(r'<a href="(.+?)"', page)[0]).is_file()
