@@ -1,5 +1,6 @@
 """Fixtures that the tests share. Slow imports stand inside them: the xdist controller needs none of them."""
 
+import csv
 import gc
 import hashlib
 import json
@@ -232,16 +233,21 @@ def run_with_processes(number: int, *arguments: str) -> None:
 
 
 def read_outcome(folder: Path) -> dict:
+    """Return all that two runs must have in common to be bitwise identical."""
     import torch
+    from lightning_utilities.core.apply_func import apply_to_collection
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    outcome: dict[str, Any] = {"metrics": json.loads((folder / "metrics.json").read_text())["metrics"]}
+    for name in "last", "best":
+        if (file := folder / f"checkpoints/{name}.ckpt").exists():
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            states = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}
+            outcome[name] = apply_to_collection(states, torch.Tensor, torch.Tensor.tolist)
+    if (folder / "metrics.csv").exists():
+        with (folder / "metrics.csv").open(newline="") as stream:
+            outcome["rows"] = [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        "weights": {name: tensor.tolist() for name, tensor in checkpoint["state_dict"].items()},
-        "optimizer": str(checkpoint["optimizer_states"]),
-        "metrics": json.loads((folder / "metrics.json").read_text())["metrics"],
-        "scalars": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-        },
-    }
+    tags = events.Tags()["scalars"]
+    outcome["scalars"] = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return outcome

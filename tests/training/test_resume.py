@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import SimulatedKill, read_outcome, run_with_processes
 
+from src import train
 from src.training.resume import ResumeCheckpoint
 
 # 24 batches in two epochs.
@@ -163,9 +165,20 @@ def test_submitits_handler_requeues_after_a_checkpoint(run_main, tmp_path, inter
 
 @pytest.fixture
 def killed(tmp_path, kill) -> Path:
-    """A killed run with two checkpoints, of steps 5 and 10; in a folder that was moved since."""
-    kill(11, *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'before'}")
+    """A killed run with checkpoints of steps 15, 10 and the best epoch, in a folder that was moved since."""
+    kill(17, *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'before'}")
     return (tmp_path / "before").rename(tmp_path / "run")
+
+
+def test_moved_run_resumes_and_keeps_its_best_checkpoint(run_main, killed, uninterrupted):
+    result = run_main(f"resume={killed}")
+    assert result.code == 0 and not result.err
+    assert read_outcome(killed) == uninterrupted(PLAIN) and not killed.with_name("before").exists()
+    files = [killed / f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")]
+    assert sorted((killed / "checkpoints").iterdir()) == files
+    states = torch.load(files[1], weights_only=True)["callbacks"].items()
+    (best,) = [state for name, state in states if name.startswith("ModelCheckpoint")]
+    assert best["best_model_path"] == str(files[0]) and best["best_model_score"] is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])
@@ -181,7 +194,7 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_used(run_main, killed,
     assert read_outcome(killed) == uninterrupted(PLAIN)
 
 
-def test_without_a_whole_checkpoint_resume_prints_one_error(run_main, killed):
+def test_without_an_undamaged_checkpoint_resume_prints_one_error(run_main, killed):
     for file in (killed / "checkpoints").iterdir():
         file.write_bytes(b"")
     result = run_main(f"resume={killed}")
@@ -189,43 +202,19 @@ def test_without_a_whole_checkpoint_resume_prints_one_error(run_main, killed):
     assert not (killed / "metrics.json").exists()
 
 
-def test_moved_run_keeps_its_best_checkpoint(run_main, tmp_path, kill, uninterrupted):
-    kill(17, *TINY, PLAIN, f"hydra.run.dir={tmp_path / 'before'}")
-    folder = (tmp_path / "before").rename(tmp_path / "run")
-    result = run_main(f"resume={folder}")
-    assert result.code == 0 and not result.err
-    assert read_outcome(folder) == uninterrupted(PLAIN) and not (tmp_path / "before").exists()
-    assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-        "previous.ckpt",
-    ]
-    (state,) = [
-        state
-        for name, state in torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["callbacks"].items()
-        if name.startswith("ModelCheckpoint")
-    ]
-    assert state["best_model_path"] == str(folder / "checkpoints/best.ckpt") and state["best_model_score"] is not None
+def test_full_disk_leaves_the_last_checkpoint(run_main, tmp_path, monkeypatch):
+    folder, synchronize, calls = tmp_path / "run", os.fsync, []
 
+    def fail_from_third_checkpoint(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if sum(".ckpt." in name for name in calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synchronize(descriptor)
 
-def test_full_disk_keeps_the_previous_checkpoint(run_main, tmp_path, monkeypatch):
-    folder, write = tmp_path / "run", torch.save
-
-    def save(checkpoint, file):
-        write(checkpoint, file)
-        if checkpoint["global_step"] == 15:
-            monkeypatch.setattr(os, "fsync", fail)
-
-    def fail(descriptor):
-        monkeypatch.undo()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(sys, "argv", ["src/train.py", *TINY, PLAIN, f"hydra.run.dir={folder}", "callbacks.best=null"])
-    from src import train
-
-    with pytest.raises(SystemExit, match="2"):
-        train.main()
+    monkeypatch.setattr(os, "fsync", fail_from_third_checkpoint)
+    result = run_main(*TINY, PLAIN, f"hydra.run.dir={folder}")
+    assert result.code == 2 and "No space left on device; free some space" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
 
@@ -255,12 +244,8 @@ def test_weights_that_are_not_finite_are_not_saved(run_main, tmp_path, monkeypat
 
 
 def test_out_of_memory_names_the_batch_size(run_main, tmp_path, monkeypatch):
-    from src.models.classifier import Classifier
-
-    def training_step(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Classifier, "training_step", training_step)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr("src.models.classifier.Classifier.training_step", lambda *_: (_ for _ in ()).throw(error))
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and "data.batch_size=8: out of memory" in result.err.splitlines()[-1]
 
@@ -325,13 +310,10 @@ def test_other_dataloader_warns_that_the_epoch_is_drawn_anew(tmp_path):
         assert fit_linear(tmp_path, torch.utils.data.DataLoader)[-1] == 15
 
 
-MOMENTS = 20
+def train_in_child(folder: Path, *arguments: str, kill_at: float = float("inf")) -> int:
+    """Train in a forked process, which kills itself before a batch or an operation on a file in `folder`.
 
-
-def run_in_child(arguments, folder: Path, moment: float) -> int:
-    """Run in a forked process that kills itself at a moment, counted in batches and operations on files in `folder`.
-
-    Return its exit code, or -9. The number of moments is written to a file beside the folder.
+    `kill_at` counts both, from 0. Return the exit code, which is negative for a signal.
     """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -339,44 +321,35 @@ def run_in_child(arguments, folder: Path, moment: float) -> int:
 
     def tick():
         nonlocal count
-        count += 1
-        if count > moment:
+        if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
 
     def audit(event, values):
-        is_written = event == "open" and isinstance(values[2], int) and values[2] & (os.O_WRONLY | os.O_RDWR)
-        if (is_written or event == "os.rename") and str(values[0]).startswith(str(folder)):
+        is_opened_to_write = event == "open" and values[2] & (os.O_WRONLY | os.O_RDWR)
+        if (is_opened_to_write or event == "os.rename") and str(values[0]).startswith(str(folder)):
             tick()
 
-    def on_train_batch_start(self, *values):
-        tick()
-        start(self, *values)
-
-    code = 1
     try:
-        ResumeCheckpoint.on_train_batch_start = on_train_batch_start
+        ResumeCheckpoint.on_train_batch_start = lambda *values: (tick(), start(*values))
         sys.addaudithook(audit)
         sys.argv = ["src/train.py", *arguments]
-        from src import train
-
         train.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
     finally:
         folder.with_suffix(".count").write_text(str(count))
-        os._exit(code)
+        os._exit(0)
 
 
 @pytest.mark.slow
 def test_resume_after_sigkill_at_20_moments_gives_bitwise_identical_results(run_main, tmp_path, uninterrupted):
     folder, expected = tmp_path / "run", uninterrupted(PLAIN)
     arguments = *TINY, PLAIN, f"hydra.run.dir={folder}"
-    assert run_in_child(arguments, folder, float("inf")) == 0
+    assert train_in_child(folder, *arguments) == 0 and read_outcome(folder) == expected
     moments = int(folder.with_suffix(".count").read_text())
-    for number in range(MOMENTS):
+    for number in range(20):
         shutil.rmtree(folder)
-        assert run_in_child(arguments, folder, number * moments // MOMENTS) == -signal.SIGKILL
+        assert train_in_child(folder, *arguments, kill_at=number * moments // 20) == -signal.SIGKILL
+        time.sleep(1)  # TensorBoard reads event files of one second in any order
         result = run_main(f"resume={folder}")
         if result.code == 2 and not (folder / "checkpoints").exists():  # killed before its config was written
             result = run_main(*arguments)
