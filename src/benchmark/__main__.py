@@ -1,22 +1,18 @@
-"""Speed of training, as ratios of runs made alternately: python -m src.benchmark [key=value ...]
+"""Measure the speed of training as ratios of runs made in turns: python -m src.benchmark [key=value ...].
 
-a  a bare PyTorch loop over the same data in memory, with the same network, augmentation and optimizer: the limit
+a  a bare PyTorch loop over the same tensors, with the same network, augmentation and optimizer: the upper limit
 b  python -m src.train: the same through Lightning, with its logging
-c  the source's pipeline: torchvision's transforms image by image in a DataLoader, and the default memory layout
+c  the baseline's pipeline: torchvision's transforms per image in a DataLoader, default memory layout
 
-They take turns every few batches, so that a noisy machine is noisy for all of them: while b trains, its run is held
-up for as many batches of a, then of c. The ratios are those of the sums of the times, which have b's work at the ends
-of its epochs in them; the standard error comes from the rounds.
+The runs take turns every few batches, so that a noisy machine is noisy for all of them. The ratios are those of the
+sums of the times; the standard error comes from the rounds.
 
---time-to 99.4 is the longer mode: `experiment=fast`, or the one named, is trained to its end with several seeds, whose
-mean should have so many percent of the test images right, then c with the source's recipe until it first has, scored
-after each epoch; scoring is not timed. With `experiment=distilled` each seed asks the teachers anew, and is timed with it.
+--time-to 99.4 trains `experiment=fast`, or the experiment named, to its end with several seeds, then the baseline until
+it first reaches that test accuracy in percent, tested after each epoch; tests are not timed. Soft labels are computed
+anew for each seed, and timed.
 
---side-by-side starts whole runs, one and then two at once, with the cores divided among them, as they do by themselves,
-and with a thread on every core for each: images per second of the training, together.
-
-On a GPU (trainer.accelerator=gpu) all of these come in one go, of less than eight minutes, each with and without
-trainer=cuda_graph: the ratios, batches of 64 to 2048, short recipes with ten seeds, a whole command, runs side by side.
+On a GPU (trainer.accelerator=gpu) one call measures all of it, each with and without trainer=cuda_graph: the ratios,
+batch sizes from 64 to 2048, and short recipes with several seeds.
 """
 
 import argparse
@@ -25,7 +21,8 @@ from src.cli.argparse_main import Parser, argparse_main
 from src.core.process import import_lightning
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
+    """Parse an int ≥ 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -33,26 +30,20 @@ def count(text: str) -> int:
 
 @argparse_main
 def main() -> None:
-    parser = Parser(
-        prog="python -m src.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batches", type=count, default=33, help="timed batches of a turn (default: 33)")
-    parser.add_argument(
-        "--rounds",
-        type=count,
-        help="turns of each (default: 20, two epochs of MNIST; on a GPU 6; with --time-to 1, with --side-by-side 3)",
-    )
-    parser.add_argument("--time-to", type=float, metavar="PERCENT", help="the longer mode")
-    parser.add_argument("--side-by-side", action="store_true", help="one run against two at once, in processes")
-    parser.add_argument("--seeds", type=count, default=10, help="of b in a round of --time-to (default: 10)")
-    parser.add_argument("--runs", type=count, default=4, help="most runs at once on a GPU (default: 4)")
+    """Run the benchmark of the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m src.benchmark", description=__doc__, formatter_class=raw)
+    parser.add_argument("--batches", type=positive_int, default=33, help="timed batches per turn (default: 33)")
+    parser.add_argument("--rounds", type=positive_int, help="turns (default: 20; on a GPU 6; with --time-to 1)")
+    parser.add_argument("--time-to", type=float, metavar="PERCENT", help="measure the time to a test accuracy")
+    parser.add_argument("--seeds", type=positive_int, default=10, help="seeds of b per round (default: 10)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
-    chosen = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
 
     import_lightning()
-    from src.benchmark.speed import run  # here, because --help should not wait for PyTorch
+    from src.benchmark.speed import run
 
-    run(chosen)
+    run(arguments)
 
 
 if __name__ == "__main__":
