@@ -1,4 +1,4 @@
-"""Compare the runs below some folders: python -m src.report outputs/mnist/…_multirun
+"""Compare the runs below some folders: python -m src.report outputs/mnist/FOLDER_multirun.
 
 Writes sweep.csv, report.md and plots, and prints the table, best first. Every sweep does so at its end.
 """

@@ -42,7 +42,8 @@ class PerImageDataset(Dataset):
     """Do what torchvision.datasets.MNIST does per image: convert to PIL, to a tensor, normalise."""
 
     def __init__(self, data: ImageDataModule) -> None:
-        self.images = LabeledImages(*(tensor.cpu() for tensor in data.splits.train))
+        train: Any = data.splits.train
+        self.images = LabeledImages(train.images.cpu(), train.labels.cpu())
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
 
     def __len__(self) -> int:
@@ -85,8 +86,9 @@ def measure(steps: Iterator[None], count: int, device: torch.device) -> float:
 
 def iterate_epoch(cfg: DictConfig, data: ImageDataModule, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield an epoch of augmented, normalised batches, made of the same tensors as ours."""
+    train: Any = data.splits.train
     for step, indices in enumerate(data.train_dataloader()):
-        images, labels = (tensor[indices] for tensor in data.splits.train)
+        images, labels = train.images[indices], train.labels[indices]
         if data.augment:
             images = data.augment(images.float(), make_generator(cfg.seed, step, 0, device=device))
         yield data.spec.normalize(images), labels

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from rich.progress import track
 from torch import Tensor, nn
 
 from src.core.errors import UserError
@@ -20,7 +21,6 @@ from src.data.image_spec import ImageSpec
 from src.data.sampler import make_generator
 from src.models.classifier import move_to_device
 from src.training.checkpoints import load_weights_only
-from src.training.console import make_bar
 from src.training.predictor import load_predictor
 from src.training.run_record import get_device_name
 
@@ -86,8 +86,8 @@ class SoftLabels:
         move_to_device(self.ensemble, images.device)
         outputs, use_bf16 = [], images.device.type == "cpu" and has_amx_bf16()
         batches = torch.arange(len(images), device=images.device).split(BATCH_SIZE)
-        with torch.inference_mode(), make_bar(len(batches)) as bar:
-            for indices in bar.track(batches, description="teacher outputs"):
+        with torch.inference_mode():
+            for indices in track(batches, "teacher outputs", transient=True, disable=not sys.stdout.isatty()):
                 normalized = spec.normalize(augment_batch(images[indices], indices))
                 with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):  # the networks alone
                     outputs.append(self.ensemble(normalized).float())

@@ -1,25 +1,21 @@
 """What a run prints: the layer table, progress, the final scores."""
 
 import logging
-import math
 import os
 import re
 import shlex
 import sys
 import warnings
 from pathlib import Path
-from time import monotonic
 from typing import Any, cast
 
 import lightning as L
 import torchinfo
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback, ProgressBar
-from omegaconf import OmegaConf
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from src.core.errors import format_metric, print_warnings_in_one_line
@@ -86,105 +82,60 @@ class LayerTable(Callback):
         Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
 
 
-def make_bar(total: float | None, is_enabled: bool = True) -> Progress:
-    """Return a progress bar that disappears when it stops, and is shown on the terminal of a single process only."""
-    end: list[Any] = [TimeElapsedColumn()]
-    if total is not None:
-        end = [TaskProgressColumn(), TimeRemainingColumn(compact=True), TextColumn("left")]
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        *end,
-        transient=True,
-        refresh_per_second=4,
-        speed_estimate_period=600,  # seconds, so that validation counts as part of an epoch
-        disable=not (is_enabled and sys.stdout.isatty() and get_launcher_name() in (None, "BasicLauncher")),
-    )
-
-
 def make_progress_bar() -> ProgressBar:
     """Return the progress callback of conf/callbacks/default.yaml."""
     return RunProgressBar()
 
 
-class RunProgressBar(ProgressBar):
-    """Show one bar for the whole run on a terminal, and print one line per finished epoch everywhere."""
+class RunProgressBar(RichProgressBar):
+    """Lightning's bar for the current epoch, on a terminal only, and everywhere one line per finished epoch."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.is_enabled, self.bar, self.updated_at, self.epoch = True, make_bar(None, False), 0.0, 0
+        is_shown = sys.stdout.isatty() and get_launcher_name() is None
+        super().__init__(refresh_rate=10 if is_shown else 0, leave=False)
+        self.is_first_process, self.last_epoch = True, 0
 
     def disable(self) -> None:  # Lightning calls it on all processes but the first
-        self.is_enabled = False
+        super().disable()
+        self.is_first_process = False
 
-    def _start(self, description: str, total: float, completed: int = 0) -> None:
-        steps = total if math.isfinite(total) else None
-        self.bar = make_bar(steps, self.is_enabled)
-        self.task = self.bar.add_task(description, total=steps, completed=completed)
-        self.bar.start()
+    def _init_progress(self, trainer: L.Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress:
+            self.progress.live.transient = True  # Lightning leaves the last bar on the terminal
 
-    def _describe(self, suffix: str = "") -> None:
-        if self.bar.tasks:
-            has_number = get_launcher_name() and not OmegaConf.is_missing(HydraConfig.get().job, "num")
-            job = f"job {HydraConfig.get().job.num + 1}, " if has_number else ""
-            self.bar.update(self.task, description=f"{job}{self._format_epoch(1)}{suffix}")
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}"  # Lightning counts from 0
 
-    def _format_epoch(self, offset: int = 0) -> str:
-        total = "" if self.trainer.max_epochs in (None, -1) else f"/{self.trainer.max_epochs}"
-        return f"epoch {self.trainer.current_epoch + offset}{total}"
-
-    def _print_epoch(self, trainer: L.Trainer) -> None:
-        scores: dict[str, list[str]] = {}
-        for name, value in sorted(trainer.progress_bar_metrics.items()):
-            stage, _, score = name.rpartition("/")
-            scores.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
-        scores.pop("v_num", None)
-        if self.is_enabled and _is_verbose():
-            stages = [" ".join([stage, *values]).lstrip() for stage, values in scores.items()]
-            print("  ".join([self._format_epoch(), *stages]).rstrip(), flush=True)
+    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
+        return {}  # the epoch lines have them
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.epoch = trainer.current_epoch  # the last one that has its line
-        epochs, steps = (math.inf if n in (None, -1) else n for n in (trainer.max_epochs, trainer.max_steps))
-        total = min(epochs * trainer.num_training_batches, steps * trainer.accumulate_grad_batches)
-        self._start(self._format_epoch(1), total, trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+        super().on_train_start(trainer, pl_module)
+        self.last_epoch = trainer.current_epoch
 
     # The module logs its training scores after the callbacks' own end of the epoch, so an epoch's line waits for the
     # next epoch or the end.
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._print_epoch(trainer)
         super().on_train_epoch_start(trainer, pl_module)
-        if trainer.current_epoch > self.epoch:
-            self._print_epoch(trainer)
-        self.epoch = trainer.current_epoch
-        self._describe()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        if monotonic() - self.updated_at > 0.25 and self.bar.tasks:
-            self.updated_at = monotonic()
-            self.bar.update(self.task, completed=trainer.fit_loop.epoch_loop.batch_progress.total.completed)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe(", validation")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._describe()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar.stop()
-        if trainer.current_epoch > self.epoch:
-            self._print_epoch(trainer)
+        self._print_epoch(trainer)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start("test", sum(trainer.num_test_batches))
-
-    def on_test_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        self.bar.advance(self.task)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.bar.stop()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.bar.stop()
+    def _print_epoch(self, trainer: L.Trainer) -> None:
+        if trainer.current_epoch == self.last_epoch:
+            return
+        self.last_epoch = trainer.current_epoch
+        stages: dict[str, list[str]] = {}
+        for name, value in sorted(trainer.progress_bar_metrics.items()):
+            stage, _, score = name.rpartition("/")
+            if name != "v_num":
+                stages.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
+        if self.is_first_process and _is_verbose():
+            total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+            scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
+            print("  ".join([f"epoch {trainer.current_epoch}{total}", *scores]).rstrip(), flush=True)
 
 
 def print_results(results: dict[str, Any], folder: Path, is_image_model: bool) -> None:
