@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,8 +32,6 @@ def choose_options(group: str, option: str) -> dict[str, str]:
         chosen = {key.removeprefix("override /"): value for item in defaults for key, value in item.items()}
         if chosen.get(group) == option and {"data", "model"} <= chosen.keys() and DEFAULTS.get(group) != option:
             return {"experiment": file.stem, "logger": DEFAULTS["logger"]}
-    if group == "model" and "torchvision.models" in (CONF / f"model/{option}.yaml").read_text():
-        return DEFAULTS | {"model": option, "data": "folder"}  # they need colour
     is_pair = group in ("data", "model") and all(
         (CONF / part / f"{option}.yaml").is_file() for part in ("data", "model")
     )
@@ -68,10 +67,6 @@ def data_overrides(tmp_path, mnist_root, image_folder, small_weights):
     return lambda name: [*known[name](), "data.batch_size=8", "data.val_size=8"] if name in known else None
 
 
-def refuse_network(*_, **__):
-    raise OSError("tests do not use the network")
-
-
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_option_trains_and_resumes_bitwise(
     run_main, tmp_path, monkeypatch, recwarn, data_overrides, interrupt_at, group, option
@@ -84,7 +79,7 @@ def test_option_trains_and_resumes_bitwise(
         pytest.importorskip(option)
         monkeypatch.setenv("WANDB_MODE", "offline")
         overrides += ["logger.mlflow.tracking_uri='sqlite:///${output_dir}/mlflow.db'"] * (option == "mlflow")
-    monkeypatch.setattr(socket, "getaddrinfo", refuse_network)
+    monkeypatch.setattr(socket, "getaddrinfo", Mock(side_effect=OSError("tests do not use the network")))
     result = run_main(*overrides, f"hydra.run.dir={tmp_path / 'uninterrupted'}")
     if images is None and result.code == 2:
         pytest.skip(f"its data is not there: {result.err}")

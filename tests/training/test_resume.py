@@ -26,23 +26,19 @@ TINY = (
     *("data.batch_size=8", "callbacks.resume.every_steps=5", "callbacks.model_summary=null"),
 )
 PLAIN = "callbacks.tensorboard=null"  # halves the time of so short a run
-
-
-@pytest.fixture(scope="module")
-def outcomes():
-    return {}
+OUTCOMES: dict[tuple, dict] = {}  # of uninterrupted runs, by their overrides
 
 
 @pytest.fixture
-def uninterrupted(run_main, tmp_path, outcomes):
+def uninterrupted(run_main, tmp_path):
     """Return the outcome of a run that is not interrupted."""
 
     def run(*overrides):
-        if overrides not in outcomes:
+        if overrides not in OUTCOMES:
             result = run_main(*TINY, f"hydra.run.dir={tmp_path / 'uninterrupted'}", *overrides)
             assert result.code == 0, result.err
-            outcomes[overrides] = read_outcome(tmp_path / "uninterrupted")
-        return outcomes[overrides]
+            OUTCOMES[overrides] = read_outcome(tmp_path / "uninterrupted")
+        return OUTCOMES[overrides]
 
     return run
 
@@ -59,31 +55,25 @@ def kill(run_main, interrupt_at):
     return run
 
 
-@pytest.mark.parametrize("batch", [0, 8, 12, 23])
-def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, kill, uninterrupted, batch):
+@pytest.mark.parametrize(
+    ("batches", "overrides"),
+    [
+        ([0], ()),
+        ([8], ()),
+        ([12], ()),  # an epoch begins with this batch
+        ([8, 19], ("trainer.val_check_interval=5", PLAIN)),
+        ([8, 19], ("trainer.accumulate_grad_batches=3", "callbacks.resume.every_steps=2", PLAIN)),
+        ([8, 19], ("trainer.max_steps=20", PLAIN)),
+        ([8, 19], ("+callbacks.ema={_target_:lightning.pytorch.callbacks.EMAWeightAveraging,decay:0.9}", PLAIN)),
+        ([8, 19], ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1", PLAIN)),
+    ],
+)
+def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, kill, uninterrupted, batches, overrides):
     folder = tmp_path / "run"
-    kill(batch, *TINY, f"hydra.run.dir={folder}")
+    for batch in batches:
+        kill(batch, *([f"resume={folder}"] if folder.exists() else [*TINY, f"hydra.run.dir={folder}", *overrides]))
     result = run_main(f"resume={folder}")
     assert result.code == 0 and not result.err, result.err
-    assert read_outcome(folder) == uninterrupted()
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("trainer.val_check_interval=5",),
-        ("trainer.accumulate_grad_batches=3", "callbacks.resume.every_steps=2"),
-        ("trainer.max_steps=20",),
-        ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9"),
-        ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1"),
-    ],
-    ids=lambda overrides: overrides[0],
-)
-def test_resume_after_two_kills_restores_every_state(run_main, tmp_path, kill, uninterrupted, overrides):
-    overrides, folder = (PLAIN, *overrides), tmp_path / "run"
-    kill(8, *TINY, f"hydra.run.dir={folder}", *overrides)
-    kill(19, f"resume={folder}")
-    assert run_main(f"resume={folder}").code == 0
     assert read_outcome(folder) == uninterrupted(*overrides)
 
 
@@ -288,13 +278,6 @@ def test_stateful_dataloader_resumes_with_identical_batches(tmp_path, batch):
     with pytest.raises(SimulatedKill):
         fit_boring_model(tmp_path / "run", loader_class, kill_at=batch)
     assert fit_boring_model(tmp_path / "run", loader_class) == (inputs[batch:], weights)
-
-
-def test_other_dataloader_warns_that_the_epoch_is_drawn_anew(tmp_path):
-    with pytest.raises(SimulatedKill):
-        fit_boring_model(tmp_path, torch.utils.data.DataLoader, kill_at=7)
-    with pytest.warns(UserWarning, match="this epoch is drawn anew after 2 batches; use torchdata's Stateful"):
-        assert len(fit_boring_model(tmp_path, torch.utils.data.DataLoader)[0]) == 8
 
 
 def train_in_child(folder: Path, *arguments: str, kill_at: float = float("inf")) -> int:
