@@ -1,5 +1,6 @@
 """docs/own.md, followed to the letter in a copy of the project: its files are written, its commands are run."""
 
+import ast
 import json
 import pickle
 import re
@@ -8,8 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,214 +17,175 @@ import torch
 from PIL import Image
 
 from src.core.config import ROOT
-from src.core.errors import format_metric
 
+pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs/own.md").read_text()
-# What a step needs a second for: a command that only has to work is told to do less.
-SHORT = (
-    "trainer.max_epochs=1",
-    "trainer.limit_train_batches=10",
-    "trainer.accelerator=cpu",
-    "callbacks.tensorboard=null",
-)
-AS_MODULE = "import runpy, sys; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+FAST = "callbacks.tensorboard=null", "trainer.accelerator=cpu"
+SHORT = *FAST, "trainer.max_epochs=1", "trainer.limit_train_batches=10"  # for runs that need not learn
+# Run programs one after another in one process, which imports PyTorch once.
+DRIVER = """
+import importlib, io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+
+results = []
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [f"{module.replace('.', '/')}.py", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            importlib.import_module(module).main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
 
 
-def section(heading: str) -> str:
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def read_section(heading: str) -> str:
     (text,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
     return text
 
 
-def files(text: str) -> dict[str, str]:
-    """The contents by file name: a block below a line that is a name alone."""
+def read_files(text: str) -> dict[str, str]:
+    """Return the code blocks that follow a line with a file name alone, by that name."""
     return dict(re.findall(r"^`([\w./]+)`\n```\w+\n(.*?)^```$", text, re.M | re.S))
 
 
-def commands(text: str) -> list[tuple[str, str]]:
-    """Each command with what it prints to stderr, where the page says so."""
-    lines = "".join(re.findall(r"^```(?:bash)?\n((?:\$ |[^`]).*?)^```$", text, re.M | re.S)).splitlines()
-    found: list[tuple[str, str]] = []
-    for line in lines:
-        if line.startswith("error: "):
-            found[-1] = found[-1][0], line
-        else:
-            found.append((line.removeprefix("$ "), ""))
-    return found
+def read_commands(text: str) -> list[str]:
+    """Return the lines of the blocks without a language and in bash; those after a $ if there are any."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [line.removeprefix("$ ") for name, block in blocks if name in ("", "bash") for line in block.splitlines()]
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-    metrics: dict
-
-
-class Copy:
-    """A copy of the project, and what is done in it."""
+class ProjectCopy:
+    """A copy of the project in a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.runs = folder, 0
+        self.folder = folder
         for name in ("src", "conf", "tests", "docs", "weights"):
-            shutil.copytree(ROOT / name, folder / name)
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("Makefile", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, folder / name)
 
-    def write(self, written: dict[str, str]) -> None:
-        for name, content in written.items():
+    def write(self, contents: dict[str, str]) -> None:
+        for name, content in contents.items():
             assert not (self.folder / name).exists(), f"{name} is in the project"
             (self.folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).write_text(content)
 
-    def run(self, command: str, *further: str, before: str = "") -> Done:
-        """`python -m MODULE ARGUMENTS` with further ones; of a training, what its metrics.json says."""
-        python, flag, module, *arguments = shlex.split(command, comments=True)
-        assert (python, flag) == ("python", "-m") and module.startswith(("src.", "lab.", "pytest"))
-        self.runs += 1
-        run = self.folder / f"run{self.runs}"
-        alone = module == "src.train" and "-m" not in arguments and not arguments[0].startswith("resume=")
-        arguments += [*further, f"hydra.run.dir={run}"] if alone else further
-        done = self.python(*(("-c", f"{before}; {AS_MODULE}") if before else ("-m",)), module, *arguments)
-        metrics = json.loads((run / "metrics.json").read_text()) if (run / "metrics.json").is_file() else {}
-        return Done(done.returncode, done.stdout, done.stderr, metrics)
+    def replace(self, name: str, old: str, new: str) -> None:
+        content = (self.folder / name).read_text()
+        assert old in content
+        (self.folder / name).write_text(content.replace(old, new))
 
-    def python(self, *arguments: str) -> subprocess.CompletedProcess:
-        piped = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-        return subprocess.run([sys.executable, *arguments], cwd=self.folder, **piped)
+    def run(self, *commands: str, codes: list[int], before: str = "") -> list[Result]:
+        """Run `python -m MODULE ARGUMENTS` commands in one process; assert their exit codes."""
+        programs = [shlex.split(command.removeprefix("python -m ")) for command in commands]
+        stdout = self.run_python("-c", f"{before}\n{DRIVER}", json.dumps(programs))
+        results = [Result(*result) for result in json.loads(stdout.splitlines()[-1])]
+        assert [result.code for result in results] == codes, [result.err for result in results]
+        return results
 
-    def pytest(self, chosen: str) -> None:
-        """Imports all tests, and runs the chosen ones."""
-        quick = "not slow and not mnist and not gpu"
-        done = self.run(f"python -m pytest -q -p no:cacheprovider -m '{quick}' -k '{chosen}'")
-        assert done.code == 0 and " passed" in done.out, done.out[-3000:] + done.err[-3000:]
+    def run_python(self, *arguments: str) -> str:
+        done = subprocess.run([sys.executable, *arguments], cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
 
-    def shell(self, command: str) -> SimpleNamespace:
+    def run_shell(self, command: str) -> str:
         done = subprocess.run(["bash", "-ec", command], cwd=self.folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done
+        return done.stdout
+
+    def read_metrics(self, run: str) -> dict[str, Any]:
+        return json.loads((self.folder / run / "metrics.json").read_text())
+
+    def load(self, checkpoint: str) -> dict[str, Any]:
+        return torch.load(self.folder / checkpoint, weights_only=True)
+
+
+def add(command: str, folder: str, *overrides: str) -> str:
+    """Return the command with the overrides and the run folder."""
+    return shlex.join([*shlex.split(command), *overrides, f"hydra.run.dir={folder}"])
 
 
 @pytest.fixture
-def copy(tmp_path) -> Copy:
+def project(tmp_path) -> ProjectCopy:
+    """The copy, with 220 images of noise for each of two classes in pets/."""
     (tmp_path / "project").mkdir()
-    return Copy(tmp_path / "project")
-
-
-@pytest.fixture
-def pictures(copy) -> None:
     rng = np.random.default_rng(0)
-    for kind in "cat", "dog":
-        (copy.folder / "pictures" / kind).mkdir(parents=True)
+    for name in "cat", "dog":
+        (tmp_path / "project/pets" / name).mkdir(parents=True)
         for i in range(220):
-            picture = Image.fromarray(rng.integers(256, size=(10, 12, 3), dtype=np.uint8))
-            picture.save(copy.folder / f"pictures/{kind}/{i}.png")
+            image = Image.fromarray(rng.integers(256, size=(10, 12, 3), dtype=np.uint8))
+            image.save(tmp_path / f"project/pets/{name}/{i}.png")
+    return ProjectCopy(tmp_path / "project")
 
 
-def npz(file: Path) -> None:
-    rng = np.random.default_rng(0)
-    arrays = {"train_images": (400, 16, 16), "test_images": (40, 16, 16)}
-    images = {name: rng.integers(256, size=shape, dtype=np.uint8) for name, shape in arrays.items()}
-    np.savez(file, **images, train_labels=np.arange(400) % 4, test_labels=np.arange(40) % 4)
+def write_npz(file: Path) -> None:
+    images = np.random.default_rng(0).integers(256, size=(440, 16, 16), dtype=np.uint8)
+    labels = np.arange(440) % 4
+    parts = {"train_images": images[:400], "test_images": images[400:]}
+    np.savez(file, **parts, train_labels=labels[:400], test_labels=labels[400:])
 
 
-def cifar10(root: Path) -> None:
-    """Its files, with 80 images each where they have 10,000."""
-    rng, folder = np.random.default_rng(0), root / "cifar-10-batches-py"
+def write_cifar10(folder: Path) -> None:
+    """Write files in CIFAR-10's format with 80 images each instead of 10,000."""
     folder.mkdir(parents=True)
-    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"):
-        images = rng.integers(256, size=(80, 3 * 32 * 32), dtype=np.uint8)
+    for number, name in enumerate((*(f"data_batch_{n}" for n in range(1, 6)), "test_batch")):
+        images = np.random.default_rng(number).integers(256, size=(80, 3 * 32 * 32), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": images, "labels": [i % 10 for i in range(80)]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
 
-def test_data_of_any_kind_is_chosen_by_one_command(copy, pictures):
-    text = section("Data")
-    assert len(files(text)["conf/data/cifar10.yaml"].splitlines()) <= 10
-    copy.write(files(text))
-    npz(copy.folder / "mine.npz")
-    cifar10(copy.folder / "data")
-    unverified = "from torchvision.datasets import cifar; cifar.check_integrity = lambda *_: True"
-    found = [copy.run(command, *SHORT, "data.batch_size=16", before=unverified) for command, _ in commands(text)]
-    assert [run.code for run in found] == [0] * 4, [run.err for run in found]
-    assert [run.metrics["data"] for run in found] == ["pictures", "pictures", "mine", "cifar10"]
-    assert [run.metrics["name"] for run in found] == ["pets", "pets", "mine", "cifar10"]
-    assert found[0].metrics["metrics"] == found[1].metrics["metrics"]  # in memory, and read by four processes
-    assert len({run.metrics["parameters"] for run in found}) == 3  # colours, sizes and classes are the data's
+def test_own_data_trains_by_one_command(project):
+    text = read_section("Data")
+    project.write(read_files(text))
+    write_npz(project.folder / "mine.npz")
+    write_cifar10(project.folder / "data/cifar-10-batches-py")
+    commands = [add(command, f"run{n}", *SHORT, "data.batch_size=16") for n, command in enumerate(read_commands(text))]
+    skip_checksums = "from torchvision.datasets import cifar; cifar.check_integrity = lambda *_: True"
+    project.run(*commands, "python -m src.evaluate run0 --output=scores", codes=[0] * 5, before=skip_checksums)
+    metrics = [project.read_metrics(f"run{n}") for n in range(4)]
+    assert [(run["data"], run["name"]) for run in metrics] == [(x, x) for x in ("pets", "pets", "mine", "cifar10")]
+    assert metrics[0]["metrics"] == metrics[1]["metrics"]  # in memory, and read by worker processes
+    assert len({run["parameters"] for run in metrics}) == 3  # channels, sizes and classes are the data's
 
-    spec = torch.load(copy.folder / "run4/checkpoints/last.ckpt", weights_only=True)["ImageData"]
+    spec = project.load("run3/checkpoints/last.ckpt")["ImageDataModule"]
     assert spec["shape"] == [3, 32, 32] and spec["classes"] == list("abcdefghij") and spec["preprocess"] == "resize"
     assert spec["mean"] == pytest.approx([0.5] * 3, abs=0.01) and spec["std"] == pytest.approx([0.29] * 3, abs=0.01)
-    read = copy.run("python -m src.evaluate", str(copy.folder / "run1"), "--output=scores")
-    assert read.code == 0, read.err
 
 
-def test_a_network_of_ones_own_is_a_module_and_a_config(copy, pictures):
-    text = section("Network")
-    copy.write(files(text))
-    resnet, tiny, refused = commands(text)
-    done = copy.run(resnet[0], *SHORT)
-    assert done.code == 0, done.err
-    assert done.metrics["data"] == "pictures" and done.metrics["parameters"] == 11_176_512 + 2 * 513
+def test_own_network_trains_and_a_package_must_be_allowed(project):
+    text = read_section("Network")
+    files = read_files(text)
+    target, allowed = re.findall(r"`_target_: (mypackage[\w.]+)`", text)[0], "allowed_packages: [mypackage]"
+    project.write({**files, "mypackage/nets.py": files["src/models/tiny.py"].replace("Tiny", "Net")})
+    project.write({"conf/model/net.yaml": files["conf/model/tiny.yaml"].replace("src.models.tiny.Tiny", target)})
+    tiny, invalid, message, resnet = read_commands(text)
+    own = add("python -m src.train model=net data=digits", "own", *SHORT)
+    predict = "python -m src.predict tests/images/5.jpg --json --weights"
+    commands = add(tiny, "tiny", *SHORT), invalid, add(resnet, "resnet", *SHORT), own, f"{predict} tiny"
+    results = project.run(*commands, codes=[0, 2, 0, 2, 0])
+    assert project.read_metrics("tiny")["parameters"] == 64 * 785 + 10 * 65
+    assert {"train/loss", "val/acc", "test/acc"} <= project.read_metrics("tiny")["metrics"].keys()
+    assert results[1].err == f"{message}\n"
+    assert project.read_metrics("resnet")["parameters"] == 11_176_512 + 2 * 513
+    assert f"_target_={target}" in results[3].err and "allowed_packages in conf/train.yaml" in results[3].err
+    assert json.loads(results[4].out)[0]["digit"] in range(10)
 
-    done = copy.run(tiny[0], *SHORT[:-1])
-    assert done.code == 0 and not done.err, done.err
-    assert done.metrics["data"] == "digits" and done.metrics["parameters"] == 64 * 785 + 10 * 65
-    assert {"train/loss", "val/acc", "test/acc"} <= done.metrics["metrics"].keys()
-    read = copy.run("python -m src.predict tests/images/5.jpg --json --weights", str(copy.folder / "run2"))
-    assert read.code == 0 and json.loads(read.out)[0]["digit"] in range(10), read.err
-
-    done = copy.run(refused[0])
-    assert done.code == 2 and done.err == f"{refused[1]}\n"
-
-
-def test_a_package_of_ones_own_has_to_be_allowed(copy):
-    written = files(section("Network"))
-    target, allowed = re.findall(r"`_target_: ([\w.]+)`", section("Network"))[0], "allowed: [mypackage]"
-    assert f"`{allowed}`" in section("Network")
-    copy.write({"mypackage/nets.py": written["src/models/tiny.py"].replace("Tiny", "Net")})
-    copy.write({"conf/model/mine.yaml": written["conf/model/tiny.yaml"].replace("src.models.tiny.Tiny", target)})
-    command = "python -m src.train model=mine data=digits", *SHORT
-    done = copy.run(*command)
-    assert done.code == 2 and len(done.err.splitlines()) == 1
-    assert f"_target_={target}: not a class" in done.err and "allowed: in conf/train.yaml" in done.err
-    root = copy.folder / "conf/train.yaml"
-    root.write_text(root.read_text().replace("allowed: []", allowed))
-    done = copy.run(*command)
-    assert done.code == 0 and done.metrics["parameters"] == 32 * 785 + 10 * 33, done.err
-    assert copy.run("python -m src.predict tests/images/5.jpg --weights", str(copy.folder / "run2")).code == 0
+    assert f"`{allowed}`" in text
+    project.replace("conf/train.yaml", "allowed_packages: []", allowed)
+    project.run(own, f"{predict} own", codes=[0, 0])
+    assert project.read_metrics("own")["parameters"] == 32 * 785 + 10 * 33
 
 
-@pytest.fixture
-def regression(copy) -> Copy:
-    copy.write(files(section("Task")))
-    return copy
-
-
-def test_a_task_of_ones_own_is_chosen_by_its_metric(regression):
-    run, sweep, tune = (command for command, _ in commands(section("Task")))
-    done = regression.run(run, "callbacks.tensorboard=null")
-    assert done.code == 0 and not done.err, done.err
-    assert done.metrics["name"] == "regression" and done.metrics["data"] == "Line"
-    assert done.metrics["parameters"] == 2 and done.metrics["epochs"] == 5
-    assert done.metrics["metrics"]["val/rmse"] < 0.1 and "test/rmse" not in done.metrics["metrics"]
-    checkpoint = torch.load(regression.folder / "run1/checkpoints/best.ckpt", weights_only=True)
-    assert checkpoint["epoch"] + 1 == done.metrics["best_epoch"]
-    (best,) = [state for name, state in checkpoint["callbacks"].items() if "val/rmse" in name]
-    assert best["best_model_score"].item() <= done.metrics["metrics"]["val/rmse"]
-
-    done = regression.run(sweep, "trainer.max_epochs=1", "callbacks.tensorboard=null", "hydra.sweep.dir=swept")
-    assert done.code == 0, done.err
-    scores = {}
-    for file in (regression.folder / "swept").glob("*/metrics.json"):
-        scores[file.parent.name] = json.loads(file.read_text())["metrics"]["val/rmse"]
-    assert len(scores) == 2 and f"{min(scores, key=scores.get)}: val/rmse" in done.out.partition("Best:")[2]
-
-    done = regression.run(tune, "trainer.max_epochs=1", "callbacks.tensorboard=null", "hydra.run.dir=tuned")
-    assert done.code == 0, done.err
-    found = [json.loads(file.read_text())["metrics"]["val/rmse"] for file in regression.folder.glob("tuned/*/metr*")]
-    assert len(found) == 3 and f"best {format_metric('val/rmse', min(found))}" in done.out
-
-
-# Ends the run once, before a batch in the middle of the second epoch.
+# Stop the first run before a batch in the middle of the second epoch.
 STOP = """
 import os
 import signal
@@ -241,82 +202,87 @@ class Stop(Callback):
 """
 
 
-@pytest.mark.parametrize("stateful", [False, True])
-def test_a_stopped_task_says_whether_it_goes_on_to_the_same_bits(regression, stateful):
-    if stateful:
-        pytest.importorskip("torchdata")
-        (line,) = re.findall(r"`(from torchdata.*)`", section("Task"))
-        file = regression.folder / "src/data/line.py"
-        plain = file.read_text()
-        file.write_text(plain.replace("import DataLoader, TensorDataset", f"import TensorDataset\n{line}"))
-        assert file.read_text() != plain
-    regression.write({"src/stop.py": STOP})
-    short = "callbacks.tensorboard=null", "trainer.max_epochs=2", "+callbacks.stop._target_=src.stop.Stop"
-    command, _ = commands(section("Task"))[0]
-    done = regression.run(command, *short)
-    assert done.code == 143, done.err
-    whole = regression.run(command, *short)
-    assert whole.code == 0, whole.err
-    done = regression.run(f"python -m src.train resume={regression.folder / 'run1'}")
-    assert done.code == 0 and ("drawn anew" in done.err) != stateful, done.err
-    runs = (json.loads((regression.folder / f"run{n}/metrics.json").read_text())["metrics"] for n in (1, 2))
-    assert (next(runs) == next(runs)) == stateful
+def test_own_task_is_ranked_by_its_metric_and_resumes(project):
+    text = read_section("Task")
+    project.write({**read_files(text), "src/training/stop.py": STOP})
+    single, sweep, tune = read_commands(text)
+    stopped = *FAST, "trainer.max_epochs=2", "+callbacks.stop._target_=src.training.stop.Stop"
+    short = *FAST, "trainer.max_epochs=1"
+    sweep = shlex.join([*shlex.split(sweep), *short, "hydra.sweep.dir=swept"])
+    commands = add(single, "run", *FAST), sweep, add(tune, "tuned", *short), add(single, "cut", *stopped)
+    results = project.run(*commands, "python -m src.train resume=cut", codes=[0, 0, 0, 143, 0])
+    metrics = project.read_metrics("run")
+    assert metrics["name"] == "regression" and metrics["parameters"] == 2 and metrics["epochs"] == 5
+    assert metrics["metrics"]["val/rmse"] < 0.1 and "test/rmse" not in metrics["metrics"]
+    assert project.load("run/checkpoints/best.ckpt")["epoch"] + 1 == metrics["best_epoch"]
+    jobs = [file.parent.name for file in project.folder.glob("swept/*/metrics.json")]
+    best = min(jobs, key=lambda job: project.read_metrics(f"swept/{job}")["metrics"]["val/rmse"])
+    assert len(jobs) == 2 and best in results[1].out.rpartition("Best")[2]
+    assert len(list(project.folder.glob("tuned/*/metrics.json"))) == 3
+    assert "drawn anew" in results[4].err
+
+    pytest.importorskip("torchdata")
+    (line,) = re.findall(r"`(from torchdata.*)`", text)
+    project.replace("src/data/line.py", "import DataLoader, TensorDataset", f"import TensorDataset\n{line}")
+    (project.folder / "stopped").unlink()
+    commands = add(single, "cut2", *stopped), add(single, "whole", *stopped), "python -m src.train resume=cut2"
+    assert "drawn anew" not in project.run(*commands, codes=[143, 0, 0])[2].err
+    assert project.read_metrics("cut2")["metrics"] == project.read_metrics("whole")["metrics"]
 
 
-def test_an_option_of_ones_own_is_a_config(copy):
-    text = section("Option")
-    copy.write(files(text))
-    both, callback = (command for command, _ in commands(text))
-    done = copy.run(both, *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
-    assert done.code == 0, done.err
-    assert done.metrics["metrics"]["lr"] == pytest.approx(0.0005)  # as it was in the second epoch
-    assert list((copy.folder / "run1").glob("events*")) and (copy.folder / "run1/metrics.csv").is_file()
-    state = torch.load(copy.folder / "run1/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
-    assert "square_avg" in state["state"][0] and state["param_groups"][0]["alpha"] == 0.99
-
-    done = copy.run(callback, *SHORT)
-    assert done.code == 0 and "goodbye after step 10" in done.out.splitlines(), done.err
+def test_own_option_and_callback_take_effect(project):
+    text = read_section("Option") + read_section("Callback")
+    project.write(read_files(text))
+    option, callback = read_commands(text)
+    option = add(option, "option", *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
+    results = project.run(option, add(callback, "callback", *SHORT), codes=[0, 0])
+    assert project.read_metrics("option")["metrics"]["lr"] == pytest.approx(0.0005)  # halved after the first epoch
+    assert list((project.folder / "option").glob("events*")) and (project.folder / "option/metrics.csv").is_file()
+    assert "square_avg" in project.load("option/checkpoints/last.ckpt")["optimizer_states"][0]["state"][0]
+    assert "goodbye after step 10" in results[1].out.splitlines()
 
 
-def test_the_notebook_runs(copy):
-    (code,) = re.findall(r"```python\n(.*?)```", section("In a notebook"), re.S)
-    check = """
-labels = torch.cat([labels for _, labels in data.predict_dataloader()])
-print(float((log_probabilities.argmax(1) == labels).float().mean()))
-"""
-    done = copy.python("-c", f"import warnings; warnings.simplefilter('ignore')\n{code}{check}")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_notebook_code_predicts_test_images(project):
+    (code,) = re.findall(r"```python\n(.*?)```", read_section("In a notebook"), re.S)
+    check = "print(float((log_probabilities.argmax(1) == data.splits.test.labels.cpu()).float().mean()))"
+    lines = project.run_python("-W", "ignore", "-c", f"{code}{check}").splitlines()
     assert lines[0] == "5" and float(lines[-1]) > 0.5
 
 
-@pytest.mark.slow
-def test_another_name_is_one_command(copy):
-    ((command, _),) = commands(section("Name"))
-    old, new = re.findall(r"git mv (\w+) (\w+)", command)[0]
-    if old == new:
-        pytest.skip("it has been renamed")
-    git = "git -c user.name=a -c user.email=a@b.c"
-    copy.shell(f"git init -q && git add -A && {git} commit -q -m all")
-    copy.shell(command)
-    assert not copy.shell(rf"git grep -hIwP '(?<![\w.]){old}' || true").stdout
-    assert not (copy.folder / old).exists()
-    done = copy.run(f"python -m {new}.train data=digits hydra.run.dir=run", *SHORT)
-    assert done.code == 0, done.err
-    assert json.loads((copy.folder / "run/metrics.json").read_text())["metrics"]["test/acc"] > 0
-    assert copy.run(f"python -m {new}.predict tests/images/5.jpg --weights run").code == 0
-    read = copy.run(f"python -m {new}.predict tests/images/5.jpg --json").out
-    assert json.loads(read)[0]["digit"] == 5  # by the shipped weights
-    some = "composes or pytorch or rule or network or file or pickle"
-    copy.pytest(f"(test_train.py or test_weights.py) and ({some})")
+def test_renamed_package_trains_and_predicts(project):
+    (command,) = read_commands(read_section("Rename the package"))
+    commit = "git -c user.name=a -c user.email=a@b.c commit -q -m all"
+    project.run_shell(f"git init -q && git add -A && {commit} && {command}")
+    assert not project.run_shell(r"git grep -hIwP '(?<![\w.])src' || true")
+    train = add("python -m lab.train data=digits", "run", *SHORT)
+    predict = "python -m lab.predict tests/images/5.jpg --json"
+    results = project.run(train, f"{predict} --weights run", predict, codes=[0, 0, 0])
+    assert json.loads(results[2].out)[0]["digit"] == 5  # by the shipped weights
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1, 2, 3, None], ids=["lesson", "page", "benchmark", "teachers", "all"])
-def test_a_part_that_is_deleted_is_not_missed(copy, number):
-    lines = [command for command, _ in commands(section("What may be deleted"))]
-    assert len(lines) == 4 and all(line.startswith("rm -r ") for line in lines)
-    for line in lines if number is None else [lines[number]]:
-        copy.shell(line)
-    some = "composes and (data or model or experiment)"
-    copy.pytest(some if number is not None else f"{some} or rule_is_for or test_data.py or test_models.py")
+def find_modules(folder: Path) -> set[str]:
+    """Return the modules of the project that its code imports and that its configs name."""
+    names = set()
+    for file in [*folder.glob("src/**/*.py"), *folder.glob("tests/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"src.{alias.name}" for alias in node.names if node.module == "src")}
+    for file in folder.glob("conf/**/*.yaml"):
+        names |= {name.rpartition(".")[0] for name in re.findall(r"_target_: (src\.[\w.]+)", file.read_text())}
+    return {name for name in names if name.startswith("src.")}
+
+
+def test_deleted_parts_are_not_missed(project):
+    commands = read_commands(read_section("What may be deleted"))
+    assert len(commands) == 4 and all(command.startswith("rm -r ") for command in commands)
+    for command in commands:  # each part by itself
+        part = project.folder.parent / "part"
+        project.run_shell(f"cp -r . {part} && cd {part} && {command}")
+        before = {file.relative_to(project.folder) for file in project.folder.glob("src/**/*.py")}
+        deleted = {name for name in before if not (part / name).exists()}
+        modules = {".".join(name.with_suffix("").parts).removesuffix(".__init__") for name in deleted}
+        assert modules and not modules & find_modules(part), command
+        shutil.rmtree(part)
+    project.run_shell("\n".join(commands))
+    chosen = "-m", "not slurm", "-k", "test_every_config_composes", "--ignore=tests/docs"
+    assert " passed" in project.run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *chosen)
