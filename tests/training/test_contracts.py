@@ -96,8 +96,7 @@ def test_option_trains_and_resumes_bitwise(
         pytest.skip("its DataLoader has no state, as the run has warned")
     assert outcome == read_outcome(tmp_path / "uninterrupted")
 
-    accuracy = outcome["metrics"].get("test/acc")
-    if accuracy is not None:
+    if (accuracy := outcome["metrics"].get("test/acc")) is not None:
         monkeypatch.setattr("src.training.plots.save_figure", lambda *_: None)
         result = run_main(folder, "--output", tmp_path, main=evaluate.main)
         assert result.code == 0, result.err
