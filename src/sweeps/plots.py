@@ -216,7 +216,7 @@ def _plot_panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, t
 
 def _read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Return steps and finite values of each scalar that has "loss" in its tag, without the test's."""
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it opens
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a resumed run repeats steps, as it would warn
     losses = {}
     try:
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()

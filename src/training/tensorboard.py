@@ -97,7 +97,7 @@ class TensorBoardCallback(Callback):
 
     @_warn_on_failure("histograms and filters")
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        net, step = getattr(pl_module, "net", pl_module), trainer.global_step
+        net, step = getattr(pl_module, "net", pl_module), trainer.global_step - 1  # a resume drops later steps
         for name, parameter in net.named_parameters() if self.writer else ():
             self.writer.add_histogram(f"weights/{name}", parameter, step)
         if self.images is None:

@@ -166,7 +166,7 @@ def test_help_shows_recipes_groups_and_keys_with_their_comments(run_main, monkey
         assert re.search(rf"^{experiment.stem}  +\S", result.out, re.M)
     for key in ROOT_KEYS.keys() & OmegaConf.load(CONF / "train.yaml").keys():
         assert re.search(rf"^{key}=", result.out, re.M)
-    assert re.search(r"^seed=0 +weights, order", result.out, re.M) and "*sgd" in result.out
+    assert re.search(r"^seed=0 +determines initial weights", result.out, re.M) and "*sgd" in result.out
     assert "n_trials=20" in run_main("--help", main=tune.main).out
     group = run_main("--help", "optimizer", "optimizer=muon").out
     assert re.search(r"^sgd  +python", group, re.M) and "optimizer.lr=0.1 " in group and "(float > 0)" in group

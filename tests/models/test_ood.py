@@ -106,8 +106,8 @@ def test_fit_ood_gives_any_network_a_detector_that_other_weights_do_not_use(run_
 
 
 def test_distances_are_mahalanobis_and_the_threshold_flags_the_promised_fraction():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))  # its outputs are a linear map of its inputs
     torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))  # its outputs are a linear map of its inputs
     images, labels = torch.randn(4000, 1, 1, 2), torch.arange(4000) // 2000
     images[:, 0, 0, 0] += 10 * labels  # the class means are 5 standard deviations from the point between them
     detector = fit_ood_detector(net, [(images, labels)])

@@ -105,7 +105,7 @@ def test_lightning_takes_its_rank_from_slurm_and_does_not_requeue(monkeypatch):
         assert isinstance(environment, SLURMEnvironment) and environment.creates_processes_externally
         assert environment.main_address == "node1"
         assert (trainer.world_size, trainer.global_rank, trainer.local_rank, trainer.node_rank) == (4, 3, 1, 1)
-        ResumeCheckpoint("nowhere").setup(trainer, None, "fit")
+        ResumeCheckpoint("nowhere").on_fit_start(trainer, None)
         assert not environment.auto_requeue
 
 
