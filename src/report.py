@@ -1,4 +1,4 @@
-"""Compare the runs below some folders: python -m src.report outputs/mnist/FOLDER_multirun.
+"""Compare the runs below some folders: python -m src.report outputs/mnist/…_multirun.
 
 Writes sweep.csv, report.md and plots, and prints the table, best first. Every sweep does so at its end.
 """
@@ -10,7 +10,7 @@ from src.cli.argparse_main import Parser, argparse_main
 
 @argparse_main
 def main() -> int:
-    """Write the report of the folders on the command line."""
+    """Write the report of the folders on the command line; the exit code is 1 if a run cannot be read."""
     parser = Parser(prog="python -m src.report", description="Compare the runs below some folders.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or a folder of both")
     parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER, for several outputs/report")
@@ -19,8 +19,7 @@ def main() -> int:
     from src.sweeps.report import write_report
 
     default = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
-    code = write_report(arguments.folders, arguments.output or default)
-    return code if code == 1 else 0  # failed runs are part of the report
+    return int(bool(write_report(arguments.folders, arguments.output or default).unreadable))
 
 
 if __name__ == "__main__":

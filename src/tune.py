@@ -19,7 +19,7 @@ def tune(cfg: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from src.sweeps import optuna_study
+    from src.sweeps.optuna_study import count_trials, open_study, optimize, run_trial
     from src.sweeps.progress import SweepProgress
     from src.sweeps.report import write_report
     from src.training.console import silence_routine_output
@@ -31,14 +31,10 @@ def tune(cfg: DictConfig) -> None:
     if (processes := instantiate_node("trainer", cfg.trainer, logger=False).world_size) > 1:
         raise UserError(f"trainer.devices: a trial trains on one device, not {processes}; set trainer.devices=1")
     folder = Path(cfg.output_dir)
-    study = optuna_study.open_study(cfg, folder)
-    print(f"{optuna_study.count_trials(study)} of {cfg.n_trials} trials are done, ranked by {cfg.optimized_metric}")
-    with SweepProgress(folder, cfg.n_trials, HydraConfig.get().overrides.task) as progress:
-
-        def objective(trial: optuna_study.optuna.Trial) -> float:
-            return optuna_study.run_trial(trial, train, cfg.search, folder)
-
-        optuna_study.optimize(study, objective, cfg.n_trials, progress.update)
+    study = open_study(cfg, folder)
+    print(f"{count_trials(study)} of {cfg.n_trials} trials are done, ranked by {cfg.optimized_metric}")
+    with SweepProgress(folder, cfg.n_trials, HydraConfig.get().overrides.task):
+        optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials)
     write_report([folder], folder)
 
 

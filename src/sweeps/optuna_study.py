@@ -1,5 +1,6 @@
 """An Optuna study over the configs of src.train: storage, search space, trials."""
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +37,9 @@ def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage
     """Open SQLite in the study's folder, a journal if `place` is a file, else the database of a URL.
 
     A trial whose process is silent for two heartbeats (seconds) is enqueued again, except in a journal, which has no
-    heartbeat. Raises UserError if the storage cannot be used.
+    heartbeat. Raises UserError if the database's driver is not installed.
     """
     if place is not None and "://" not in place:
-        if Path(place).is_file() and Path(place).read_bytes()[:1] not in (b"", b"{"):
-            raise UserError(f"storage={place}: not a journal of Optuna; name a new file")
         return JournalStorage(JournalFileBackend(place))
     url = place or f"sqlite:///{folder / 'study.db'}"
     settings: Any = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
@@ -48,16 +47,12 @@ def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage
     try:
         return RDBStorage(url, settings, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
     except ImportError as error:
-        raise UserError(
-            f"storage={url}: {error}; for PostgreSQL pip install psycopg, type postgresql+psycopg://…"
-        ) from error
-    except Exception as error:  # each database raises its own errors
-        raise UserError(f"storage={url}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"storage={url}: {error}; install its driver, as pip install psycopg") from error
 
 
 def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
     """Begin or continue the study of the config. Raise UserError if it was begun with other settings."""
-    if reason := explain_no_ranking(cfg):
+    if reason := explain_no_ranking([cfg]):
         raise UserError(f"{reason}; set optimized_metric=val/acc and data.test_every_epoch=false")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with FileLock(folder / ".study.lock"):  # processes that start together must create the tables once
@@ -68,11 +63,9 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
             pruner=instantiate(cfg.pruner),
             load_if_exists=True,
         )
-        plain = OmegaConf.to_container(cfg)
-        assert isinstance(plain, dict)
-        settings = {
-            key: value for key, value in plain.items() if key not in (*STUDY_KEYS[:-1], "output_dir", "threads")
-        }
+        ignored = *STUDY_KEYS[:-1], "output_dir", "threads"
+        plain: Any = OmegaConf.to_container(cfg)
+        settings = {key: value for key, value in plain.items() if key not in ignored}
         reject_different_config(study.user_attrs.get("settings", settings), settings, f"the study in {folder}")
         study.set_user_attr("settings", settings)
         # The same sampler seed in every process would suggest the same trials again.
@@ -87,33 +80,24 @@ def count_trials(study: optuna.Study) -> int:
     return len(study.get_trials(deepcopy=False, states=COUNTED))
 
 
-def optimize(
-    study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int, update: Callable[[], None]
-) -> None:
-    """Run trials until `target` of them are complete or pruned; `update` is called after each.
-
-    Several processes on one study may finish a trial more than `target` each (see MaxTrialsCallback).
-    """
+def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int) -> None:
+    """Run trials until `target` of them are complete or pruned, or up to one more per further process on the study."""
     if count_trials(study) < target:
-        callbacks: list[Any] = [MaxTrialsCallback(target, states=COUNTED), lambda *_: update()]
-        study.optimize(objective, callbacks=callbacks)
+        study.optimize(objective, callbacks=[MaxTrialsCallback(target, states=COUNTED)])
 
 
 def suggest(trial: optuna.Trial, space: Any, key: str = "") -> dict[str, Any]:
     """Suggest a value for each key of a search space. Raise UserError for a range that Optuna refuses."""
-    if not isinstance(space, dict):
-        raise UserError(f"search{'.' * bool(key)}{key}={space}: must be keys with their ranges, as in conf/search/")
-    if "suggest" not in space:
+    if isinstance(space, dict) and "suggest" not in space:
         parts = [suggest(trial, child, f"{key}.{name}".removeprefix(".")) for name, child in space.items()]
         return {name: value for part in parts for name, value in part.items()}
-    kind, arguments = space["suggest"], {name: value for name, value in space.items() if name != "suggest"}
-    if kind not in ("float", "int", "categorical"):
-        raise UserError(f"search.{key}.suggest={kind}: must be one of float, int, categorical")
     try:
-        value = getattr(trial, f"suggest_{kind}")(key, **arguments)
+        arguments = {name: value for name, value in space.items() if name != "suggest"}
+        value = getattr(trial, f"suggest_{space['suggest']}")(key, **arguments)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"search.{key}: {error}") from error
-    return {key: float(format_setting(value)) if kind == "float" else value}  # 0.15, not 0.15000000000000002
+        fix = "type a range as in conf/search/, with suggest: float, int or categorical"
+        raise UserError(f"search.{key}={space}: {error}; {fix}") from error
+    return {key: float(format_setting(value)) if isinstance(value, float) else value}  # 0.15, not 0.15000000000000002
 
 
 def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, folder: Path) -> float:
@@ -122,28 +106,26 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     A trial that was interrupted before continues in its folder. Raises optuna.TrialPruned if the study stops the trial
     early or the training diverges.
     """
-    values = suggest(trial, OmegaConf.to_container(search))
     first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
-    settings = [f"{key}={format_setting(value)}" for key, value in values.items()]
+    settings = [f"{k}={format_setting(v)}" for k, v in suggest(trial, OmegaConf.to_container(search)).items()]
     name = "_".join([f"{trial.number if first is None else first:03d}", *settings]).replace("/", "-")
-    keys = [override.lstrip("+~").split("=")[0].split(".")[0] for override in HydraConfig.get().overrides.task]
-    shared = [item for key, item in zip(keys, HydraConfig.get().overrides.task, strict=True) if key not in STUDY_KEYS]
-    config = compose("train", overrides=[*shared, *settings], return_hydra_config=True)
-    print(f"trial {trial.number}: {' '.join(settings)}", flush=True)
+    is_own = re.compile(rf"[+~]*({'|'.join(STUDY_KEYS)})\b").match
+    overrides = [item for item in HydraConfig.get().overrides.task if not is_own(item)]
+    config = compose("train", overrides=[*overrides, *settings], return_hydra_config=True)
     with read_write(config):
         config.hydra.mode = RunMode.MULTIRUN  # one run of several
         config.hydra.run.dir = str(folder / name)
 
     def task(cfg: DictConfig) -> float:
         cfg = resolve_and_validate(cfg)
-        if first is not None:
-            cfg.resume = cfg.output_dir
+        cfg.resume = None if first is None else cfg.output_dir
         with exclusive_lock(folder / name), record_status(folder / name, is_trial=True):
             resolve_precision(cfg)
             resolve_threads(cfg)
             write_config(cfg, folder / name)
             return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
 
+    print(f"trial {trial.number}: {' '.join(settings)}", flush=True)
     try:
         return run_as_job(task, config)
     except SystemExit:  # a signal: let another process continue the trial at once

@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,10 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogFormatter
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
@@ -32,20 +31,18 @@ MAX_COLORS = 10  # settings with a color and a legend entry; further ones are gr
 
 def plot_comparison(comparison: Comparison, folder: Path) -> dict[str, str]:
     """Write the plots that the comparison allows into the folder; return captions by file name."""
-    captions = {}
-    counts = [len({setting.values[key] for setting in comparison.settings}) for key in comparison.keys]
-    by = " and ".join(comparison.keys)
-    # A random search is no grid: its heat map would be mostly empty.
-    if comparison.best and len(counts) == 2 and 2 * len(comparison.settings) > counts[0] * counts[1]:
-        _save(plot_heat_map(comparison), folder / "heatmap.png")
-        captions["heatmap.png"] = f"{comparison.metric} over {by}"
-    if comparison.best and len(counts) == 1:
-        _save(plot_line(comparison), folder / "line.png")
-        captions["line.png"] = f"{comparison.metric} over {by}"
-    if figure := plot_loss_curves(comparison):
-        _save(figure, folder / "losses.png")
-        captions["losses.png"] = "loss curves"
-    return captions
+    figures = {}
+    cells = math.prod(len({setting.values[key] for setting in comparison.settings}) for key in comparison.keys)
+    if comparison.best and len(comparison.keys) == 1:
+        figures["line.png"] = plot_line(comparison)
+    if comparison.best and len(comparison.keys) == 2 and 2 * len(comparison.settings) > cells:  # a grid, not a search
+        figures["heatmap.png"] = plot_heat_map(comparison)
+    captions = dict.fromkeys(figures, f"{comparison.metric} over {' and '.join(comparison.keys)}")
+    if curves := plot_loss_curves(comparison):
+        figures["losses.png"] = curves
+    for name, figure in figures.items():
+        _save(figure, folder / name)
+    return captions | ({"losses.png": "loss curves"} if curves else {})
 
 
 def plot_studies(folders: Iterable[Path], output: Path) -> dict[str, str]:
@@ -56,15 +53,14 @@ def plot_studies(folders: Iterable[Path], output: Path) -> dict[str, str]:
         from optuna.visualization import matplotlib as visualization
 
         study = optuna.load_study(study_name=None, storage=f"sqlite:///{folder / 'study.db'}")
-        values = {trial.value for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE}
-        plots = ["optimization_history", "parallel_coordinate"] * bool(values)
-        plots += ["param_importances"] * (len(values) > 1)
-        for name in plots:
+        scores = {trial.value for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE}
+        names = ["optimization_history", "parallel_coordinate"] * (len(scores) > 0)
+        for name in names + ["param_importances"] * (len(scores) > 1):
             with warnings.catch_warnings(action="ignore"):  # Optuna calls them experimental
-                axes = getattr(visualization, f"plot_{name}")(study)
-            axes.figure.set_size_inches(8, 5)
+                figure = getattr(visualization, f"plot_{name}")(study).figure
+            figure.set_size_inches(8, 5)
             file = f"{study.study_name}_{name}.png"
-            _save(axes.figure, output / file, bbox_inches="tight")
+            _save(figure, output / file, bbox_inches="tight")
             captions[file] = f"{name.replace('_', ' ')} of the study {study.study_name}"
     return captions
 
@@ -81,93 +77,81 @@ def _escape(text: object) -> str:
     return escape_control_characters(text).replace("$", r"\$")
 
 
-def _parse_number(value: str) -> float | None:
+def _parse_number(value: str) -> float:
+    """Return NaN for what is not a number."""
     try:
         return float(value)
     except ValueError:
-        return None
+        return math.nan
 
 
-def _sort(values: Iterable[str]) -> list[str]:
-    """Sort numbers by size and words alphabetically."""
-    return sorted({*values}, key=lambda value: (_parse_number(value) is None, _parse_number(value) or 0.0, value))
+def _list_values(comparison: Comparison, key: str) -> list[str]:
+    """Return the values of a swept key: numbers by size, then words."""
+    values = {setting.values[key] for setting in comparison.settings}
+    return sorted(values, key=lambda value: (math.isnan(_parse_number(value)), _parse_number(value), value))
 
 
 def _make_title(comparison: Comparison) -> str:
-    runs = [run for setting in comparison.settings for run in setting.finished]
-    data, epochs = (_sort(str(run.results.get(key)) for run in runs) for key in ("data", "epochs"))
-    seeds = _sort(str(len(setting.finished)) for setting in comparison.settings if setting.finished)
-    facts = f"{'/'.join(data)}, epochs: {'/'.join(epochs)}, seeds per setting: {'/'.join(seeds)}"
-    return _escape(f"{format_head(comparison.metric or '')} ({facts})")
+    runs = [run.results for setting in comparison.settings for run in setting.finished]
+    data, epochs = ("/".join(sorted({str(results.get(key)) for results in runs})) for key in ("data", "epochs"))
+    seeds = "/".join(sorted({str(len(setting.finished)) for setting in comparison.settings if setting.finished}))
+    head = format_head(comparison.metric or "")
+    return _escape(f"{head} ({data}, epochs: {epochs}, seeds per setting: {seeds})")
 
 
 def plot_heat_map(comparison: Comparison) -> Figure:
     """Plot the mean score over the two swept keys, the best cell framed."""
-    metric = comparison.metric or ""
-    scale = 100 if metric.endswith("acc") else 1
-    rows, columns = (_sort(setting.values[key] for setting in comparison.settings) for key in comparison.keys)
-    by_cell = {tuple(setting.values.values()): setting for setting in comparison.settings}
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for (row, column), setting in by_cell.items():
-        grid[rows.index(row), columns.index(column)] = scale * setting.mean(metric)
-    low, high, extend = _find_color_limits(grid, comparison.lower_is_better)
-    is_labeled = len(by_cell) <= MAX_LABELED_CELLS
+    metric, (down, across) = comparison.metric or "", comparison.keys
+    rows, columns = _list_values(comparison, down), _list_values(comparison, across)
+    is_labeled = len(comparison.settings) <= MAX_LABELED_CELLS
     size = (2.4 + 1.3 * len(columns), 1.6 + 0.8 * len(rows)) if is_labeled else (12, 9)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    colors = "viridis_r" if comparison.lower_is_better else "viridis"
-    image = axes.imshow(grid, cmap=colors, aspect="auto", vmin=low, vmax=high)
-    figure.colorbar(image, extend=extend)
-    for (row, column), setting in by_cell.items() if is_labeled else ():
-        y, x = rows.index(row), columns.index(column)
-        label, color = format_mean(setting, metric).replace(" ± ", "\n± ") or setting.state, "firebrick"
-        if not math.isnan(grid[y, x]):
-            is_dark = np.dot(image.cmap(image.norm(grid[y, x]))[:3], (0.299, 0.587, 0.114)) < 0.5
-            color = "white" if is_dark else "black"
-        axes.text(x, y, label, ha="center", va="center", color=color)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    outline = [withStroke(linewidth=2, foreground="black")]
+    for setting in comparison.settings:
+        y, x = rows.index(setting.values[down]), columns.index(setting.values[across])
+        grid[y, x] = (100 if metric.endswith("acc") else 1) * setting.mean(metric)
         if setting is comparison.best:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3))
-    steps = (1, 1) if is_labeled else (-(-len(columns) // 12), -(-len(rows) // 20))
-    axes.set_xticks(range(0, len(columns), steps[0]), map(_escape, columns[:: steps[0]]))
-    axes.set_yticks(range(0, len(rows), steps[1]), map(_escape, rows[:: steps[1]]))
-    axes.set(xlabel=comparison.keys[1], ylabel=comparison.keys[0], title=_make_title(comparison))
+        if is_labeled:
+            label = format_mean(setting, metric).replace(" ± ", "\n± ") or setting.state
+            axes.text(x, y, label, ha="center", va="center", color="white", path_effects=outline)
+    low, middle, high = np.quantile(grid[np.isfinite(grid)], (0, 0.5, 1))
+    # One diverged run must not make all others look alike.
+    if comparison.lower_is_better:
+        colors, high = "viridis_r", min(high, middle + 4 * (middle - low or high - low))
+    else:
+        colors, low = "viridis", max(low, middle - 4 * (high - middle or high - low))
+    figure.colorbar(axes.imshow(grid, cmap=colors, aspect="auto", vmin=low, vmax=high))
+    for set_ticks, values in (axes.set_xticks, columns), (axes.set_yticks, rows):
+        step = 1 if is_labeled else 1 + len(values) // 20
+        set_ticks(range(0, len(values), step), map(_escape, values[::step]))
+    axes.set(xlabel=across, ylabel=down, title=_make_title(comparison))
     return figure
-
-
-def _find_color_limits(grid: np.ndarray, lower_is_better: bool) -> tuple[float, float, str]:
-    """Limit the colors, so that one diverged run does not make all others look alike."""
-    scores = grid[np.isfinite(grid)]
-    low, middle, high = scores.min(), np.median(scores), scores.max()
-    if lower_is_better and high > (limit := middle + 4 * (middle - low)) > low:
-        return low, limit, "max"
-    if not lower_is_better and low < (limit := middle - 4 * (high - middle)) < high:
-        return limit, high, "min"
-    return low, high, "neither"
 
 
 def plot_line(comparison: Comparison) -> Figure:
     """Plot mean ± standard deviation over the one swept key, and each seed as a point."""
     metric, (key,) = comparison.metric or "", comparison.keys
-    scale = 100 if metric.endswith("acc") else 1
-    names = _sort(setting.values[key] for setting in comparison.settings)
-    numbers = [number for name in names if (number := _parse_number(name)) is not None]
-    is_numeric = len(numbers) == len(names)
+    names = _list_values(comparison, key)
+    numbers = [_parse_number(name) for name in names]
+    is_numeric = not any(map(math.isnan, numbers))
+    positions = dict(zip(names, numbers if is_numeric else range(len(names)), strict=True))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     means = []
     for setting in comparison.settings:
-        x = float(setting.values[key]) if is_numeric else names.index(setting.values[key])
-        scores = [scale * score for score in setting.scores(metric) if math.isfinite(score)]
-        axes.plot([x] * len(scores), scores, "o", color="C0", alpha=0.35, markersize=4)
-        if scores:
-            means.append((x, scale * setting.mean(metric), scale * setting.std(metric)))
+        scores = (100 if metric.endswith("acc") else 1) * np.array(setting.scores(metric))
+        axes.plot([positions[setting.values[key]]] * len(scores), scores, "o", color="C0", alpha=0.35, markersize=4)
+        if np.isfinite(scores).all() and len(scores):
+            means.append((positions[setting.values[key]], scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0))
     xs, ys, deviations = zip(*sorted(means), strict=True)
-    axes.errorbar(xs, ys, np.nan_to_num(deviations), fmt="o-" if is_numeric else "o", color="C0", capsize=4)
-    if not is_numeric:
-        axes.set_xticks(range(len(names)), list(map(_escape, names)))
-    elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+    axes.errorbar(xs, ys, deviations, fmt="o-" if is_numeric else "o", color="C0", capsize=4)
+    if is_log := is_numeric and 0 < 10 * min(numbers) <= max(numbers):
         axes.set_xscale("log")
-        axes.set_xticks(numbers, names)
         axes.minorticks_off()
-    if comparison.lower_is_better and min(ys) > 0 and max(ys) >= 10 * min(ys):
+    if is_log or not is_numeric:
+        axes.set_xticks(list(positions.values()), map(_escape, positions))
+    if comparison.lower_is_better and 0 < 10 * min(ys) <= max(ys):
         axes.set_yscale("log")
         use_plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
@@ -179,18 +163,25 @@ def plot_loss_curves(comparison: Comparison) -> Figure | None:
     """Plot training and validation losses of the best runs, as logged to TensorBoard; None if there are none."""
     folders = [run.folder for setting in comparison.settings for run in setting.runs if run.folder.is_dir()]
     curves = {folder: _read_losses(folder) for folder in folders[:MAX_CURVES]}
-    lengths: dict[str, int] = {}
-    for losses in curves.values():
-        lengths |= {tag: max(lengths.get(tag, 0), len(steps)) for tag, (steps, _) in losses.items()}
+    lengths = {tag: len(steps) for losses in curves.values() for tag, (steps, _) in losses.items()}
     if not lengths:
         return None
     # A run of one epoch has a curve only in the losses of single steps.
-    has_one_epoch = lengths.get("train/loss") == 1 < lengths.get("train/loss_step", 0)
-    usual = ("train/loss_step" if has_one_epoch else "train/loss", "val/loss")
-    tags = [tag for tag in usual if tag in lengths] or sorted(lengths)[:2]
+    is_short = lengths.get("train/loss") == 1 < lengths.get("train/loss_step", 0)
+    tags: list[str] = [tag for tag in ("train/loss_step" if is_short else "train/loss", "val/loss") if tag in lengths]
+    tags = tags or sorted(lengths)[:2]
     figure, panels = plt.subplots(1, len(tags), figsize=(1 + 5 * len(tags), 5), layout="constrained", squeeze=False)
     for tag, axes in zip(tags, panels[0], strict=True):
-        _plot_panel(comparison, tag, curves, axes)
+        for rank, setting in enumerate(comparison.settings):
+            for number, run in enumerate(setting.runs):
+                steps, losses = curves.get(run.folder, {}).get(tag, ([], []))
+                color = f"C{rank}" if rank < MAX_COLORS else "lightgrey"
+                label = _escape(setting.name) if rank < MAX_COLORS and not number else None
+                marker = "o" if len(steps) < 10 else None
+                axes.plot(steps, losses, color=color, label=label, marker=marker, markersize=4, zorder=-rank)
+        axes.set(xlabel="step", title=_escape(tag), yscale="log")
+        use_plain_ticks(axes.yaxis)
+        axes.grid(alpha=0.3, which="both")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
@@ -201,29 +192,13 @@ def use_plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
-def _plot_panel(comparison: Comparison, tag: str, curves: dict[Path, dict[str, tuple]], axes: Axes) -> None:
-    for rank, setting in enumerate(comparison.settings):
-        color, label = (f"C{rank}", _escape(setting.name)) if rank < MAX_COLORS else ("lightgrey", None)
-        for run in setting.runs:
-            steps, losses = curves.get(run.folder, {}).get(tag, ([], []))
-            style: Any = {"marker": "o", "markersize": 4} if len(steps) < 10 else {}
-            axes.plot(steps, losses, color=color, label=label, zorder=-rank, **style)  # the best on top
-            label = None
-    axes.set(xlabel="step", title=_escape(tag), yscale="log")
-    use_plain_ticks(axes.yaxis)
-    axes.grid(alpha=0.3, which="both")
-
-
 def _read_losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Return steps and finite values of each scalar that has "loss" in its tag, without the test's."""
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # a resumed run repeats steps, as it would warn
+    """Return steps and finite values of each training and validation loss; of a step logged twice the last value."""
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it opens
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     losses = {}
-    try:
-        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            points = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
-            if "loss" in tag and not tag.startswith("test/") and points:
-                losses[tag] = (list(points), list(points.values()))
-    except Exception as error:  # damaged files raise many kinds of errors
-        print(escape_control_characters(f"warning: {folder}: its curves cannot be read ({error})"), file=sys.stderr)
+    for tag in events.Tags()["scalars"]:
+        points = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
+        if "loss" in tag and not tag.startswith("test/") and points:
+            losses[tag] = list(points), list(points.values())
     return losses

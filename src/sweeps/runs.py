@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,54 +16,93 @@ from hydra.errors import HydraException
 from src.core import run_folder
 from src.core.config import iterate_items
 from src.core.errors import UserError
-from src.sweeps.grid import list_jobs
+from src.sweeps.grid import list_jobs_of_sweep
 
 FINISHED, FAILED, PRUNED, LOST, UNFINISHED = "finished", "failed", "pruned", "lost", "unfinished"
 NOT_STARTED, UNREADABLE = "not started", "unreadable"
 STATES = FINISHED, FAILED, PRUNED, LOST, UNFINISHED, NOT_STARTED
 # Where and how a run was started. Seeds are averaged over.
-IGNORED = {
-    *("seed", "data.seed", "threads", "name", "output_dir", "resume", "sweep", "trainer.accelerator"),
-    *("trainer.devices", "trainer.devices.0"),
-}
+IGNORED = {"seed", "data.seed", "threads", "name", "output_dir", "resume", "sweep"}
+IGNORED |= {"trainer.accelerator", "trainer.devices", "trainer.devices.0"}
 
 
 @dataclass
 class Run:
-    """One run: its state, the overrides it was started with, its config and the content of metrics.json."""
+    """One run. `settings` are its overrides and, once its config is resolved, every leaf of `config`."""
 
     folder: Path
     state: str
-    overrides: list[str]
-    settings: dict[str, str] = field(default_factory=dict)  # every leaf of the config, and overridden groups
+    overrides: list[str] = field(default_factory=list)
+    settings: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)  # the content of metrics.json
+    metrics: dict[str, float] = field(default_factory=dict)  # those of the last epoch
+    seconds: float = 0.0
     error: str = ""
+    has_traceback: bool = False
 
     @property
-    def seed(self) -> Any:
-        return self.results.get("seed", self.settings.get("seed"))
+    def seed(self) -> str:
+        return self.settings.get("seed", "")
 
     @property
-    def metrics(self) -> dict[str, float]:
-        return {name: value for name, value in self.results.get("metrics", {}).items() if not name.endswith("_step")}
+    def named(self) -> dict[str, str]:
+        """The settings that an override of this run names, seeds aside."""
+        return {key: value for key, value in map(_parse_override, self.overrides) if key not in IGNORED}
+
+
+@dataclass
+class Setting:
+    """The runs that differ in nothing but the seed, and their values of the keys that differ elsewhere."""
+
+    values: dict[str, str]
+    runs: list[Run]
 
     @property
-    def seconds(self) -> float:
-        return sum(self.results.get("seconds", {}).values())
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.state == FINISHED]
+
+    @property
+    def state(self) -> str:
+        return min((run.state for run in self.runs), key=STATES.index)
+
+    @property
+    def name(self) -> str:
+        number = self.runs[0].folder.name if len(self.runs) == 1 else f"{len(self.runs)} runs"
+        return " ".join(f"{key}={value}" for key, value in self.values.items()) or number
+
+    def scores(self, metric: str | None) -> list[float]:
+        """Return one score per seed: the same run twice is no further evidence."""
+        return list({run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}.values())
+
+    def mean(self, metric: str | None) -> float:
+        return fmean(self.scores(metric) or [math.nan])
+
+    def std(self, metric: str | None) -> float:
+        """Return the sample standard deviation; NaN for fewer than two finite scores."""
+        scores = self.scores(metric)
+        return stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else math.nan
 
 
-def format_train_command(runs: Sequence[Run]) -> str:
-    """Return the command that trains these runs again: one run, or a multirun over their seeds."""
-    overrides = [item for item in runs[0].overrides if not item.startswith(("sweep=", "seed="))]
-    has_seed = any(item.startswith("seed=") for item in runs[0].overrides) or len(runs) > 1
-    seeds = [f"seed={','.join(str(run.seed) for run in runs)}"] * has_seed
-    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(runs) > 1), *overrides, *seeds])
+@dataclass
+class Comparison:
+    """Settings, best first; those without a score last. `metric` is what they are ranked by, if anything."""
+
+    runs: list[Run]
+    unreadable: list[Run]
+    keys: list[str]  # what differs between settings
+    settings: list[Setting]
+    best: Setting | None
+    metric: str | None
+    lower_is_better: bool
+    reason_not_ranked: str
 
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the values of overrides by key, each as `format_setting` writes it."""
-    return dict(map(_parse_override, overrides))
+def format_setting(value: Any) -> str:
+    """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are one setting."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
 
 
 @cache  # ten thousand jobs have few different overrides
@@ -71,11 +111,38 @@ def _parse_override(override: str) -> tuple[str, str]:
     return parsed.key_or_group, format_setting(parsed.value())
 
 
-def format_setting(value: Any) -> str:
-    """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are one setting."""
-    if value is None:
-        return "null"
-    return f"{value:.6g}" if type(value) in (int, float) else str(value).replace(" ", "")
+def format_train_command(runs: Sequence[Run]) -> str:
+    """Return the command that trains these runs again: one run, or a multirun over their seeds."""
+    overrides = [item for item in runs[0].overrides if not item.startswith(("sweep=", "seed="))]
+    seeds = ",".join(str(run.seed) for run in runs)
+    return shlex.join(["python", "-m", "src.train", *["-m"] * (len(runs) > 1), *overrides, f"seed={seeds}"])
+
+
+def read_run(folder: Path) -> Run:
+    """Read the run in a folder. One that cannot be read has the state `unreadable` and says why in `error`."""
+    status: dict[str, str] = run_folder.read_status(folder) or {}
+    run = Run(folder, status.get("state", ""), error=status.get("message", ""))
+    run.has_traceback = bool(status.get("traceback"))
+    run.state = run.state if run.state in STATES else UNFINISHED
+    try:
+        if (folder / run_folder.METRICS_FILE).exists():
+            run.state = FINISHED
+            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+            run.metrics = {name: x for name, x in run.results["metrics"].items() if not name.endswith("_step")}
+            run.seconds = sum(run.results["seconds"].values())
+        run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
+        run.settings = run.results.get("choices", {}) | dict(map(_parse_override, run.overrides))
+        config = run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)
+        leaves = {key: value for key, value in iterate_items(config) if not isinstance(value, dict)}
+        if not any("${" in str(leaves[key]).replace("${output_dir}", "") for key in leaves if key != "output_dir"):
+            run.config = config  # it is resolved
+            run.settings |= {key: format_setting(value) for key, value in leaves.items()}
+            if "data" in run.results:  # data=auto may be one of two
+                run.settings["data set"] = run.results["data"]
+    except (UserError, HydraException) as error:
+        if run.state != UNFINISHED:  # in an unfinished run Hydra was killed while it wrote these files
+            run.state, run.error = UNREADABLE, " ".join(str(error).split())
+    return run
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -87,173 +154,75 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name a run or a sweep below outputs/")
-        for hydra_folder in sorted(folder.rglob(".hydra")):
-            runs.setdefault(hydra_folder.parent.resolve(), read_run(hydra_folder.parent))
-        for file in sorted(folder.rglob("multirun.yaml")):
-            started = {frozenset(parse_overrides(run.overrides).items()) for run in runs.values()}
-            for overrides in _list_planned_jobs(file):
-                parsed = parse_overrides(overrides)
-                if frozenset(parsed.items()) not in started:
-                    path = file.parent / " ".join(overrides)
-                    runs[path] = Run(path, NOT_STARTED, overrides, parsed)
+        for file in sorted(folder.rglob(".hydra")):
+            runs.setdefault(file.parent.resolve(), read_run(file.parent))
+    started = {frozenset(map(_parse_override, run.overrides)) for run in runs.values()}
+    for file in (file for folder in folders for file in folder.rglob("multirun.yaml")):
+        jobs: list[list[str]] = []
+        with suppress(UserError, HydraException, TypeError, KeyError, AttributeError):  # cut short while it was written
+            jobs = list_jobs_of_sweep(run_folder.read_yaml(file)["hydra"])
+        for overrides in jobs:
+            if (settings := frozenset(map(_parse_override, overrides))) not in started:
+                path = file.parent / " ".join(overrides).replace("/", "-")
+                runs[path] = Run(path, NOT_STARTED, overrides, dict(settings))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")
     return list(runs.values())
 
 
-def read_run(folder: Path) -> Run:
-    """Read the run in a folder. One that cannot be read has the state `unreadable` and says why in `error`."""
-    status = run_folder.read_status(folder) or {"state": "running", "message": ""}
-    state = status["state"] if status["state"] in STATES else UNFINISHED
-    run = Run(folder, FINISHED if (folder / run_folder.METRICS_FILE).exists() else state, [], error=status["message"])
-    try:
-        if run.state == FINISHED:
-            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
-        run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
-        run.settings = parse_overrides(run.overrides)
-        config = run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)
-        leaves = {key: value for key, value in iterate_items(config) if not isinstance(value, dict)}
-        if any("${" in str(value).replace("${output_dir}", "") for key, value in leaves.items() if key != "output_dir"):
-            return run  # it failed before its config was resolved
-        run.config = config
-        run.settings = run.results.get("choices", {}) | run.settings
-        run.settings |= {key: format_setting(value) for key, value in leaves.items()}
-    except (UserError, HydraException) as error:
-        if run.state == UNFINISHED:  # Hydra was killed while it wrote these files
-            return Run(folder, UNFINISHED, [])
-        run.state, run.error = UNREADABLE, " ".join(str(error).split())
-    return run
-
-
-def _list_planned_jobs(multirun: Path) -> list[list[str]]:
-    """Return the overrides of every job of a sweep, from the multirun.yaml that Hydra writes first."""
-    try:
-        hydra = run_folder.read_yaml(multirun)["hydra"]
-        params = hydra["sweeper"].get("params") or {}
-        overrides = [f"{key}={value}" for key, value in params.items()] + hydra["overrides"]["task"]
-        return list_jobs(overrides, hydra["callbacks"]["sweep"].get("zip") or ())
-    except (UserError, HydraException, TypeError, KeyError, AttributeError):
-        return []  # Hydra was killed while it wrote the file
-
-
-@dataclass
-class Setting:
-    """The runs whose settings are equal, seeds aside. `items` are the keys that differ between settings."""
-
-    items: tuple[tuple[str, str], ...]
-    runs: list[Run]
-
-    @property
-    def values(self) -> dict[str, str]:
-        return dict(self.items)
-
-    @property
-    def finished(self) -> list[Run]:
-        return [run for run in self.runs if run.state == FINISHED]
-
-    @property
-    def state(self) -> str:
-        states = {run.state for run in self.runs}
-        return next(state for state in STATES if state in states)
-
-    @property
-    def name(self) -> str:
-        alone = self.runs[0].folder.name if len(self.runs) == 1 else f"{len(self.runs)} runs"
-        return " ".join(f"{key}={value}" for key, value in self.values.items()) or alone
-
-    def scores(self, metric: str) -> list[float]:
-        """Return one score per distinct seed: the same run twice says nothing new."""
-        by_seed = {run.seed: run.metrics[metric] for run in self.finished if metric in run.metrics}
-        return list(by_seed.values())
-
-    def mean(self, metric: str) -> float:
-        return fmean(self.scores(metric) or [math.nan])
-
-    def std(self, metric: str) -> float:
-        """Return the sample standard deviation; NaN for fewer than two finite scores."""
-        scores = self.scores(metric)
-        return stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else math.nan
-
-
-@dataclass
-class Comparison:
-    """Settings, best first; those without a score last. `metric` is what they are ranked by, if anything."""
-
-    runs: list[Run]
-    keys: list[str]  # what differs between settings
-    settings: list[Setting]
-    metric: str | None
-    lower_is_better: bool
-    reason_not_ranked: str
-    unreadable: list[Run]
-
-    @property
-    def best(self) -> Setting | None:
-        first = self.settings[0]
-        return first if self.metric and math.isfinite(first.mean(self.metric)) else None
-
-
-def compare_runs(found: list[Run]) -> Comparison:
+def compare_runs(found: Sequence[Run]) -> Comparison:
     """Group runs by everything in their configs that differs, seeds aside, and rank the groups.
 
     Raises UserError if no run can be read.
     """
-    runs, unreadable = ([run for run in found if (run.state == UNREADABLE) == wanted] for wanted in (False, True))
+    runs, unreadable = ([run for run in found if (run.state == UNREADABLE) == is_bad] for is_bad in (False, True))
     if not runs:
         raise UserError(f"no run in here can be read: {unreadable[0].error}")
-    named = list(dict.fromkeys(key for run in runs for key in parse_overrides(run.overrides)))
-    every_key = dict.fromkeys([*named, *(key for run in runs for key in run.settings)])
-    keys = [key for key in every_key if key not in IGNORED]
-    complete = [run for run in runs if run.config]
-    differing = [key for key in keys if len({run.settings.get(key) for run in complete}) > 1]
-    groups: dict[Any, list[Run]] = {}
-    for run in complete:  # data=auto is MNIST on one machine and digits on another
-        values = *(run.settings.get(key) for key in differing), run.results.get("data")
-        groups.setdefault(values, []).append(run)
-    shown = [key for key in keys if key in named and len({run.settings.get(key) for run in runs}) > 1]
-    for key in differing:  # an edited file changes settings that no override names
-        if len({_get_values(group[0], shown) for group in groups.values()}) < len(groups) and key not in shown:
+    # A run that stopped early knows its overrides only; the rest is taken from a run with the same ones.
+    known = {frozenset(run.named.items()): run.settings for run in sorted(runs, key=lambda run: len(run.settings))}
+    named = dict.fromkeys(key for run in runs for key in run.named)
+    for run in runs:
+        run.settings = known[frozenset(run.named.items())] | run.settings
+    keys = [key for key in named | dict.fromkeys(key for run in runs for key in run.settings) if key not in IGNORED]
+
+    def count_values(key: str) -> int:
+        return len({run.settings.get(key, "") for run in runs if run.results or key in run.settings})
+
+    differing = [key for key in keys if count_values(key) > 1]
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_get_values(run, differing), []).append(run)
+    shown = [key for key in differing if key in named]
+    for key in differing:  # an edited file changes keys that nobody named; they are shown if they alone differ
+        if key not in named and len({_get_values(group[0], shown) for group in groups.values()}) < len(groups):
             shown.append(key)
-    for run in runs:  # not started, or stopped before its config was written: its overrides tell where it belongs
-        if not run.config:
-            values = _get_values(run, shown)
-            alike = [group for group in groups.values() if _get_values(group[0], shown) == values]
-            (alike[0] if alike else groups.setdefault(values, [])).append(run)
-    settings = [Setting(_get_values(group[0], shown), group) for group in groups.values()]
-    metric, lower_is_better, reason = _find_metric(runs)
+    settings = [Setting({key: group[0].settings.get(key, "") for key in shown}, group) for group in groups.values()]
+    finished = [run.config for run in runs if run.state == FINISHED]
+    reason = explain_no_ranking(finished)
+    metric = None if reason else finished[0]["optimized_metric"]
+    lower_is_better = not reason and finished[0].get("optimized_mode") == "min"
 
-    def rank(setting: Setting) -> tuple[bool, float]:
-        mean = setting.mean(metric) if metric else math.nan
-        return not math.isfinite(mean), (mean if lower_is_better else -mean) if mean == mean else 0.0
+    def rank(setting: Setting) -> float:
+        mean = setting.mean(metric)
+        return (mean if lower_is_better else -mean) if math.isfinite(mean) else math.inf
 
-    return Comparison(runs, shown, sorted(settings, key=rank), metric, lower_is_better, reason, unreadable)
-
-
-def _get_values(run: Run, keys: list[str]) -> tuple[tuple[str, str], ...]:
-    return tuple((key, run.settings.get(key, "")) for key in keys)
+    settings.sort(key=rank)
+    best = settings[0] if math.isfinite(settings[0].mean(metric)) else None
+    return Comparison(runs, unreadable, shown, settings, best, metric, lower_is_better, reason)
 
 
-def _find_metric(runs: list[Run]) -> tuple[str | None, bool, str]:
-    """Return the metric to rank by and whether lower is better, or None and the reason why there is none."""
-    configs = [run.config for run in runs if run.state == FINISHED]
-    if not configs:
-        return None, False, "no run has finished"
-    for key in "optimized_metric", "optimized_mode":
-        if len({config.get(key) for config in configs}) > 1:
-            return None, False, f"the runs differ in {key}"
-    reason = next((reason for config in configs if (reason := explain_no_ranking(config))), "")
-    if reason:
-        return None, False, reason
-    return configs[0]["optimized_metric"], configs[0].get("optimized_mode") == "min", ""
+def _get_values(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(run.settings.get(key, "") for key in keys)
 
 
-def explain_no_ranking(config: Any) -> str:
-    """Return why no run may be chosen by the config's optimized_metric; an empty string if it may."""
-    metric = config.get("optimized_metric")
-    if metric is None:
+def explain_no_ranking(configs: Sequence[Any]) -> str:
+    """Return why runs of these configs may not be ranked by optimized_metric; an empty string if they may."""
+    metrics = {(config.get("optimized_metric"), config.get("optimized_mode")) for config in configs}
+    if len(metrics) != 1:
+        return "the runs differ in optimized_metric or optimized_mode" if metrics else "no run has finished"
+    metric = str(metrics.pop()[0])
+    if metric == "None":
         return "optimized_metric is null"
-    if metric.startswith("test/"):
-        return f"{metric} is a test score, which must not choose anything"
-    if (config.get("data") or {}).get("test_every_epoch"):
-        return "with data.test_every_epoch the validation images are the test images, which must not choose anything"
+    if metric.startswith("test/") or any((config.get("data") or {}).get("test_every_epoch") for config in configs):
+        return f"{metric} is a score on the test images, which must not choose anything"
     return ""

@@ -14,15 +14,16 @@ def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
     """Return Student's t interval, which covers the true mean in 95 of 100 sweeps. Needs two scores or more."""
     from scipy.stats import t  # imported when needed: it takes a second
 
-    half = t.ppf(1 - LEVEL / 2, len(sample) - 1) * np.std(sample, ddof=1) / len(sample) ** 0.5
-    return float(np.mean(sample) - half), float(np.mean(sample) + half)
+    half_width = t.ppf(1 - LEVEL / 2, len(sample) - 1) * np.std(sample, ddof=1) / len(sample) ** 0.5
+    return float(np.mean(sample) - half_width), float(np.mean(sample) + half_width)
 
 
 def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     """Return, for each sample but the first, the p-value that its mean equals that of the first.
 
     Welch's t-test with Holm's correction (1979) over all pairs, not only those with the first: the first was chosen
-    for being best, which makes it look better than it is.
+    for being best, which makes it look better than it is. (scipy.stats.tukey_hsd has as
+    much power, but takes 10 ms per pair.)
     """
     from scipy.stats import ttest_ind_from_stats
 
@@ -33,7 +34,7 @@ def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     p = np.nan_to_num(p, nan=1.0)
     order = p.argsort()
     p[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return p[first == 0].tolist()
+    return p[: len(samples) - 1].tolist()
 
 
 def required_seeds(first: Sequence[float], second: Sequence[float], settings: int) -> int | None:

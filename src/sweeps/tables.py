@@ -3,51 +3,32 @@
 import csv
 import io
 import math
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from textwrap import shorten
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
 from src.core.errors import UserError, escape_control_characters
 from src.core.files import write_atomically
 from src.core.run_folder import format_continue_command
-from src.sweeps.runs import (
-    FAILED,
-    FINISHED,
-    LOST,
-    NOT_STARTED,
-    STATES,
-    UNFINISHED,
-    Comparison,
-    Setting,
-    format_train_command,
-)
-from src.sweeps.stats import LEVEL, MAX_SEEDS, POWER, confidence_interval, corrected_p_values, required_seeds
-
-DETERMINISTIC_DATA = "one sample"  # the name of the backprop data, whose runs draw no random numbers
-MAX_NAMES = 10  # settings that a finding names
+from src.sweeps import runs, stats
+from src.sweeps.runs import Comparison, Setting, format_train_command
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:
     """Write one row per run. Accuracies are fractions, durations seconds."""
-    metrics = list(dict.fromkeys(name for run in comparison.runs for name in run.metrics))
-    rows: list[dict[str, Any]] = [
-        {
-            "state": run.state,
-            **setting.values,
-            "seed": run.seed,
-            **{key: run.results.get(key) for key in ("data", "parameters", "epochs", "best_epoch")},
-            **{name: run.metrics.get(name) for name in metrics},
-            "seconds": run.seconds if run.state == FINISHED else None,
-            "error": run.error,
-            "overrides": " ".join(run.overrides),
-            "folder": run.folder,
-        }
+    metrics = dict.fromkeys(name for run in comparison.runs for name in run.metrics)
+    rows = [
+        {"state": run.state, **setting.values, "seed": run.seed}
+        | {key: run.results.get(key) for key in ("data", "parameters", "epochs", "best_epoch")}
+        | {name: run.metrics.get(name) for name in metrics}
+        | {"seconds": run.seconds or None, "error": run.error}
+        | {"overrides": " ".join(run.overrides), "folder": run.folder}
         for setting in comparison.settings
         for run in setting.runs
     ]
@@ -58,22 +39,22 @@ def write_csv(comparison: Comparison, file: Path) -> None:
     write_atomically(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
-def format_score(value: float, metric: str, digits: str = ".4g") -> str:
-    """Format accuracies in percent without the sign, other metrics with `digits`."""
-    return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:{digits}}"
+def format_head(metric: str) -> str:
+    """Return the column head of a metric, with its unit."""
+    return f"{metric} %" if metric.endswith("acc") else metric
+
+
+def format_score(value: float, metric: str, digits: int = 4) -> str:
+    """Format accuracies in percent without the sign, other metrics with `digits` significant digits."""
+    return f"{100 * value:.2f}" if metric.endswith("acc") else f"{value:.{digits}g}"
 
 
 def format_mean(setting: Setting, metric: str) -> str:
     """Return mean ± standard deviation over the seeds; an empty string without scores."""
     mean, std = setting.mean(metric), setting.std(metric)
-    if math.isnan(mean):
-        return "nan" if setting.scores(metric) else ""
-    return format_score(mean, metric) + ("" if math.isnan(std) else f" ± {format_score(std, metric, '.2g')}")
-
-
-def format_head(metric: str) -> str:
-    """Return the column head of a metric, with its unit."""
-    return f"{metric} %" if metric.endswith("acc") else metric
+    if math.isnan(std):
+        return format_score(mean, metric) if setting.scores(metric) else ""
+    return f"{format_score(mean, metric)} ± {format_score(std, metric, digits=2)}"
 
 
 def compare_with_best(comparison: Comparison) -> dict[int, float]:
@@ -81,171 +62,132 @@ def compare_with_best(comparison: Comparison) -> dict[int, float]:
 
     Only settings with two finite scores or more; empty if the best has fewer, or is the only one.
     """
-    if not comparison.best:
+    is_tested = [not math.isnan(setting.std(comparison.metric)) for setting in comparison.settings]
+    if not is_tested[0] or sum(is_tested) == 1:
         return {}
-    scores = {rank: setting.scores(comparison.metric or "") for rank, setting in enumerate(comparison.settings)}
-    samples = {rank: x for rank, x in scores.items() if len(x) > 1 and all(map(math.isfinite, x))}
-    if 0 not in samples or len(samples) == 1:
-        return {}
-    return dict(zip(samples, [1.0, *corrected_p_values(list(samples.values()))], strict=True))
+    ranks = [rank for rank, is_in in enumerate(is_tested) if is_in]
+    samples = [comparison.settings[rank].scores(comparison.metric) for rank in ranks]
+    return dict(zip(ranks, [1.0, *stats.corrected_p_values(samples)], strict=True))
 
 
-def summarize(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return heads and rows of the table, one row per setting, best first; columns with equal cells are left out.
-
-    The first columns are the most important ones: rank, settings, score, comparison with the best.
-    """
+def make_columns(comparison: Comparison, p: dict[int, float]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the main and the other columns, by head the cells of each: one per setting, best first."""
     settings, metric = comparison.settings, comparison.metric or ""
-    logged = {name for run in comparison.runs for name in run.metrics}
-    usual = ("val/acc", "val/loss", "test/acc", "test/loss", "train/loss")
-    others = [name for name in usual if name in logged and name != metric][: 3 - bool(metric)]
-    ranked, p = [bool(setting.scores(metric)) for setting in settings], compare_with_best(comparison)
-    columns = {"": [str(rank) if is_ranked else "" for rank, is_ranked in enumerate(ranked, 1)]}
-    columns |= {key: [setting.values[key] for setting in settings] for key in comparison.keys}
+    main = {"": [str(rank) if setting.scores(metric) else "" for rank, setting in enumerate(settings, 1)]}
+    main |= {key: [setting.values[key] for setting in settings] for key in comparison.keys}
     if not comparison.keys:
-        columns["run"] = [setting.name for setting in settings]
+        main["run"] = [setting.name for setting in settings]
     if metric:
-        columns[format_head(metric)] = [format_mean(setting, metric) for setting in settings]
+        main[format_head(metric)] = [format_mean(setting, metric) for setting in settings]
     if p:
-        is_alone = sum(value > LEVEL for value in p.values()) == 1  # the best itself
-        words = {rank: "worse" if value <= LEVEL else "tied" for rank, value in p.items()}
-        columns["vs. best"] = [
-            (words | {0: "best" if is_alone else "tied"}).get(rank, "") for rank in range(len(ranked))
-        ]
+        words = {rank: "worse" if value <= stats.LEVEL else "tied" for rank, value in p.items()}
+        words[0] = "tied" if list(words.values()).count("tied") > 1 else "best"
+        main["vs. best"] = [words.get(rank, "") for rank in range(len(settings))]
     intervals = [_format_interval(setting, metric) for setting in settings]
-    if any(intervals):
-        columns["95% CI"] = intervals
-    counts = [(len(setting.finished), len(setting.runs)) for setting in settings]
-    runs = [str(finished) if finished == total else f"{finished} of {total}" for finished, total in counts]
+    counts = [f"{len(setting.finished)} of {len(setting.runs)}" for setting in settings]
     states = [setting.state for setting in settings]
-    columns |= {"runs": runs} if len({*runs}) > 1 or "of" in runs[0] else {}
-    columns |= {"state": states} if {*states} != {FINISHED} else {}
-    columns |= {format_head(name): [format_mean(setting, name) for setting in settings] for name in others}
+    main |= {"95% CI": intervals} if any(intervals) else {}
+    main |= {"runs": counts} if len({*counts}) > 1 else {}
+    main |= {"state": states} if {*states} != {runs.FINISHED} else {}
+    logged = {name for run in comparison.runs for name in run.metrics} - {metric}
+    usual = [name for name in ("val/acc", "val/loss", "test/acc", "test/loss", "train/loss") if name in logged]
+    others = {format_head(name): [format_mean(setting, name) for setting in settings] for name in usual}
     seconds = [[run.seconds for run in setting.finished] for setting in settings]
-    columns["seconds"] = [f"{sum(values) / len(values):.1f}" if values else "" for values in seconds]
-    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
+    return main, others | {"seconds": [f"{fmean(values):.1f}" if values else "" for values in seconds]}
 
 
 def _format_interval(setting: Setting, metric: str) -> str:
     if math.isnan(setting.std(metric)):  # fewer than two finite scores
         return ""
-    low, high = confidence_interval(setting.scores(metric))
+    limits = stats.confidence_interval(setting.scores(metric))
     if metric.endswith("acc"):  # the interval of two seeds may be wider
-        low, high = max(low, 0.0), min(high, 1.0)
-    return f"{format_score(low, metric)} to {format_score(high, metric)}"
+        limits = max(limits[0], 0.0), min(limits[1], 1.0)
+    return " to ".join(format_score(limit, metric) for limit in limits)
 
 
-def list_findings(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """Return what the table does not say: headings with their lines; commands are indented by four spaces."""
-    findings = []
+def list_findings(comparison: Comparison, p: dict[int, float]) -> dict[str, list[str]]:
+    """Return what the table does not say: lines by their heading; commands are indented by four spaces."""
+    findings = {"Best": [f"not ranked: {comparison.reason_not_ranked or 'no score is a number'}"]}
     if (best := comparison.best) and (metric := comparison.metric):
         unit = "%" if metric.endswith("acc") else ""
-        line = f"{best.name}: {metric} {format_mean(best, metric)}{unit}, chosen by {metric}"
-        findings.append(("Best", [line, f"    {format_train_command(best.finished)}"]))
+        command = f"    {format_train_command(best.finished)}"
+        findings["Best"] = [f"{best.name}: {metric} {format_mean(best, metric)}{unit}, chosen by {metric}", command]
         if len(comparison.settings) > 1:
-            findings.append(("Significance", _describe_significance(comparison, metric)))
-    else:
-        reason = comparison.reason_not_ranked or "no score is a number"
-        findings.append(("Best", [f"not ranked: {reason}"]))
-    failed = [run for run in comparison.runs if run.state in (FAILED, LOST)]
+            findings["Significance"] = _describe_significance(comparison, p, metric)
+    failed = [run for run in comparison.runs if run.state in (runs.FAILED, runs.LOST)]
     if failed:
         pairs = [(f"{run.folder.name}: {run.error}", f"    {format_train_command([run])}") for run in failed]
-        findings.append((f"Failed: {len(failed)}", [line for pair in pairs for line in pair]))
+        findings[f"Failed: {len(failed)}"] = [line for pair in pairs for line in pair]
     if comparison.unreadable:
-        lines = [f"{run.folder.name}: {run.error}" for run in comparison.unreadable]
-        findings.append((f"Unreadable: {len(lines)}", lines))
-    missing = [run for run in comparison.runs if run.state in (UNFINISHED, NOT_STARTED, LOST)]
+        findings["Unreadable"] = [f"{run.folder.name}: {run.error}" for run in comparison.unreadable]
+    missing = [run for run in comparison.runs if run.state in (runs.UNFINISHED, runs.NOT_STARTED, runs.LOST)]
     if missing:
-        lines = [
-            f"{' '.join(f'{key}={run.settings.get(key)}' for key in comparison.keys)}: {run.state}" for run in missing
-        ]
-        commands = []
+        settings = [" ".join(f"{key}={run.settings.get(key)}" for key in comparison.keys) for run in missing]
+        lines = [f"{setting}: {run.state}" for setting, run in zip(settings, missing, strict=True)]
         for sweep in dict.fromkeys(run.folder.parent / "multirun.yaml" for run in missing):
             with suppress(UserError):  # Hydra was killed before or while it wrote the file
-                commands.append(f"    {format_continue_command(sweep)}")
-        findings.append(
-            (f"Not finished: {len(missing)}", [*lines, *(["continue with", *commands] if commands else [])])
-        )
+                lines += ["continue with", f"    {format_continue_command(sweep)}"]
+        findings[f"Not finished: {len(missing)}"] = lines
     return findings
 
 
-def _describe_significance(comparison: Comparison, metric: str) -> list[str]:
-    settings, p = comparison.settings, compare_with_best(comparison)
-    if not p and {run.results.get("data") for run in comparison.runs if run.results} == {DETERMINISTIC_DATA}:
-        return ["not needed: runs on one sample draw no random numbers, so the order is exact"]
+def _describe_significance(comparison: Comparison, p: dict[int, float], metric: str) -> list[str]:
+    settings = comparison.settings
     if not p:
         return ["not tested (one seed per setting); train the best again with -m 'seed=range(5)'"]
-    worse = [settings[rank].name for rank, value in p.items() if value <= LEVEL]
-    tied = [settings[rank] for rank, value in p.items() if value > LEVEL and rank]
-    lines = [f"worse than the best: {_join(worse)}"] * bool(worse)
+    worse = [settings[rank].name for rank, value in p.items() if value <= stats.LEVEL]
+    tied = [settings[rank] for rank, value in p.items() if value > stats.LEVEL and rank]
+    lines = [f"worse than the best: {shorten(', '.join(worse), 500, placeholder=' …')}"] * bool(worse)
     if tied:
-        lines.append(f"tied with the best: {_join([setting.name for setting in tied])}")
-        seeds = required_seeds(settings[0].scores(metric), tied[0].scores(metric), len(p))
+        names = shorten(", ".join(setting.name for setting in tied), 500, placeholder=" …")
         gap = abs(settings[0].mean(metric) - tied[0].mean(metric))
         size = f"{100 * gap:.2g} points" if metric.endswith("acc") else f"{gap:.2g}"
-        count = f"about {seeds}" if seeds else f"more than {MAX_SEEDS:,}"
-        lines.append(f"finding the {size} to {tied[0].name} with {POWER:.0%} power takes {count} seeds per setting")
-    if untested := sum(bool(setting.finished) for setting in settings) - len(p):
-        lines.append(f"not tested: {untested} without two scores")
-    return [*lines, f"(Welch's t-test at {LEVEL:.0%}, Holm's correction for all pairs of {len(p)} settings)"]
-
-
-def _join(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
+        seeds = stats.required_seeds(settings[0].scores(metric), tied[0].scores(metric), len(p))
+        count = f"about {seeds}" if seeds else f"more than {stats.MAX_SEEDS:,}"
+        lines.append(f"tied with the best: {names}")
+        lines.append(f"finding the {size} to {tied[0].name} with 80% power takes {count} seeds per setting")
+    return [
+        *lines,
+        f"(Welch's t-test at 5%, Holm's correction for all pairs of {len(p)} settings with two seeds or more)",
+    ]
 
 
 def count_states(comparison: Comparison) -> str:
     """Return how many runs there are in each state."""
-    counts = {state: sum(run.state == state for run in comparison.runs) for state in STATES}
-    total = len(comparison.runs)
-    return f"{total} run{'s' * (total != 1)}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    counts = Counter(run.state for run in comparison.runs)
+    parts = [f"{counts[state]} {state}" for state in runs.STATES if counts[state]]
+    return f"{len(comparison.runs)} run{'s' * (len(comparison.runs) != 1)}: {', '.join(parts)}"
 
 
 def format_markdown(comparison: Comparison, title: str, images: dict[str, str]) -> str:
     """Return report.md. `images` are file names with their captions."""
-    heads, rows = summarize(comparison)
+    p = compare_with_best(comparison)
+    main, others = make_columns(comparison, p)
+    columns = main | others
     lines = [f"# {title}", "", count_states(comparison), ""]
-    for row in heads, ["---"] * len(heads), *rows:
-        cells = (escape_control_characters(cell).replace("|", "&#124;") for cell in row)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Scores are mean ± standard deviation over seeds at the last epoch, with the 95% confidence interval.",
-        "",
-    ]
-    for heading, findings in list_findings(comparison):
+    for row in columns, ["---"] * len(columns), *zip(*columns.values(), strict=True):
+        lines.append(f"| {' | '.join(escape_control_characters(cell).replace('|', '&#124;') for cell in row)} |")
+    lines += ["", "Scores at the last epoch: mean ± standard deviation over seeds; CI of the mean over seeds.", ""]
+    for heading, findings in list_findings(comparison, p).items():
         lines += [f"## {heading}", "", *(part for line in findings for part in (line, ""))]
-    lines += [part for file, caption in images.items() for part in (f"![{caption}]({file})", "")]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"![{caption}]({file})\n" for file, caption in images.items()])
 
 
 def print_comparison(comparison: Comparison, title: str) -> None:
-    """Print the table and the findings. A terminal shows the columns up to the scores; report.md has them all."""
-    console = Console(highlight=False)
-    is_terminal = console.is_terminal
-    heads, rows = summarize(comparison)
-    shown = len(heads)
-    if is_terminal:
-        shown = (
-            1 + max(1, len(comparison.keys)) + sum(head in heads for head in ("vs. best", "95% CI", "runs", "state"))
-        )
-        shown += comparison.metric is not None
-    else:
+    """Print the main columns of the table, and the findings."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
         console.width = 200
+    p = compare_with_best(comparison)
+    columns, _ = make_columns(comparison, p)
     table = Table(box=box.SIMPLE_HEAD)
-    for head in heads[:shown]:
-        is_text = head in ("run", "state", "vs. best")
-        table.add_column(head.rpartition(".")[2] if is_terminal else head, justify="left" if is_text else "right")
-    for rank, row in enumerate(rows):
-        cells = [Text(escape_control_characters(cell)) for cell in row[:shown]]
-        table.add_row(*cells, style="bold green" if rank == 0 and comparison.best else None)
-    console.print(f"{title} ({count_states(comparison)})", soft_wrap=not is_terminal, markup=False)
+    for head in columns:
+        is_text = head in ("run", "vs. best", "state")
+        table.add_column(head if is_text else head.rpartition(".")[2], justify="left" if is_text else "right")
+    for rank, row in enumerate(zip(*columns.values(), strict=True)):
+        is_best = rank == 0 and comparison.best
+        table.add_row(*map(escape_control_characters, row), style="bold green" if is_best else None)
+    print(f"{title} ({count_states(comparison)})")
     console.print(table)
-    if shown < len(heads):
-        console.print(f"also in report.md: {', '.join(heads[shown:])}", markup=False)
-    for heading, findings in list_findings(comparison):
-        console.print(f"{heading}:", markup=False)
-        for line in findings:
-            is_command = line.startswith(" ")  # a command stays on one line, to be copied
-            text = Text(f"  {line}") if is_command else Padding(Text(line), (0, 0, 0, 2), expand=False)
-            console.print(text, soft_wrap=is_command or not is_terminal)
+    for heading, findings in list_findings(comparison, p).items():
+        print(f"{heading}:", *(f"  {escape_control_characters(line)}" for line in findings), sep="\n")

@@ -1,4 +1,4 @@
-"""A study shared by several processes, whose interrupted trials continue."""
+"""Optuna studies: target, pruning, mistakes, several processes, interrupted trials."""
 
 import json
 import multiprocessing
@@ -9,78 +9,115 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_sweeps import TINY, sheet
+from test_sweeps import TINY, read_csv, read_scores
 
 from src import tune
 from src.core.config import CONF
 
 optuna = pytest.importorskip("optuna")
 
-from optuna.storages import RetryHeartbeatStaleTrialCallback as Retry  # noqa: E402
-
 from src.sweeps.optuna_study import COUNTED, open_storage, open_study, optimize  # noqa: E402
 
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+PG_CTL = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 CFG = {
-    **{
-        "name": "study",
-        "study_name": "shared",
-        "n_trials": 24,
-        "heartbeat": 1,
-        "seed": 0,
-        "optimized_metric": "val/acc",
-    },
-    **{"optimized_mode": "max", "sampler": {"_target_": "optuna.samplers.RandomSampler"}},
+    **{"name": "study", "study_name": "shared", "n_trials": 24, "heartbeat": 1, "seed": 0},
+    **{"optimized_metric": "val/acc", "optimized_mode": "max"},
+    "sampler": {"_target_": "optuna.samplers.RandomSampler"},
     "pruner": {"_target_": "optuna.pruners.NopPruner"},
 }
+
+
+def load_trials(folder: Path) -> list:
+    return optuna.load_study(study_name=None, storage=f"sqlite:///{folder}/study.db").trials
+
+
+def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tmp_path):
+    arguments = [*TINY, "trainer.max_epochs=2", "data.batch_size=16", "pruner.n_startup_trials=2"]
+    arguments += ["pruner.n_warmup_steps=0", "search.optimizer.lr.low=0.0001", f"hydra.run.dir={tmp_path}"]
+    for target in 3, 6, 6:
+        result = run_main(*arguments, f"n_trials={target}", main=tune.main)
+        assert result.code == 0 and len(load_trials(tmp_path)) == target, result.err
+    states = [trial.state.name for trial in load_trials(tmp_path)]
+    counts = f"6 runs: {states.count('COMPLETE')} finished, {states.count('PRUNED')} pruned"
+    assert "6 of 6 trials are done" in result.out and counts in result.out and set(states) == {"COMPLETE", "PRUNED"}
+    assert len({str(trial.params) for trial in load_trials(tmp_path)}) == 6
+    scores = [float(row["val/acc"]) for row in read_csv(tmp_path) if row["state"] == "finished"]
+    values = [trial.value for trial in load_trials(tmp_path) if trial.state.name == "COMPLETE"]
+    assert sorted(scores) == pytest.approx(sorted(values))
+    for name in "optimization_history", "parallel_coordinate", "param_importances":
+        assert (
+            f"](tune_{name}.png)" in (tmp_path / "report.md").read_text() and (tmp_path / f"tune_{name}.png").exists()
+        )
+    result = run_main(*arguments, "n_trials=7", "optimizer.momentum=0.5", main=tune.main)
+    assert result.code == 2 and "optimizer.momentum=0.5: the study in" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("optimized_metric=test/acc", "must not choose anything"),
+        ("search.optimizer.lr.suggest=flaot", "with suggest: float, int or categorical"),
+        ("search.optimizer.lr.low=5", "search.optimizer.lr"),
+        ("trial=5", "did you mean n_trials?"),
+        ("n_trials=0", "must be int ≥ 1"),
+        ("search.optimizer=3", "type a range as in conf/search/"),
+        ("storage='postgresql+psycopg://nobody@/none?host=/nowhere'", "storage"),
+        ("storage='postgresql+nodriver://x/y'", "storage"),
+    ],
+)
+def test_mistake_in_a_study_prints_one_line(run_main, tmp_path, mistake, words):
+    result = run_main(*TINY, "n_trials=1", mistake, f"hydra.run.dir={tmp_path}", main=tune.main)
+    assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
+
+
+def test_diverged_trial_counts_as_pruned(run_main, tmp_path):
+    arguments = [*TINY, "search.optimizer.lr.low=1e30", "search.optimizer.lr.high=1e31", "scheduler=none"]
+    result = run_main(*arguments, "n_trials=1", f"hydra.run.dir={tmp_path}", main=tune.main)
+    assert result.code == 0 and "1 run: 1 pruned" in result.out, result.err
+    assert [trial.state.name for trial in load_trials(tmp_path)] == ["PRUNED"]
 
 
 @pytest.fixture
 def postgres():
     """Return the URL of a PostgreSQL server for one test."""
     pytest.importorskip("psycopg")
-    if not PROGRAMS or not shutil.which("runuser") or os.geteuid() != 0:
+    if not PG_CTL or not shutil.which("runuser") or os.geteuid() != 0:
         pytest.skip("PostgreSQL's server is not installed, or may not be started by this user")
     folder = Path(tempfile.mkdtemp(prefix="postgres"))
     shutil.chown(folder, "postgres")
-    do = ["runuser", "-u", "postgres", "--", PROGRAMS[-1], "-s", "-D", folder / "data"]
-    subprocess.run([*do, "initdb", "-o", "--auth=trust --no-sync"], check=True, cwd="/", stdout=subprocess.DEVNULL)
+    command = ["runuser", "-u", "postgres", "--", PG_CTL[-1], "-s", "-D", folder / "data"]
+    subprocess.run([*command, "initdb", "-o", "--auth=trust --no-sync"], check=True, cwd="/", stdout=subprocess.DEVNULL)
     options = f"-k {folder} -c listen_addresses= -c fsync=off"
-    subprocess.run([*do, "-w", "-l", folder / "log", "-o", options, "start"], check=True, cwd="/")
-    try:
-        yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
-    finally:
-        subprocess.run([*do, "-m", "immediate", "stop"], check=True, cwd="/")
-        shutil.rmtree(folder)
+    subprocess.run([*command, "-w", "-l", folder / "log", "-o", options, "start"], check=True, cwd="/")
+    yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+    subprocess.run([*command, "-m", "immediate", "stop"], check=True, cwd="/")
+    shutil.rmtree(folder)
 
 
-def work(cfg: dict, folder: Path, target: int, hang: bool) -> None:
+def work_on_study(cfg: dict, folder: Path, hangs: bool) -> None:
     def objective(trial):
-        if hang:
-            (folder / "hangs").write_text(str(trial.number))
+        if hangs:
+            (folder / "hanging").write_text(str(trial.number))
             time.sleep(100)
-        x = trial.suggest_float("x", 0, 1)
         time.sleep(0.4)
-        return x
+        return trial.suggest_float("x", 0, 1)
 
-    study = open_study(OmegaConf.create(cfg), folder)
-    optimize(study, objective, target, update=lambda: None)
+    optimize(open_study(OmegaConf.create(cfg), folder), objective, cfg["n_trials"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
 def test_four_workers_share_a_study_and_retry_a_killed_trial(kind, tmp_path, request):
-    place = {"sqlite": None, "journal": str(tmp_path / "study.log")}
-    storage = place[kind] if kind in place else request.getfixturevalue(kind)
+    storage = {"sqlite": None, "journal": str(tmp_path / "study.log")}.get(kind, "postgres")
+    storage = request.getfixturevalue(kind) if storage == "postgres" else storage
     cfg, context = CFG | {"storage": storage}, multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=(cfg, tmp_path, 24, number == 0)) for number in range(4)]
+    workers = [context.Process(target=work_on_study, args=(cfg, tmp_path, number == 0)) for number in range(4)]
     workers[0].start()
-    while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
+    while not (tmp_path / "hanging").exists() or not (tmp_path / "hanging").read_text():
         assert workers[0].is_alive()
         time.sleep(0.05)
     for worker in workers[1:]:
@@ -91,51 +128,30 @@ def test_four_workers_share_a_study_and_retry_a_killed_trial(kind, tmp_path, req
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0, 0]
     trials = optuna.load_study(study_name="shared", storage=open_storage(storage, 1, tmp_path)).trials
-    assert 24 <= sum(trial.state in COUNTED for trial in trials) <= 26  # one more per worker that was in its last trial
-    killed = int((tmp_path / "hangs").read_text())
+    values = [trial.value for trial in trials if trial.state in COUNTED]
+    assert 24 <= len(values) <= 26 and len(set(values)) == len(values)  # one more per further worker at the end
     if kind != "journal":  # which has no heartbeat
-        assert trials[killed].state.name == "FAIL"
-        (retry,) = [trial for trial in trials if Retry.retried_trial_number(trial) == killed]
-        assert retry.state.name == "COMPLETE"
-    values = Counter(trial.value for trial in trials if trial.state in COUNTED)
-    assert set(values.values()) == {1}  # no two workers draw the same
+        killed = int((tmp_path / "hanging").read_text())
+        (retry,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == killed]
+        assert trials[killed].state.name == "FAIL" and retry.state.name == "COMPLETE"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_trial_continues_from_its_checkpoint(run_main, tmp_path, how):
-    place = f"hydra.run.dir={tmp_path / 'study'}"
-    arguments = [
-        *TINY[:-3],
-        "trainer.limit_train_batches=150",
-        "callbacks.resume.every_steps=10",
-        "callbacks.model_summary=null",
-    ]
-    arguments += ["~search.optimizer", "optimizer.lr=0.1", "heartbeat=1", place]
-    command = [sys.executable, "-m", "src.tune", *arguments, "n_trials=2"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    first = subprocess.Popen(command, cwd=CONF.parent, **quiet)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_trial_continues_from_its_checkpoint_bitwise(run_main, tmp_path, number):
+    training = [*TINY, "trainer.limit_train_batches=150", "callbacks.resume.every_steps=10"]
+    study = ["~search.optimizer", "heartbeat=1", "n_trials=2", f"hydra.run.dir={tmp_path / 'study'}"]
+    process = subprocess.Popen([sys.executable, "-m", "src.tune", *training, *study], cwd=CONF.parent)
     while not list(tmp_path.glob("study/000_*/checkpoints/last.ckpt")):
-        assert first.poll() is None
+        assert process.poll() is None
         time.sleep(0.05)
-    first.send_signal(how)
-    assert first.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
-    if how == signal.SIGKILL:
-        time.sleep(3)  # two heartbeats
-    result = run_main(*arguments, "n_trials=2", main=tune.main)
-    assert result.code == 0 and "0 of 2 trials are done" in result.out, result.err
+    process.send_signal(number)
+    assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    time.sleep(3 if number == signal.SIGKILL else 0)  # two heartbeats
+    result = run_main(*training, *study, main=tune.main)
+    assert result.code == 0 and "0 of 2 trials are done" in result.out and "2 runs: 2 finished" in result.out
     (folder,) = tmp_path.glob("study/000_*")
-    assert "2 runs: 2 finished" in result.out and len(sheet(tmp_path / "study")) == 2
-    # As it would have been: the same settings in one go.
     dropout = folder.name.partition("_")[2]
-    whole = tmp_path / "whole"
-    train_arguments = [item for item in arguments if not item.startswith(("~search", "heartbeat", "storage", "hydra"))]
-    assert run_main(*train_arguments, dropout, f"hydra.run.dir={whole}").code == 0
-    first, second = (json.loads((place / "metrics.json").read_text())["metrics"] for place in (folder, whole))
-    assert first == second
-
-
-def test_missing_database_prints_one_line(run_main, tmp_path):
-    for storage in "postgresql+psycopg://nobody@/none?host=/nowhere", "postgresql+nodriver://x/y":
-        result = run_main("n_trials=1", f"storage='{storage}'", f"hydra.run.dir={tmp_path}", main=tune.main)
-        assert result.code == 2 and result.err.startswith("error: storage=") and len(result.err.splitlines()) == 1
+    assert run_main(*training, dropout, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    assert read_scores(folder) == read_scores(tmp_path / "whole")
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
