@@ -369,3 +369,9 @@ def test_resume_after_kill_gives_bitwise_identical_trace(run_main, tmp_path, int
     assert result.code == 0, result.err
     assert read_outcome(tmp_path / "run") == read_outcome(tmp_path / "whole")
     assert (tmp_path / "run/trace.csv").read_bytes() == (tmp_path / "whole/trace.csv").read_bytes()
+
+
+def test_lesson_page_loads_no_other_file():
+    page = (DOCS / "lesson.html").read_text()
+    assert not re.findall(r"https?:|\bsrc=|@import|\bfetch\(|<link(?! rel=\"icon\" href=\"data:)", page)
+    assert (DOCS / re.findall(r'<a href="(.+?)"', page)[0]).is_file()

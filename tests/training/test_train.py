@@ -116,12 +116,6 @@ def test_multirun_names_each_job_folder_by_its_swept_keys(run_main, tmp_path):
     }
 
 
-def test_failed_job_does_not_stop_a_sweep(run_main, tmp_path):
-    result = run_main("-m", *TINY, *PLAIN, "data.val_size=9999,150", f"hydra.sweep.dir={tmp_path}")
-    assert result.code == 2 and "data.val_size=9999" in result.err and "Traceback" not in result.err
-    assert [path.parent.name for path in tmp_path.glob("*/metrics.json")] == ["data.val_size=150"]
-
-
 @pytest.mark.parametrize(
     "mistake, words",
     [
@@ -256,15 +250,6 @@ def test_overfit_batches_trains_on_those_batches(train):
 def test_too_few_steps_for_one_cycle_print_one_line(train):
     result, _ = train("trainer.max_epochs=1", "trainer.limit_train_batches=5")
     assert result.code == 2 and "5 steps are too few for the scheduler" in result.err.splitlines()[-1]
-
-
-def test_missing_mnist_prints_one_line(train, tmp_path, monkeypatch):
-    from torchvision.datasets import MNIST
-
-    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    result, folder = train("data=mnist", f"data.root={tmp_path / 'none'}")
-    assert result.code == 2 and "data=digits" in result.err.splitlines()[-1] and "Traceback" not in result.err
-    assert not (folder / "metrics.json").exists()
 
 
 def test_bug_raises_its_traceback(train, monkeypatch):
