@@ -9,7 +9,7 @@ from src.core.errors import escape_control_characters
 from src.core.files import write_atomically
 from src.core.run_folder import STATUS_FILE, read_status, write_status
 from src.sweeps import plots, tables
-from src.sweeps.runs import FAILED, LOST, Comparison, compare_runs, read_runs
+from src.sweeps.runs import FAILED, LOST, UNFINISHED, Comparison, compare_runs, read_runs
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Comparison:
@@ -34,13 +34,13 @@ def write_report(folders: Sequence[Path], output: Path) -> Comparison:
 def report_ended_sweep(sweep: Path) -> int:
     """Report a sweep whose launcher has ended; a job that still counts as running is lost, its process has died.
 
-    Returns exit code 0, or 1 if a job was lost, failed by a bug or cannot be read, or 2 if one failed by a mistake.
+    Returns exit code 0; 1 if a job was lost, stopped, failed by a bug or cannot be read; 2 if one failed by a mistake.
     """
     for file in sweep.rglob(STATUS_FILE):
         if (read_status(file.parent) or {}).get("state") == "running":
             write_status(file.parent, LOST, "its process has died, perhaps for lack of memory")
     comparison = write_report([sweep], sweep)
-    failed = [run for run in comparison.runs if run.state in (FAILED, LOST)]
-    if comparison.unreadable or any(run.state == LOST or run.has_traceback for run in failed):
+    failed = [run for run in comparison.runs if run.state in (FAILED, LOST, UNFINISHED)]
+    if comparison.unreadable or any(run.state != FAILED or run.has_traceback for run in failed):
         return 1
     return 2 if failed else 0

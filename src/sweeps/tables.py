@@ -19,6 +19,8 @@ from src.core.run_folder import format_continue_command
 from src.sweeps import runs, stats
 from src.sweeps.runs import Comparison, Setting, format_train_command
 
+DETERMINISTIC_DATA = "one sample"  # the name of the backprop data, whose runs draw no random numbers
+
 
 def write_csv(comparison: Comparison, file: Path) -> None:
     """Write one row per run. Accuracies are fractions, durations seconds."""
@@ -123,7 +125,7 @@ def list_findings(comparison: Comparison, p: dict[int, float]) -> dict[str, list
     missing = [run for run in comparison.runs if run.state in (runs.UNFINISHED, runs.NOT_STARTED, runs.LOST)]
     if missing:
         settings = [" ".join(f"{key}={run.settings.get(key)}" for key in comparison.keys) for run in missing]
-        lines = [f"{setting}: {run.state}" for setting, run in zip(settings, missing, strict=True)]
+        lines = [f"{setting or run.folder.name}: {run.state}" for setting, run in zip(settings, missing, strict=True)]
         for sweep in dict.fromkeys(run.folder.parent / "multirun.yaml" for run in missing):
             with suppress(UserError):  # Hydra was killed before or while it wrote the file
                 lines += ["continue with", f"    {format_continue_command(sweep)}"]
@@ -133,6 +135,8 @@ def list_findings(comparison: Comparison, p: dict[int, float]) -> dict[str, list
 
 def _describe_significance(comparison: Comparison, p: dict[int, float], metric: str) -> list[str]:
     settings = comparison.settings
+    if not p and {run.results.get("data") for run in comparison.runs if run.results} == {DETERMINISTIC_DATA}:
+        return ["not needed: runs on one sample draw no random numbers, so the order is exact"]
     if not p:
         return ["not tested (one seed per setting); train the best again with -m 'seed=range(5)'"]
     worse = [settings[rank].name for rank, value in p.items() if value <= stats.LEVEL]
