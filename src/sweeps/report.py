@@ -40,7 +40,9 @@ def report_ended_sweep(sweep: Path) -> int:
         if (read_status(file.parent) or {}).get("state") == "running":
             write_status(file.parent, LOST, "its process has died, perhaps for lack of memory")
     comparison = write_report([sweep], sweep)
-    failed = [run for run in comparison.runs if run.state in (FAILED, LOST, UNFINISHED)]
-    if comparison.unreadable or any(run.state != FAILED or run.has_traceback for run in failed):
+    failed = [run for run in comparison.runs if run.state in (FAILED, LOST)]
+    if comparison.unreadable or any(run.state == LOST or run.has_traceback for run in failed):
         return 1
-    return 2 if failed else 0
+    if failed:  # which keeps the other jobs from starting with fail_fast
+        return 2
+    return int(any(run.state == UNFINISHED for run in comparison.runs))
