@@ -168,8 +168,8 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
 
 
 def remove_if_untrained(folder: Path) -> None:
-    """Remove the folder of a failed start, and its parent below outputs/ if that is then empty."""
-    if not any(folder.glob("checkpoints/*.ckpt")) and not (folder / METRICS_FILE).exists():
+    """Remove the folder of a run or study without a checkpoint or metrics, and its parent in outputs/ if then empty."""
+    if not any(folder.rglob("checkpoints/*.ckpt")) and not any(folder.rglob(METRICS_FILE)):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.resolve().parent.parent == Path("outputs").resolve() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()

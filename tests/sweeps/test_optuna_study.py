@@ -74,6 +74,13 @@ def test_mistake_in_a_study_prints_one_line(run_main, tmp_path, mistake, words):
     assert result.code == 2 and words in result.err and len(result.err.splitlines()) == 1
 
 
+def test_mistake_in_a_later_trial_keeps_the_trials_before(run_main, tmp_path):
+    study, space = tmp_path / "study", ["search.optimizer.lr.log=false", "search.optimizer.lr.low=-0.5"]
+    result = run_main(*TINY, *space, "n_trials=10", "seed=1", f"hydra.run.dir={study}", main=tune.main)
+    assert result.code == 2 and "must be float > 0" in result.err and "trial 1: optimizer.lr=-" in result.out
+    assert len(load_trials(study)) == 2 and len(list(study.glob("*/metrics.json"))) == 1
+
+
 def test_diverged_trial_counts_as_pruned(run_main, tmp_path):
     arguments = [*TINY, "search.optimizer.lr.low=1e30", "search.optimizer.lr.high=1e31", "scheduler=none"]
     result = run_main(*arguments, "n_trials=1", f"hydra.run.dir={tmp_path}", main=tune.main)
