@@ -61,8 +61,8 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_threads(config: Any, workers: int = 1) -> None:
-    """Set PyTorch's threads to the config's `threads`; null divides this process's cores among `workers`.
+def resolve_threads(config: Any) -> None:
+    """Set PyTorch's threads to the config's `threads`; null is the number of cores of this process.
 
     The resolved number is written into the config, so that a resumed run uses it: sums over another number of threads
     are rounded differently. OMP_NUM_THREADS, if set, takes the place of the number of cores.
@@ -70,7 +70,7 @@ def resolve_threads(config: Any, workers: int = 1) -> None:
     import torch
 
     if config.threads is None:
-        config.threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or count_cores() // workers))
+        config.threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or count_cores()))
     torch.set_num_threads(config.threads)
 
 

@@ -174,7 +174,7 @@ class ImageDataModule(L.LightningDataModule):
         return self.make_batch(batch)
 
     def begin_batch(self) -> None:
-        """Seed the generator by the batch, so that a resumed run draws the same numbers, and set the progress."""
+        """Seed the generator of the augmentation by the batch, as a resumed run must, and set the progress."""
         trainer: Any = self.trainer
         batch_number = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         self.generator.manual_seed(hash_seed(self.seed, batch_number, trainer.global_rank))
@@ -185,7 +185,7 @@ class ImageDataModule(L.LightningDataModule):
             self.progress = progress
 
     def make_batch(self, batch: Any) -> Batch:
-        """Make a batch of the images at these indices of the stage's split, or of images read by a worker process."""
+        """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
         trainer: Any = self.trainer
         teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
         split = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test

@@ -53,7 +53,7 @@ class Run:
 
 @dataclass
 class Setting:
-    """The runs that differ in nothing but the seed, and their values of the keys that differ elsewhere."""
+    """The runs that differ in nothing but IGNORED, and their values of the keys that differ elsewhere."""
 
     values: dict[str, str]
     runs: list[Run]

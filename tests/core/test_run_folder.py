@@ -110,13 +110,13 @@ def test_saved_config_must_not_use_resolvers(run_main, unfinished_run):
     assert result.code == 2 and "name=${oc.env:HOME}" in result.err and len(result.err.splitlines()) == 1
 
 
-def test_threads_are_divided_among_workers_and_kept_in_the_config(monkeypatch):
+def test_threads_default_to_the_cores_and_are_kept_in_the_config(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
-        for given, workers, expected in (None, 1, count_cores()), (None, 10**6, 1), (3, 1, 3):
+        for given, expected in (None, count_cores()), (3, 3):
             config = OmegaConf.create({"threads": given})
-            resolve_threads(config, workers)
+            resolve_threads(config)
             assert config.threads == torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
