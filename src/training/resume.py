@@ -21,7 +21,7 @@ from src.training.checkpoints import LAST, is_finite
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Seed dropout by the batch, and write last.ckpt every `every_minutes`, every `every_steps`, on a signal and at the end of the training.
+    """Seed dropout by the batch; write last.ckpt every `every_minutes` and `every_steps`, on a signal and at the end.
 
     It is written where a batch starts: from the end of an epoch's last batch, Lightning resumes without validation.
     Each batch has a seed, so no generator's state is saved. SIGINT and SIGTERM raise SystemExit with 128 + their number
