@@ -1,0 +1,25 @@
+"""The documents against the project."""
+
+import re
+
+import pytest
+
+from src.core.config import ROOT
+
+FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "weights/README.md"])
+
+
+def make_anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        if not re.match(r"https?://|\.\./\.\./actions", link):
+            name, _, anchor = link.partition("#")
+            target = file.parent / name if name else file
+            assert target.exists(), link
+            assert target.suffix != ".md" or not anchor or anchor in make_anchors(target.read_text()), link
