@@ -22,7 +22,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
 
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
     from src.training import run_record
-    from src.training.checkpoints import find_resume_checkpoint
+    from src.training.checkpoints import find_resume_checkpoint, load_initial_weights
     from src.training.console import print_results, silence_routine_output
     from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
 
@@ -39,6 +39,8 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     reject_subprocesses_in_multirun(trainer)
     module, data = instantiate_task(cfg)
     checkpoint = find_resume_checkpoint(folder, trainer) if cfg.resume else None
+    if cfg.init_from.path and not checkpoint:
+        recorder.initial_weights = load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip)
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         started_at = perf_counter()

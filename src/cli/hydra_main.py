@@ -118,6 +118,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
 def _complete_arguments(arguments: Namespace) -> None:
     """Quote paths, recognise sweeps by their config, and turn resume=RUN into the folder of that run."""
     overrides = arguments.overrides = [_quote_path(override) for override in arguments.overrides]
+    overrides[:] = [re.sub(r"^init_from=(?!\{)", "init_from.path=", override) for override in overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None
     has_folder = any(override.startswith("hydra.run.dir=") for override in overrides)

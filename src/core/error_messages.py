@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,8 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
     """Return a line that names the closest known key."""
     from src.core.config import find_closest
 
+    if re.search(r"(^|\.)(ckpt(_path)?|checkpoint|resume_from_checkpoint|pretrained)$", key):
+        return f"{key}: no such key; init_from=PATH starts a new run from weights, resume=RUN continues a run"
     match = find_closest(key, known)
     return f"{key}: no such key; " + (
         f"did you mean {match}?" if match else "python -m src.train --help lists all keys"

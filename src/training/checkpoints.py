@@ -2,19 +2,21 @@
 
 import csv
 import io
+import re
 import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from src.core.errors import UserError
 from src.core.files import write_atomically
+from src.training.console import is_verbose
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -39,6 +41,56 @@ def load_weights_only(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise exceptions of any type
         raise UserError(f"damaged, or more than tensors and plain values ({type(error).__name__})") from error
+
+
+def load_initial_weights(module: LightningModule, path: str, skip: str | list[str]) -> dict[str, Any]:
+    """Load what has the name and the shape of a tensor of `module`; return what metrics.json says about it.
+
+    Names in the file may lack the attribute of the module that holds its network. Raises UserError.
+    """
+    skip = [skip] if isinstance(skip, str) else skip
+    file = Path(path, "checkpoints", LAST) if Path(path).is_dir() else Path(path)
+    try:
+        if not file.is_file():
+            raise UserError("no such file; name a run folder, a .ckpt or a .pt file")
+        content = load_weights_only(file)
+        content = content.get("state_dict", content)
+        patterns = [re.compile(rf"([^.]+\.)?({text})(\..*)?") for text in skip]
+    except (UserError, AttributeError, re.error) as error:
+        raise UserError(f"init_from={path}: {file}: {error}") from error
+    own = module.state_dict()
+    prefixes = ["", *(f"{name}." for name, _ in module.named_children())]
+    prefix = max(prefixes, key=lambda prefix: sum(f"{prefix}{name}" in own for name in content))
+    given = {f"{prefix}{name}": value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    loaded: dict[str, torch.Tensor] = {}
+    reasons: dict[str, list[str]] = {}
+    for name in own | given:
+        shapes = [list(tensors[name].shape) for tensors in (given, own) if name in tensors]
+        if name not in own:
+            reasons.setdefault("not in the network", []).append(name)
+        elif any(pattern.fullmatch(name) for pattern in patterns):
+            reasons.setdefault("skipped", []).append(name)
+        elif name not in given:
+            reasons.setdefault("not in the file", []).append(name)
+        elif shapes[0] != shapes[1]:
+            reasons.setdefault("other shape", []).append(f"{name} {shapes[0]}, not {shapes[1]}")
+        else:
+            loaded[name] = given[name]
+    record = {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **reasons}
+    line = f"init_from={path}: {record['loaded']} from {record['file']}"
+    for reason, names in reasons.items():
+        line += f"; {reason}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    if unmatched := [
+        text for text, pattern in zip(skip, patterns, strict=True) if not any(map(pattern.fullmatch, own))
+    ]:
+        layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in own)
+        raise UserError(f"init_from.skip={unmatched}: no such layer or tensor; there are {', '.join(layers)}")
+    if not any(value.ndim for value in loaded.values()):
+        raise UserError(line)
+    module.load_state_dict(loaded, strict=False)
+    if is_verbose():
+        print(line)
+    return record
 
 
 def is_finite(state: dict[str, Any]) -> bool:

@@ -55,7 +55,7 @@ def get_launcher_name() -> str | None:
     return str(HydraConfig.get().launcher._target_).rpartition(".")[2] if is_multirun else None
 
 
-def _is_verbose() -> bool:
+def is_verbose() -> bool:
     """Return whether this run prints: alone, or into a log of its own. src.sweeps.progress reports the others."""
     return get_launcher_name() in (None, "SlurmLauncher", "LocalLauncher")
 
@@ -77,7 +77,7 @@ class LayerTable(Callback):
             verbose=0,
         )
         text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # torchinfo prints the member of an Enum
-        if _is_verbose():
+        if is_verbose():
             print(text)
         Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
 
@@ -132,7 +132,7 @@ class RunProgressBar(RichProgressBar):
             stage, _, score = name.rpartition("/")
             if name != "v_num":
                 stages.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
-        if self.is_first_process and _is_verbose():
+        if self.is_first_process and is_verbose():
             total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
             scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
             print("  ".join([f"epoch {trainer.current_epoch}{total}", *scores]).rstrip(), flush=True)
@@ -140,7 +140,7 @@ class RunProgressBar(RichProgressBar):
 
 def print_results(results: dict[str, Any], folder: Path, is_image_model: bool) -> None:
     """Print the final scores, as a panel on a terminal, and what to run next."""
-    if not _is_verbose():
+    if not is_verbose():
         return
     title = f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
     scores = {name: value for name, value in results["metrics"].items() if "/" in name and not name.endswith("_step")}

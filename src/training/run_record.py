@@ -50,12 +50,13 @@ class RunRecorder(Callback):
             )
         self.seconds, self.started_at = {"train": 0.0, "validate": 0.0}, 0.0  # of all parts of a resumed run
         self.samples, self.first_epoch, self.has_validated = 0.0, 0, False
+        self.initial_weights: dict[str, Any] | None = None  # what src.training.checkpoints has loaded
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "initial_weights": self.initial_weights, "samples": self.samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = dict(state_dict["seconds"])
+        vars(self).update(state_dict)
 
     def _stop_clock(self, stage: str) -> None:
         now = perf_counter()
@@ -183,6 +184,7 @@ def write_results(
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
         "seed": recorder.cfg.seed,
         "threads": recorder.cfg.threads,
+        "init_from": recorder.initial_weights,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,
         "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
