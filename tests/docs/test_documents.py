@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from docs.seeds import make_rows
 from src.core.config import ROOT
 
 FILES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "weights/README.md"])
@@ -23,3 +24,10 @@ def test_links_lead_somewhere(file):
             target = file.parent / name if name else file
             assert target.exists(), link
             assert target.suffix != ".md" or not anchor or anchor in make_anchors(target.read_text()), link
+
+
+def test_results_have_the_scores_of_the_seeds():
+    rows = make_rows()
+    text = (ROOT / "docs/results.md").read_text()
+    table = [line for line in text.splitlines() if re.match(r"\| `\w+`.*\| (99\.\d\d%|–) \| [\d. to]*[%–] \|$", line)]
+    assert len(rows) > 20 and set(rows) <= set(text.splitlines()) and set(table) <= set(rows)
