@@ -72,6 +72,11 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
             with lock, status:
                 saved = run_folder.load_resumed_config(config) if is_resumed else config
                 config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
+                metric, mode = str(config.get("optimized_metric")), config.get("optimized_mode")
+                is_inferred = mode != saved.get("optimized_mode") and not metric.endswith(("acc", "None"))
+                if is_inferred and not is_multirun and is_first_process():
+                    words = ("lower", "max") if mode == "min" else ("higher", "min")
+                    print("{}: {} is better, by its name; optimized_mode={} reverses it".format(metric, *words))
                 with restore_global_state():
                     resolve_precision(config)
                     resolve_threads(config)

@@ -33,6 +33,13 @@ ALLOWED_TARGETS = re.compile(
     r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
     r"|torchvision\.models\.[A-Za-z]\w*"
 )
+# Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
+LOWER_IS_BETTER = re.compile(
+    r"(loss|losses|errors?|mse|mae|mape|perplexity|entropy|divergence|distance|deviance|regret|latency)(?![a-z])"
+    r"|(?<![a-z])(err|rmsle|nll|ppl|bpd|cer|wer|eer|fid|kl|ece|brier|lpips|false_(positive|negative)_rate)(?![a-z])",
+    re.IGNORECASE,
+)
+NEGATED = re.compile(r"(?<![a-z])neg(ative)?_(?!rate)", re.IGNORECASE)
 # A function of this project may be a _target_ if its return annotation is one of these.
 ALLOWED_RETURN_TYPES = {
     *("Module", "Sequential", "LightningModule", "LightningDataModule", "ProgressBar", "Callback", "Logger"),
@@ -49,8 +56,12 @@ def resolve_and_validate(config: DictConfig, allowed_packages: Sequence[str] | N
 def resolve_config(config: DictConfig) -> DictConfig:
     """Return the config without interpolations, so that what is validated is what is instantiated.
 
-    Raises UserError for a missing value and for a value that would be interpolated again.
+    Infer `optimized_mode` from the name of the metric if it is null. Raises UserError for a missing value and for
+    a value that would be interpolated again.
     """
+    if "optimized_mode" in config and config.optimized_mode is None:
+        config = config.copy()
+        config.optimized_mode = infer_mode(config.optimized_metric)
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -62,6 +73,12 @@ def resolve_config(config: DictConfig) -> DictConfig:
     assert isinstance(result, DictConfig)
     OmegaConf.set_struct(result, True)
     return result
+
+
+def infer_mode(metric: str | None) -> str:
+    """Return "min" if the name of the metric says that lower is better, as in val/loss and test/rmse, else "max"."""
+    name = str(metric)
+    return "min" if bool(LOWER_IS_BETTER.search(name)) != bool(NEGATED.search(name)) else "max"
 
 
 def validate_config(config: DictConfig, allowed_packages: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ ROOT_KEYS: dict[str, Any] = {
     "threads": PositiveInt | None,
     "test": bool,
     "optimized_metric": NonEmptyStr | None,
-    "optimized_mode": Literal["max", "min"],
+    "optimized_mode": Literal["max", "min"] | None,
     "allowed_packages": Sequence[NonEmptyStr],
     "resume": NonEmptyStr | None,
     "n_trials": PositiveInt,

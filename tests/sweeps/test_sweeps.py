@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from src import report
-from src.core.config import CONF
+from src.core.config import CONF, infer_mode
 from src.core.run_folder import format_continue_command, read_status, write_status
 from src.sweeps import tables
 from src.sweeps.grid import list_jobs_of_sweep
@@ -230,6 +230,21 @@ def test_lower_loss_ranks_first(tmp_path):
     for lr, loss in ("0.1", 0.5), ("0.2", 0.25):
         write_run(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/loss": loss}, **config)
     assert compare_runs(read_runs([tmp_path])).best.values == {"optimizer.lr": "0.2"}
+
+
+def test_mode_is_inferred_from_the_metric_said_and_can_be_set(run_main, tmp_path):
+    for name in "val_loss", "valLoss", "val/rmse", "test/top5_error", "val/loss/dataloader_idx_0", "ppl", "neg_elbo":
+        assert infer_mode(name) == "min", name
+    for name in "val/acc", "val/f1", "neg_mean_squared_error", "true_negative_rate", "val/power", "val/iou", None:
+        assert infer_mode(name) == "max", name
+    arguments = *TINY, "optimized_metric=val/loss", "trainer.limit_train_batches=2"
+    result = run_main(*arguments, f"hydra.run.dir={tmp_path / 'inferred'}")
+    assert result.out.count("lower is better") == 1
+    saved = yaml.safe_load((tmp_path / "inferred/.hydra/config.yaml").read_text())
+    assert saved["optimized_mode"] == saved["callbacks"]["best"]["mode"] == "min"
+    result = run_main(*arguments, "optimized_mode=max", f"hydra.run.dir={tmp_path / 'set'}")
+    saved = yaml.safe_load((tmp_path / "set/.hydra/config.yaml").read_text())
+    assert "is better" not in result.out and saved["callbacks"]["best"]["mode"] == "max"
 
 
 @pytest.mark.parametrize(
