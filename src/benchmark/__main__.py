@@ -5,14 +5,12 @@ b  python -m src.train: the same through Lightning, with its logging
 c  the baseline's pipeline: torchvision's transforms per image in a DataLoader, default memory layout
 
 The runs take turns every few batches, so that a noisy machine is noisy for all of them. The ratios are those of the
-sums of the times; the standard error comes from the rounds.
+sums of the times; the standard error comes from the rounds. On a GPU a table of batch sizes follows, with and without
+trainer=cuda_graph.
 
---time-to 99.4 trains `experiment=fast`, or the experiment named, to its end with several seeds, then the baseline until
+--time-to 99.4 trains `experiment=fast`, or the experiment named, to its end with several seeds, and the baseline until
 it first reaches that test accuracy in percent, tested after each epoch; tests are not timed. Soft labels are computed
 anew for each seed, and timed.
-
-On a GPU (trainer.accelerator=gpu) one call measures all of it, each with and without trainer=cuda_graph: the ratios,
-batch sizes from 64 to 2048, and short recipes with several seeds.
 """
 
 import argparse
@@ -34,9 +32,9 @@ def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m src.benchmark", description=__doc__, formatter_class=raw)
     parser.add_argument("--batches", type=positive_int, default=33, help="timed batches per turn (default: 33)")
-    parser.add_argument("--rounds", type=positive_int, help="turns (default: 20; on a GPU 6; with --time-to 1)")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="turns (default: 20)")
     parser.add_argument("--time-to", type=float, metavar="PERCENT", help="measure the time to a test accuracy")
-    parser.add_argument("--seeds", type=positive_int, default=10, help="seeds of b per round (default: 10)")
+    parser.add_argument("--seeds", type=positive_int, default=10, help="seeds of b for --time-to (default: 10)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     arguments = parser.parse_intermixed_args()
 
