@@ -20,8 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
-from src.core.config import CONF, ROOT_KEYS, find_closest, load_allowed_packages, resolve_and_validate
-from src.core.error_messages import describe_error, describe_unknown_key, exit_on_error, list_keys
+from src.core.config import (
+    CONF,
+    ROOT_KEYS,
+    describe_unknown_key,
+    find_closest,
+    list_keys,
+    load_allowed_packages,
+    resolve_and_validate,
+)
+from src.core.error_messages import describe_error, exit_on_error
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
 from src.core.process import is_first_process, pin_gpu, resolve_precision, resolve_threads, restore_global_state

@@ -86,8 +86,7 @@ def validate_config(config: DictConfig, allowed_packages: Sequence[str] | None =
 
     `allowed_packages` are other packages whose classes may be named; by default those that the config itself lists.
     """
-    plain = OmegaConf.to_container(config)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config)
     packages = plain.get("allowed_packages", []) if allowed_packages is None else allowed_packages
     nodes = [(key, node) for key, node in [("", plain), *iterate_items(plain)] if isinstance(node, dict)]
     for prefix, node in nodes:
@@ -120,73 +119,20 @@ def iterate_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from iterate_items(value, key)
 
 
-def load_allowed_packages() -> list[str]:
-    """Return the packages that conf/train.yaml allows, whatever the config of a run folder says."""
-    return list(OmegaConf.load(CONF / "train.yaml").allowed_packages)
+def list_keys(config: DictConfig) -> list[str]:
+    """Return the keys of a config, without Hydra's own, and the config groups."""
+    keys = [key for key, _ in iterate_items(OmegaConf.to_container(config)) if key.partition(".")[0] != "hydra"]
+    return keys + [folder.name for folder in CONF.iterdir() if folder.is_dir()]
 
 
-def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
-    if not isinstance(target, str):
-        return False
-    if ALLOWED_TARGETS.fullmatch(target):
-        return True
-    module, _, name = target.rpartition(".")
-    package = module.partition(".")[0]
-    if package in packages and re.fullmatch(r"\w+(\.\w+)+", target):
-        try:
-            attribute = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"_target_={target}: {error}") from error
-        # The object must be defined in the package itself, not merely imported by it.
-        return str(getattr(attribute, "__module__", "")).partition(".")[0] == package
-    definition = None if name.startswith("_") else _find_definition(target)
-    if isinstance(definition, ast.FunctionDef):
-        returns = ast.unparse(definition.returns) if definition.returns else ""
-        return returns.rpartition(".")[2] in ALLOWED_RETURN_TYPES
-    return definition is not None
-
-
-def _find_definition(target: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """Find the statement that defines a class or function of this project; entry points are left out."""
-    module, _, name = target.rpartition(".")
-    if not re.fullmatch(rf"{PACKAGE}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
-        return None
-    base = ROOT.joinpath(*module.split("."))
-    file = next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
-    return _parse_definitions(file).get(name) if file else None
-
-
-@cache
-def _parse_definitions(file: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    body = ast.parse(file.read_text(encoding="utf-8")).body
-    return {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-
-
-@cache
-def get_annotations(target: str) -> dict[str, Any]:
-    """Return the annotation of each argument of a class or function by name, None where there is no rule.
-
-    The key "**" means that further arguments are accepted.
-    """
-    definition = _find_definition(target)
-    if isinstance(definition, ast.ClassDef):
-        methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
-        definition = next((method for method in methods if method.name == "__init__"), None)
-    if definition is None:
-        rules = LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(target.rpartition(".")[0] + ".*") or {}
-        return {**rules, "**": Any}
-    arguments = definition.args
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}
-    return annotations | ({"**": Any} if arguments.kwarg else {})
-
-
-def _evaluate(annotation: ast.expr | None) -> Any:
-    names = vars(value_types) | {"Sequence": Sequence, "Literal": Literal}
-    try:
-        return eval(ast.unparse(annotation), names) if annotation else None  # source of this project
-    except (NameError, TypeError, AttributeError):  # a class that would have to be imported
-        return None
+def describe_unknown_key(key: str, known: list[str]) -> str:
+    """Return a line that names the closest known key."""
+    if re.search(r"(^|\.)(ckpt(_path)?|checkpoint|resume_from_checkpoint|pretrained)$", key):
+        return f"{key}: no such key; init_from=PATH starts a new run from weights, resume=RUN continues a run"
+    match = find_closest(key, known)
+    return f"{key}: no such key; " + (
+        f"did you mean {match}?" if match else "python -m src.train --help lists all keys"
+    )
 
 
 def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
@@ -199,3 +145,65 @@ def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
 
     best = max(known, key=similarity, default=None)
     return best if best is not None and similarity(best) >= cutoff else None
+
+
+def load_allowed_packages() -> list[str]:
+    """Return the packages that conf/train.yaml allows, whatever the config of a run folder says."""
+    return list(OmegaConf.load(CONF / "train.yaml").allowed_packages)
+
+
+def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
+    if not isinstance(target, str) or ALLOWED_TARGETS.fullmatch(target):
+        return isinstance(target, str)
+    module, _, name = target.rpartition(".")
+    package = module.partition(".")[0]
+    if package in packages and re.fullmatch(r"\w+(\.\w+)+", target):
+        try:
+            attribute = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"_target_={target}: {error}") from error
+        # The object must be defined in the package itself, not merely imported by it.
+        return str(getattr(attribute, "__module__", "")).partition(".")[0] == package
+    definition = _parse_definitions(module).get(name)
+    if isinstance(definition, ast.FunctionDef):
+        return ast.unparse(definition.returns or ast.Name("")).rpartition(".")[2] in ALLOWED_RETURN_TYPES
+    return definition is not None
+
+
+@cache
+def _parse_definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Return what a module of this project defines and a config may name, without importing it."""
+    base = ROOT.joinpath(*module.split("."))
+    files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
+    if not files or not re.fullmatch(rf"{PACKAGE}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
+        return {}
+    body = ast.parse(files[0].read_text(encoding="utf-8")).body
+    nodes = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return {node.name: node for node in nodes if not node.name.startswith("_")}
+
+
+@cache
+def get_annotations(target: str) -> dict[str, Any]:
+    """Return the annotation of each argument of a class or function by name, None where there is no rule.
+
+    The key "**" means that further arguments are accepted.
+    """
+    module, _, name = target.rpartition(".")
+    definition: Any = _parse_definitions(module).get(name)
+    if isinstance(definition, ast.ClassDef):
+        methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
+        definition = next((method for method in methods if method.name == "__init__"), None)
+    if definition is None:
+        return (LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}) | {"**": Any}
+    arguments = definition.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}
+    return annotations | ({"**": Any} if arguments.kwarg else {})
+
+
+def _evaluate(annotation: ast.expr | None) -> Any:
+    names = vars(value_types) | {"Sequence": Sequence, "Literal": Literal}
+    try:
+        return eval(ast.unparse(annotation), names) if annotation else None  # source of this project
+    except (NameError, TypeError, AttributeError):  # a class that would have to be imported
+        return None

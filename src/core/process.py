@@ -2,16 +2,20 @@
 
 import ctypes
 import gc
+import math
 import os
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from src.core.errors import UserError, exit_on_signal
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @contextmanager
@@ -35,9 +39,7 @@ def is_first_process() -> bool:
 
 def import_lightning() -> None:
     """Import Lightning and PyTorch, with a message on a terminal, without garbage collection, which finds nothing."""
-    if "lightning" in sys.modules:
-        return
-    message = "loading PyTorch …" if sys.stderr.isatty() else ""
+    message = "loading PyTorch …" if sys.stderr.isatty() and "lightning" not in sys.modules else ""
     print(message, end="", file=sys.stderr, flush=True)
     gc.disable()
     try:
@@ -51,26 +53,32 @@ def import_lightning() -> None:
 def disable_malloc_trimming() -> None:
     """Let glibc keep freed activations for the next step: new pages from the system cost up to a third of a step."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use, by its affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, by its affinity and the CPU quota of its cgroups (version 2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError):  # no Linux, or no such cgroup
+        group = CGROUPS / Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::/")[2].strip()
+        for file in (folder / "cpu.max" for folder in (group, *group.parents)):
+            quota, _, period = file.read_text(encoding="ascii").partition(" ") if file.is_file() else ("max", "", "")
+            cores = cores if quota == "max" else min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def resolve_threads(config: Any) -> None:
-    """Set PyTorch's threads to the config's `threads`; null is the number of cores of this process.
+    """Set PyTorch's threads to the config's `threads`; null is OMP_NUM_THREADS, or else the number of cores.
 
     The resolved number is written into the config, so that a resumed run uses it: sums over another number of threads
-    are rounded differently. OMP_NUM_THREADS, if set, takes the place of the number of cores.
+    are rounded differently.
     """
     import torch
 
     if config.threads is None:
-        config.threads = max(1, int(os.environ.get("OMP_NUM_THREADS") or count_cores()))
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        config.threads = int(given) if given.isdecimal() and int(given) else count_cores()
     torch.set_num_threads(config.threads)
 
 
@@ -146,10 +154,8 @@ def reject_subprocesses_in_multirun(trainer: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    strategy = trainer.strategy
-    if strategy.launcher is None or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return
-    if not strategy.cluster_environment.creates_processes_externally:
+    strategy, is_multirun = trainer.strategy, HydraConfig.get().mode == RunMode.MULTIRUN
+    if is_multirun and strategy.launcher and not strategy.cluster_environment.creates_processes_externally:
         raise UserError(
             f"trainer.devices={trainer.num_devices}: a job of a sweep or study trains on one device; leave out -m, or "
             "let Slurm start the processes (hydra/launcher=submitit_slurm)"
