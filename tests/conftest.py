@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -64,6 +65,9 @@ class Result(NamedTuple):
 def run_main(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
     """Run a main in this process as the shell would; return its exit code and what it printed."""
     from src import train
+    from src.core.errors import exit_on_signal
+
+    before = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGINT, signal.SIGTERM)}  # as -m does
 
     def run(*arguments: object, main: Callable[[], None] = train.main) -> Result:
         monkeypatch.setattr(sys, "argv", ["src/train.py", *map(str, arguments)])
@@ -76,6 +80,8 @@ def run_main(monkeypatch, capfd) -> Iterator[Callable[..., Result]]:
         return Result(code, *capfd.readouterr())
 
     yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
     for handler in [handler for handler in logging.getLogger().handlers if type(handler) is logging.FileHandler]:
         logging.getLogger().removeHandler(handler)  # the last run's log, whose folder may be gone
 

@@ -60,7 +60,7 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
         return f"data.batch_size={batch_size}: out of memory; halve it"
     if fix := next((fix for words, fix in FIXES.items() if words in text), None):
         return fix
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
         file = f"{error.filename}: " if error.filename is not None else ""
         fix = "; free some space, or set hydra.run.dir=… to a folder that can be written"
         return f"{file}{error.strerror}" + fix * (not isinstance(error, FileNotFoundError))
@@ -103,10 +103,11 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
         closest = find_closest(option, options)
         hint = f"did you mean {closest}? " if closest else ""
         return f"{group or '--config-name'}={option}: no such option; {hint}there are {', '.join(options)}"
-    if match := re.match(r"(In '(.*?)': )?Could not (delete|override) '(.*?)'", text):
-        line = describe_unknown_key(match[4], list_keys(get_composed_config(error)))
+    if match := re.match(r"(In '(.*?)': )?Could not (delete|override)[^']*'(.*?)'", text):
+        known = list_keys(get_composed_config(error)) if match[3] == "override" else []
+        line = describe_unknown_key(match[4], known)
         return f"conf/{match[2]}.yaml: {line}" if match[2] else line
-    if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)': ", text):
+    if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)' 1\.", text):
         key, values = match.groups()
         return f"{key}={values}: several values; add -m for one run per value, or type a list as {key}=[{values}]"
     if isinstance(error, OverrideParseException):

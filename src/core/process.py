@@ -4,32 +4,16 @@ import ctypes
 import gc
 import math
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from src.core.errors import UserError, exit_on_signal
+from src.core.errors import UserError
 
 CGROUPS = Path("/sys/fs/cgroup")
-
-
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Exit with 128 + the signal's number on SIGINT and SIGTERM, wherever no other handler is installed."""
-    if threading.current_thread() is not threading.main_thread():  # Python installs handlers there only
-        yield
-        return
-    previous = {number: signal.signal(number, exit_on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def is_first_process() -> bool:
