@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from src.backprop.network import Activations, Weights, hidden_errors, output_deltas
+from src.backprop.network import Activations, Weights, hidden_deltas, hidden_errors, output_deltas
 
 MILESTONES = 1, 10, 50, 100  # the losses that tables list, counted from 1
 
@@ -13,31 +13,33 @@ FORWARD = {
     **{"o1": "w5·a_h1 + w6·a_h2", "a_o1": "σ(o1)", "o2": "w7·a_h1 + w8·a_h2", "a_o2": "σ(o2)"},
     **{"E1": "½·(t1 − a_o1)²", "E2": "½·(t2 − a_o2)²", "E_total": "E1 + E2"},
 }
-# Between E and the weights; these values have no column in the workbook.
+# Between E and the weights; these values have no column in the workbook. δ is ∂E/∂ of a neuron's weighted sum.
 INTERMEDIATE = {
     "dE_do1": "(a_o1 − t1)·a_o1·(1 − a_o1)",
     "dE_do2": "(a_o2 − t2)·a_o2·(1 − a_o2)",
-    "dE_da_h1": "∂E/∂o1·w5 + ∂E/∂o2·w7",
-    "dE_da_h2": "∂E/∂o1·w6 + ∂E/∂o2·w8",
+    "dE_da_h1": "δ_o1·w5 + δ_o2·w7",
+    "dE_da_h2": "δ_o1·w6 + δ_o2·w8",
+    "dE_dh1": "∂E/∂a_h1·a_h1·(1 − a_h1)",
+    "dE_dh2": "∂E/∂a_h2·a_h2·(1 − a_h2)",
 }
+# The bug of the published spreadsheet.
+SPREADSHEET = INTERMEDIATE | {"dE_dh2": "∂E/∂a_h2·a_h1·(1 − a_h1)"}
 # w1 to w4 lead from i1 and i2 to h1 and h2, w5 to w8 from h1 and h2 to o1 and o2.
-EQUATIONS = {f"dE_dw{2 * h + i - 2}": f"∂E/∂a_h{h}·a_h{h}·(1 − a_h{h})·i{i}" for h in (1, 2) for i in (1, 2)}
-EQUATIONS |= {f"dE_dw{2 * o + h + 2}": f"∂E/∂o{o}·a_h{h}" for o in (1, 2) for h in (1, 2)}
-# The bug of the published spreadsheet changes the third and fourth gradient.
-SPREADSHEET = {name: text.replace("a_h2·(1 − a_h2)", "a_h1·(1 − a_h1)") for name, text in EQUATIONS.items()}
+EQUATIONS = {f"dE_dw{2 * h + i - 2}": f"δ_h{h}·i{i}" for h in (1, 2) for i in (1, 2)}
+EQUATIONS |= {f"dE_dw{2 * o + h + 2}": f"δ_o{o}·a_h{h}" for o in (1, 2) for h in (1, 2)}
 UPDATE = {f"w{n}": f"w{n} − η·∂E/∂w{n}" for n in range(1, 9)}
 
-NAME = re.compile(r"∂E/∂\w+|[a-zE]\w*|η")
+NAME = re.compile(r"∂E/∂\w+|δ_\w+|[a-zE]\w*|η")
 
 
 def format_name(column: str) -> str:
-    """Return ∂E/∂w1 for the column dE_dw1, and other names unchanged."""
-    return column.replace("dE_d", "∂E/∂")
+    """Return ∂E/∂w1 for the column dE_dw1, δ_h1 for dE_dh1, and other names unchanged."""
+    return re.sub(r"^dE_d(?=[ho]\d)", "δ_", column).replace("dE_d", "∂E/∂")
 
 
-def expand_formula(formula: str) -> str:
+def expand_formula(formula: str, intermediate: Mapping[str, str] = INTERMEDIATE) -> str:
     """Replace the intermediate values by their formulas, so that only columns of the workbook remain."""
-    for name, definition in reversed(INTERMEDIATE.items()):  # the later definitions contain the earlier names
+    for name, definition in reversed(intermediate.items()):  # the later definitions contain the earlier names
         formula = formula.replace(format_name(name), f"({definition})")
     return formula
 
@@ -47,7 +49,8 @@ def format_worked_step(row: dict[str, float], gradients: str) -> str:
     a = Activations(*(row[name] for name in Activations._fields))
     deltas = output_deltas(a, (row["t1"], row["t2"]))
     errors = hidden_errors(Weights(*(row[name] for name in Weights._fields)), *deltas)
-    values = row | dict(zip(INTERMEDIATE, (*deltas, *errors), strict=True))
+    has_bug = gradients == "spreadsheet"
+    values = row | dict(zip(INTERMEDIATE, (*deltas, *errors, *hidden_deltas(a, *errors, has_bug)), strict=True))
     numbers = {format_name(name): value for name, value in values.items()}
 
     def insert_number(name: re.Match[str]) -> str:
@@ -70,7 +73,7 @@ def format_worked_step(row: dict[str, float], gradients: str) -> str:
 
 **Backward** ({gradients})
 
-{make_table(INTERMEDIATE | (SPREADSHEET if gradients == "spreadsheet" else EQUATIONS), values)}
+{make_table((SPREADSHEET if has_bug else INTERMEDIATE) | EQUATIONS, values)}
 
 **Update**
 

@@ -72,29 +72,30 @@ def hidden_errors(w: Weights, dE_do1: Any, dE_do2: Any) -> tuple[Any, Any]:
     return dE_da_h1, dE_da_h2
 
 
-def equations(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
+def hidden_deltas(a: Activations, dE_da_h1: Any, dE_da_h2: Any, has_bug: bool = False) -> tuple[Any, Any]:
+    """Compute ∂E_total/∂h1 and ∂E_total/∂h2, the second of them with the bug of the published spreadsheet or without.
+
+    The bug: a_h1 (1 − a_h1) stands where a_h2 (1 − a_h2) belongs, so ∂E/∂w3 and ∂E/∂w4 are wrong.
+    """
+    # ∂E/∂h = ∂E/∂a_h · ∂a_h/∂h with σ'(h) = a_h (1 − a_h).
+    slope1, slope2 = a.a_h1 * (1 - a.a_h1), a.a_h2 * (1 - a.a_h2)
+    return dE_da_h1 * slope1, dE_da_h2 * (slope1 if has_bug else slope2)
+
+
+def equations(w: Weights, a: Activations, inputs: Tensor, targets: Tensor, has_bug: bool = False) -> Weights:
     """Compute the eight gradients by the chain rule."""
     i1, i2 = inputs
-    a_h1, a_h2 = a.a_h1, a.a_h2
     dE_do1, dE_do2 = output_deltas(a, targets)
-    dE_da_h1, dE_da_h2 = hidden_errors(w, dE_do1, dE_do2)
-    dE_dh1 = dE_da_h1 * (a_h1 * (1 - a_h1))  # ∂E/∂h = ∂E/∂a_h · σ'(h) with σ'(h) = a_h (1 − a_h)
-    dE_dh2 = dE_da_h2 * (a_h2 * (1 - a_h2))
+    dE_dh1, dE_dh2 = hidden_deltas(a, *hidden_errors(w, dE_do1, dE_do2), has_bug)
     # A weight enters one neuron: its gradient is that neuron's delta times the value that the weight multiplies.
     into_hidden = dE_dh1 * i1, dE_dh1 * i2, dE_dh2 * i1, dE_dh2 * i2
-    into_output = dE_do1 * a_h1, dE_do1 * a_h2, dE_do2 * a_h1, dE_do2 * a_h2
+    into_output = dE_do1 * a.a_h1, dE_do1 * a.a_h2, dE_do2 * a.a_h1, dE_do2 * a.a_h2
     return Weights(*into_hidden, *into_output)
 
 
 def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
-    """Compute the gradients with the bug of the published spreadsheet, and so reproduce its losses bitwise.
-
-    The bug: ∂E/∂w3 and ∂E/∂w4 multiply by a_h1 (1 − a_h1) instead of a_h2 (1 − a_h2).
-    """
-    i1, i2 = inputs
-    _, dE_da_h2 = hidden_errors(w, *output_deltas(a, targets))
-    wrong_dE_dh2 = dE_da_h2 * (a.a_h1 * (1 - a.a_h1))
-    return equations(w, a, inputs, targets)._replace(w3=wrong_dE_dh2 * i1, w4=wrong_dE_dh2 * i2)
+    """Compute the gradients with the bug of the published spreadsheet, and so reproduce its losses bitwise."""
+    return equations(w, a, inputs, targets, has_bug=True)
 
 
 def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -109,8 +109,8 @@ def _make_formula(name: str, row: int) -> str:
         return f"={_link_setting(name)}"
     if name in formulas.FORWARD:
         return "=" + _translate(formulas.FORWARD[name], row)
-    tables = formulas.EQUATIONS, formulas.SPREADSHEET
-    right, wrong = (_translate(formulas.expand_formula(table[name]), row) for table in tables)
+    formula, tables = formulas.EQUATIONS[name], (formulas.INTERMEDIATE, formulas.SPREADSHEET)
+    right, wrong = (_translate(formulas.expand_formula(formula, table), row) for table in tables)
     return f"={right}" if right == wrong else f"=IF({_link_setting('bug')}=1,{wrong},{right})"
 
 

@@ -179,7 +179,7 @@ def test_formulas_equal_the_network():
     backward = {name: formulas.expand_formula(formula) for name, formula in formulas.EQUATIONS.items()}
     for name, formula in (formulas.FORWARD | backward).items():
         assert evaluate(formula, row) == pytest.approx(row[name], rel=1e-14), name
-    with_bug = formulas.expand_formula(formulas.SPREADSHEET["dE_dw3"])
+    with_bug = formulas.expand_formula(formulas.EQUATIONS["dE_dw3"], formulas.SPREADSHEET)
     gradient = spreadsheet(START, forward(START, *SAMPLE), *SAMPLE).w3.item()
     assert evaluate(with_bug, row) == pytest.approx(gradient, rel=1e-14)
 
@@ -231,7 +231,7 @@ def test_run_writes_trace_scalars_and_worked_step(run, tmp_path, losses):
     (text,) = events.Tensors("first_step/text_summary")
     step = text.tensor_proto.string_val[0].decode()
     assert "| a_h1 | σ(h1) | σ(0.0275) | 0.5068745668 |" in step
-    assert "∂E/∂a_h2·a_h1·(1 − a_h1)·i1" in step  # the bug, which task.gradients=spreadsheet asks for
+    assert "| δ_h2 | ∂E/∂a_h2·a_h1·(1 − a_h1) |" in step  # the bug, which task.gradients=spreadsheet asks for
 
 
 def test_large_gradients_are_not_clipped(run, tmp_path):

@@ -68,14 +68,18 @@ def train(settings, lr, gradients):
     return module.rows
 
 
-# Everything that the page displays of one step: the exact values, the three columns, the texts of the drawing.
-READ = """() => ({
-    exact: Object.fromEntries([...document.querySelectorAll("[data-row]")].map(
-        row => [row.children[0].textContent, Number(row.querySelector("data").value)])),
-    columns: [...document.querySelectorAll("[data-row]")].map(row => [...row.children].slice(0, 3).map(
-        cell => cell.textContent).concat(row.querySelector("data").textContent)),
-    drawn: [...document.querySelectorAll("#drawing text")].map(text => text.textContent).join(", "),
-})"""
+# Everything that the page displays of one step: the exact values, the three columns, the texts of the drawing. The page
+# typesets a_h1 as a<sub>h1</sub>.
+READ = """() => {
+    const read = cell => new DOMParser().parseFromString(
+        cell.innerHTML.replace(/<var>([aE])<\\/var><sub>(?=[a-z])|<var>δ<\\/var><sub>/g, "$&_"), "text/html").body.textContent
+    const rows = [...document.querySelectorAll("[data-row]")]
+    return {
+        exact: Object.fromEntries(rows.map(row => [read(row.children[0]), Number(row.querySelector("data").value)])),
+        columns: rows.map(row => [...row.children].slice(0, 3).map(read).concat(row.querySelector("data").textContent)),
+        drawn: [...document.querySelectorAll("#drawing text")].map(text => text.textContent.replace("\\u200b", "")).join(", "),
+    }
+}"""
 # As one JSON string, which Playwright transfers faster than half a megabyte of values.
 READ_100 = f"""() => JSON.stringify(Array.from({{length: 100}}, () => {{
     const values = ({READ})()
@@ -104,10 +108,10 @@ def test_every_number_equals_the_trace(lesson, bug):
         page.goto(f"{PAGE.as_uri()}#{make_url_hash(settings, eta=lr, bug=bug)}")
         page.wait_for_function("lr => Number(document.getElementById('η').value) === lr", arg=lr)
         assert page.evaluate(FIELDS, list(settings)) == list(settings.values())
-        page.locator("[data-row='26']").click()  # from here on the drawing has the gradients too
+        page.locator("[data-row='28']").click()  # from here on the drawing has the gradients too
         steps = json.loads(page.evaluate(READ_100))
         for row, step, next_row in zip(rows, steps, [*rows[1:], None], strict=True):
-            on_page = {name.replace("∂E/∂", "dE_d"): value for name, value in step["exact"].items()}
+            on_page = {re.sub("∂E/∂|δ_", "dE_d", name): value for name, value in step["exact"].items()}
             expected = {name: row[name] for name in row if name in on_page}
             if next_row:
                 expected |= {f"w{n} next": next_row[f"w{n}"] for n in range(1, 9)}
@@ -237,11 +241,37 @@ def test_answer_accepts_notations_and_enough_digits(lesson):
         assert verdict(text).startswith("Your value: ") and text_part in verdict(text)
 
 
-def test_value_of_the_exercise_is_hidden_until_the_answer_is_right(lesson):
-    page = lesson("ask=dE_dw5&row=13")
-    assert "0.0128808" not in page.locator("main").inner_html()
+def test_link_opens_at_its_question_and_hides_what_would_give_it_away(lesson):
+    page = lesson("ask=dE_dw5", width=375)
+    box = page.locator("#turn").bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 700
+    assert find_highlighted(page) == {"w5"}  # not its factors
+    values = dict(zip(("δ_o1", "∂E/∂w5", "w5 next"), ("0.02541224097", "?", "?"), strict=True))
+    assert values.items() <= {row[0]: row[3] for row in page.evaluate(READ)["columns"]}.items()
+    assert not re.search(r"0\.01288|0\.393559|δ</var><sub>o1</sub>·<var>a</var><sub>h1", page.locator("main").inner_html())
+    page.click("#hint")
+    assert page.locator("#verdict").text_content() == "∂E/∂w5 = δ_o1·a_h1"
     check_answer(page, "0.01288")
     assert "0.01288081863" in page.locator("#sheet").inner_text()
+
+
+def test_play_trains_and_two_learning_rates_are_compared(lesson):
+    page = lesson("eta2=2")
+    page.check("#compare")
+    page.click("#play")
+    page.wait_for_function("document.getElementById('loss').textContent === 'loss 4'")
+    page.click("#play")
+    step = int(page.locator("#loss").text_content().removeprefix("loss "))
+    cells = page.locator("#compared tr >> nth=1").locator("td").all_text_contents()
+    losses = [train(WORKED, lr, "equations")[step - 1]["E_total"] for lr in (0.5, 2)]
+    assert cells == [f"{loss:.4g}" for loss in losses]
+    assert page.locator("polyline.second").count() == 2
+
+
+def test_drawing_and_formula_come_before_the_sliders_on_a_phone(lesson):
+    page = lesson("row=17", width=375)
+    tops = [page.locator(name).bounding_box()["y"] for name in ("#drawing", "#caption", "#start")]
+    assert tops == sorted(tops) and tops[1] < 700
 
 
 def test_wrong_input_prints_a_message_beside_the_field(lesson):
@@ -286,7 +316,8 @@ def test_url_restores_the_whole_page(lesson):
     values = page.evaluate(READ)
     reopened = lesson(page.url.partition("#")[2])
     assert reopened.evaluate(READ) == values
-    assert reopened.locator("#where").text_content() == "loss 11, row 2 of 31"
+    assert reopened.locator("#where").text_content() == "32 of 33"  # the row that is asked
+    assert reopened.locator("#loss").text_content() == "loss 11"
     assert reopened.is_checked("#bug") and reopened.input_value("[id='η']") == "70"
     reopened.click("#worked")
     reopened.wait_for_function("location.hash === '#' || location.hash === ''")
@@ -304,26 +335,26 @@ def test_keyboard_reaches_every_control(lesson):
     page = lesson()
     for _ in range(17):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#caption").text_content().split("\n")[1] == "∂E/∂a_h1 = ∂E/∂o1·w5 + ∂E/∂o2·w7"
+    assert "∂E/∂ah1 = δo1·w5 + δo2·w7" in page.locator("#caption").inner_text().replace("\n", " = ", 1)
     assert find_highlighted(page) == {"w5", "w7", "h1", "o1", "o2"}
-    assert {"+ 0.0102", "+ 0.0152"} <= set(page.locator(".note").all_text_contents())  # the two addends
+    assert {"+ 0.0102", "+ 0.0152"} <= set(page.locator(".edge .term").all_text_contents())  # the two addends
     page.keyboard.press("ArrowLeft")
-    assert page.locator("#where").text_content() == "loss 1, row 17 of 31"
-    for _ in range(15):
+    assert page.locator("#where").text_content() == "17 of 33"
+    for _ in range(17):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#where").text_content() == "loss 2, row 1 of 31"
+    assert [page.locator(name).text_content() for name in ("#loss", "#where")] == ["loss 2", "1 of 33"]
 
     focused = [""]
-    while focused[-1] != "reveal" and len(focused) < 100:  # the last on the page
+    while focused[-1] != "finite difference of ∂E/∂w4" and len(focused) < 100:  # the last on the page
         page.keyboard.press("Tab")
         active = "e => e.id || e.dataset.part || e.ariaLabel || e.textContent"
         focused.append(page.evaluate(f"({active})(document.activeElement)"))
         if focused[-1] == "w1" and "w1" not in focused[:-1]:  # the weight; the field comes later
-            assert find_highlighted(page) == {"w1", "i1", "h1", "w5", "w7", "o1", "o2"}
-            assert "two ways" in page.locator("#caption").text_content()
+            assert find_highlighted(page) == {"w1", "i1", "h1", "w5", "w7", "o1", "o2", *ERROR}
+            assert "Two ways" in page.locator("#why").text_content()
         elif focused[-1] == "run10":
             page.keyboard.press("Enter")
-            assert page.locator("#where").text_content() == "loss 12, row 1 of 31"
+            assert page.locator("#loss").text_content() == "loss 12"
         elif focused[-1] == "bug":
             page.keyboard.press("Space")
             assert page.is_checked("#bug")
@@ -335,11 +366,14 @@ def test_keyboard_reaches_every_control(lesson):
             assert "apart by" in page.locator("#sheet").inner_text()
     expected = {*NAMES, *(f"{name}-slider" for name in NAMES), "run1", "run10", "run100", "η", "η-slider"}
     assert all(focused.count(f"w{n}") >= 2 for n in range(1, 9))
-    expected |= {"back", "next", "first", "worked", "bug", "h", "ask", "answer", "reveal", "Check"}
+    expected |= {"back", "next", "first", "worked", "bug", "h", "ask", "answer", "reveal", "Check", "play", "compare", "bias", "hint"}
     assert expected <= set(focused), expected - set(focused)
     nameless = """[...document.querySelectorAll("input, select, button, [tabindex]")].filter(
         e => !(e.labels?.length || e.ariaLabel || e.textContent.trim())).length"""
     assert page.evaluate(nameless) == 0
+
+
+ERROR = {"E1", "E2", "E_total"}
 
 
 def find_highlighted(page):
@@ -349,9 +383,10 @@ def find_highlighted(page):
 def test_hover_highlights_the_path_of_a_weight(lesson):
     page = lesson()
     page.hover("[data-weight='5'] text >> nth=0")
-    assert find_highlighted(page) == {"w5", "h1", "o1"}
+    assert find_highlighted(page) == {"w5", "h1", "o1", "E1", "E_total"}
+    assert page.locator(".edge.back").count() == 2  # their arrows point backward
     path = page.locator("#caption").text_content()
-    assert "∂E/∂a_o1·∂a_o1/∂o1·∂o1/∂w5" in path and "0.01288081863" in path
+    assert "∂E/∂ao1·∂ao1/∂o1·∂o1/∂w5" in path and "0.01288081863" in path
     page.hover("[data-row='18']")
     assert find_highlighted(page) == {"w6", "w8", "h2", "o1", "o2"}
     page.hover("h1")
@@ -377,9 +412,9 @@ def test_losses_past_two_stay_on_the_charts(lesson):
     page = lesson("eta=1500")
     page.click("#run100")
     inside = """[...document.querySelectorAll("#charts svg")].every(svg => [...svg.children].every(e => {
-        const box = e.getBBox(); return box.y > -20 && box.y + box.height < 250 }))"""
+        const box = e.getBBox(); return box.y > -20 && box.y + box.height < 290 }))"""
     assert page.evaluate(inside)
-    assert page.locator("#charts .live").count() == 2 and page.locator("#charts polyline").count() == 14
+    assert page.locator("polyline.live").count() == 2 and page.locator("#charts polyline").count() == 14
 
 
 # Compute WCAG's contrast of every text with its background, and of highlighted lines with the page.
@@ -394,7 +429,7 @@ CONTRAST = """() => {
     }
     const ratio = (a, b) => (Math.max(light(a), light(b)) + .05) / (Math.min(light(a), light(b)) + .05)
     const under = e => {
-        const fill = e.closest(".node")?.querySelector("circle")
+        const fill = e.closest(".node")?.querySelector(".box")
         if (fill) return getComputedStyle(fill).fill
         for (; e; e = e.parentElement) {
             const colour = getComputedStyle(e).backgroundColor
@@ -405,9 +440,9 @@ CONTRAST = """() => {
         (e.matches("input") || [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())))
     const ofText = texts.map(e => [ratio(e instanceof SVGElement ? getComputedStyle(e).fill : getComputedStyle(e).color,
         under(e)), e.textContent.slice(0, 40)])
-    const lines = [...document.querySelectorAll(".live, .edge line:not(.reach), button")].map(e =>
+    const lines = [...document.querySelectorAll("polyline.live, .arrow, button:not([title])")].map(e =>
         [ratio(e.matches("button") ? getComputedStyle(e).borderTopColor : getComputedStyle(e).stroke,
-         getComputedStyle(document.body).backgroundColor), "line"])
+         getComputedStyle(document.querySelector(".card")).backgroundColor), "line"])
     return [ofText.sort((a, b) => a[0] - b[0])[0], lines.sort((a, b) => a[0] - b[0])[0], ofText.length]
 }"""
 
