@@ -20,13 +20,15 @@ if sys.argv[0] == "-m":  # until Python has found the program that is to run, wh
 
 
 def load(path: Any = None, **options: Any) -> Any:
-    """Load the Predictor (see src.training.predictor) of a run folder, a checkpoint or a .pt file.
+    """Load a run folder, a checkpoint or a .pt file; by default the shipped weights. See src.training.predictor.load.
 
-    By default that of the shipped weights. `predictor.predict_file(image)` answers for a file or its bytes, and
-    `predictor(batch)` maps [N, C, H, W] pixels from 0 to 255 to log-probabilities.
+    A classifier of images is returned as a Predictor: `predictor.predict_file(image)` answers for a file or its bytes,
+    and `predictor(batch)` maps [N, C, H, W] pixels from 0 to 255 to log-probabilities. Any other task is returned as
+    its LightningModule.
     """
     from src.core.process import import_lightning  # most programs should not wait for PyTorch
-    from src.training.predictor import load_predictor
 
     import_lightning()
-    return load_predictor(path, **options)
+    from src.training import predictor
+
+    return predictor.load(path, **options)

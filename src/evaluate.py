@@ -1,4 +1,4 @@
-"""Score a trained network on the test images, or fit its OOD detector: python -m src.evaluate [WEIGHTS]."""
+"""Test any run again, or fit the OOD detector of a classifier of images: python -m src.evaluate [WEIGHTS]."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from src import load
 from src.cli.argparse_main import Parser, argparse_main
+from src.core.errors import format_metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,26 +84,59 @@ def score(predictor: Any, data: Any, folder: Path) -> None:
     if mistakes := plot_mistakes(images, labels, probabilities, classes):
         save_figure(mistakes, folder / "mistakes.png")
     scores = compute_scores(log_probabilities, labels)
-    source = {"weights": str(predictor.file), "data": data.spec.name}
-    (folder / "scores.json").write_text(json.dumps({**source, **scores}, indent=1) + "\n")
-    print(f"{os.path.relpath(predictor.file)} on {data.spec.name}")
-    print(format_scores(scores, predictor.spec.label_name, classes), f"folder {folder}", sep="\n")
+    for name, metric in predictor.metrics.items():
+        scores[name] = metric(probabilities, labels).tolist()
+    write_scores(folder, predictor.file, data.spec.name, scores)
+    print(format_scores(scores, predictor.spec.label_name, classes))
+    print(*(f"{name} {scores[name]}" for name in predictor.metrics), f"folder {folder}", sep="\n")
+
+
+def write_scores(folder: Path, weights: Path, data: str, scores: dict[str, Any]) -> None:
+    """Write scores.json, and print what was scored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"weights": str(weights), "data": data, **scores}
+    (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{os.path.relpath(weights)} on {data}")
+
+
+def test(module: Any, weights: Path, root: Path | None, folder: Path) -> None:
+    """Run the test of any LightningModule on the data of its training; print the metrics and write them to `folder`."""
+    import lightning as L
+
+    from src.training.console import silence_routine_output
+    from src.training.instantiate import instantiate_node
+
+    silence_routine_output()
+    L.seed_everything(0, verbose=False)  # a test may draw random numbers
+    data = instantiate_node("data", module.hparams.config["data"] | ({"root": str(root)} if root else {}))
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(devices=1, enable_progress_bar=False, **options)
+    trainer.test(module, data, verbose=False)
+    scores = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+    write_scores(folder, weights, type(data).__name__, scores)
+    print(*(f"{name}  {format_metric(name, value, digits=4)}" for name, value in scores.items()), sep="\n")
+    print(f"folder {folder}")
 
 
 @argparse_main
 def main() -> None:
-    """Score a trained network on the test images."""
+    """Test a trained network: score the test images, or run the test of any other task."""
     parser = Parser(prog="python -m src.evaluate", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run folder, not the last")
     parser.add_argument("--data", help="a config of conf/data; default: that of the training")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and plots")
     parser.add_argument("--fit-ood", action="store_true", help='fit what makes predict and draw say "not sure"')
     arguments = parser.parse_args()
 
-    predictor = load(arguments.weights, use_ood=not arguments.fit_ood)
-    from src.training.predictor import load_test_data
+    predictor = load(arguments.weights, best=arguments.best, use_ood=not arguments.fit_ood)
+    from src.training.predictor import Predictor, load_predictor, load_test_data
 
+    if not isinstance(predictor, Predictor):
+        if arguments.fit_ood or arguments.data:
+            load_predictor(arguments.weights)
+        return test(predictor, arguments.weights, arguments.root, arguments.output)
     data = load_test_data(predictor, arguments.data, arguments.root)
     if arguments.fit_ood:
         fit_ood(predictor, data)

@@ -30,7 +30,13 @@ from src.data.datasets import LabeledImages
 from src.data.image_spec import MNIST_MEAN, MNIST_STD
 from src.models.cnn import CNN
 from src.training.console import silence_routine_output
-from src.training.instantiate import infer_network_arguments, instantiate_all, instantiate_node, instantiate_task
+from src.training.instantiate import (
+    build_network,
+    instantiate_all,
+    instantiate_node,
+    instantiate_partial,
+    instantiate_task,
+)
 from src.training.run_record import get_device_name
 
 WARMUP = 10  # untimed batches at the start of each turn, which the turn before slows down
@@ -60,8 +66,8 @@ def train_steps(
 
 def start_bare_loop(cfg: DictConfig, data: ImageDataModule) -> Iterator[None]:
     """Start run a. Its batches are made like those of b, which must be training meanwhile."""
-    net = instantiate_node("model", cfg.model, **infer_network_arguments(cfg.model, data.spec)).to(data.device)
-    optimizer = instantiate_node("optimizer", cfg.optimizer)(net.parameters())
+    net = build_network("model", cfg.model, data.spec).to(data.device)
+    optimizer = instantiate_partial("optimizer", cfg.optimizer, "groups")[0](net.parameters())
     clip, autocast = cfg.trainer.gradient_clip_val, data.trainer.precision_plugin.train_step_context  # type: ignore[union-attr]
     return train_steps(net, optimizer, lambda: map(data.make_batch, data.train_dataloader()), clip, autocast)
 

@@ -26,7 +26,6 @@ from src.core.config import (
     describe_unknown_key,
     find_closest,
     list_keys,
-    load_allowed_packages,
     resolve_and_validate,
 )
 from src.core.error_messages import describe_error, exit_on_error
@@ -79,7 +78,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
         try:
             with lock, status:
                 saved = run_folder.load_resumed_config(config) if is_resumed else config
-                config = resolve_and_validate(saved, load_allowed_packages() if is_resumed else None)
+                config = resolve_and_validate(saved)
                 metric, mode = str(config.get("optimized_metric")), config.get("optimized_mode")
                 is_inferred = mode != saved.get("optimized_mode") and not metric.endswith(("acc", "None"))
                 if is_inferred and not is_multirun and is_first_process():

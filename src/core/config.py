@@ -19,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from src.core import value_types
 from src.core.errors import UserError
-from src.core.value_types import LIBRARY_ARGUMENTS, ROOT_KEYS, to_constraint
+from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, ROOT_KEYS, to_constraint
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -32,6 +32,7 @@ ALLOWED_TARGETS = re.compile(
     r"|optuna\.(samplers|pruners)\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
     r"|torchvision\.models\.[A-Za-z]\w*"
+    r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
 )
 # Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
 LOWER_IS_BETTER = re.compile(
@@ -40,16 +41,14 @@ LOWER_IS_BETTER = re.compile(
     re.IGNORECASE,
 )
 NEGATED = re.compile(r"(?<![a-z])neg(ative)?_(?!rate)", re.IGNORECASE)
-# A function of this project may be a _target_ if its return annotation is one of these.
-ALLOWED_RETURN_TYPES = {
-    *("Module", "Sequential", "LightningModule", "LightningDataModule", "ProgressBar", "Callback", "Logger"),
-}
+# A function of this project may be a _target_ if it returns an object of a class, by its annotation.
+BUILDER_RETURN = re.compile(r"([\w.]+\.)?(?!None|Any|Path|Result)[A-Z]\w*")
 
 
-def resolve_and_validate(config: DictConfig, allowed_packages: Sequence[str] | None = None) -> DictConfig:
+def resolve_and_validate(config: DictConfig) -> DictConfig:
     """Resolve interpolations, then validate the config. Raises UserError."""
     config = resolve_config(config)
-    validate_config(config, allowed_packages)
+    validate_config(config)
     return config
 
 
@@ -81,22 +80,23 @@ def infer_mode(metric: str | None) -> str:
     return "min" if bool(LOWER_IS_BETTER.search(name)) != bool(NEGATED.search(name)) else "max"
 
 
-def validate_config(config: DictConfig, allowed_packages: Sequence[str] | None = None) -> None:
+def validate_config(config: DictConfig) -> None:
     """Raise UserError for a class that a resolved config may not name, or a value that an argument does not take.
 
-    `allowed_packages` are other packages whose classes may be named; by default those that the config itself lists.
+    Only conf/train.yaml allows further packages, because evaluate, predict and resume read other configs as well.
     """
     plain: Any = OmegaConf.to_container(config)
-    packages = plain.get("allowed_packages", []) if allowed_packages is None else allowed_packages
+    packages = OmegaConf.load(CONF / "train.yaml").allowed_packages
     nodes = [(key, node) for key, node in [("", plain), *iterate_items(plain)] if isinstance(node, dict)]
     for prefix, node in nodes:
         target = node.get("_target_")
         if "_target_" in node and not _is_allowed(target, packages):
             raise UserError(
-                f"_target_={target}: neither a class of this project nor one that configs may name of its libraries; "
-                "add your own package to allowed_packages in conf/train.yaml"
+                f"_target_={target}: neither a class of this project, or a function that is annotated to return an "
+                "object, nor one that configs may name of its libraries; add its package to allowed_packages in "
+                "conf/train.yaml"
             )
-        annotations = get_annotations(target) if target else {} if prefix else ROOT_KEYS
+        annotations = get_annotations(target) | NODE_KEYS.get(prefix, {}) if target else {} if prefix else ROOT_KEYS
         for name, value in node.items():
             key = f"{prefix}.{name}".removeprefix(".")
             if target and not {name, "**"} & annotations.keys() and not str(name).startswith("_"):
@@ -147,11 +147,6 @@ def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
     return best if best is not None and similarity(best) >= cutoff else None
 
 
-def load_allowed_packages() -> list[str]:
-    """Return the packages that conf/train.yaml allows, whatever the config of a run folder says."""
-    return list(OmegaConf.load(CONF / "train.yaml").allowed_packages)
-
-
 def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
     if not isinstance(target, str) or ALLOWED_TARGETS.fullmatch(target):
         return isinstance(target, str)
@@ -166,7 +161,7 @@ def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
         return str(getattr(attribute, "__module__", "")).partition(".")[0] == package
     definition = _parse_definitions(module).get(name)
     if isinstance(definition, ast.FunctionDef):
-        return ast.unparse(definition.returns or ast.Name("")).rpartition(".")[2] in ALLOWED_RETURN_TYPES
+        return bool(BUILDER_RETURN.fullmatch(ast.unparse(definition.returns or ast.Name(""))))
     return definition is not None
 
 

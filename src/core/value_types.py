@@ -47,6 +47,11 @@ ROOT_KEYS: dict[str, Any] = {
     "storage": NonEmptyStr | None,
     "heartbeat": PositiveInt,
 }
+# Keys of config nodes that are not arguments of their _target_ but read by src.training.instantiate.
+NODE_KEYS: dict[str, dict[str, Any]] = {
+    "optimizer": {"groups": None},
+    "scheduler": {"interval": Literal["step", "epoch"] | None, "monitor": NonEmptyStr | None},
+}
 _UNLIMITED = PositiveInt | Literal[-1]
 _BATCHES = NonNegativeInt | UnitInterval | None
 # Arguments of other packages' classes whose own error messages are missing or come late.
@@ -59,8 +64,6 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "betas": Sequence[Probability],
     },
     "torch.optim.lr_scheduler.*": {
-        "interval": Literal["step", "epoch"] | None,
-        "monitor": NonEmptyStr | None,
         "pct_start": UnitInterval,
         "div_factor": PositiveFloat,
         "final_div_factor": PositiveFloat,

@@ -1,6 +1,6 @@
 """The LightningModule that trains and scores any image classifier."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partialmethod
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, nll_loss
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from src.core.errors import UserError
 from src.core.value_types import PositiveFloat, Probability, UnitInterval
@@ -66,8 +66,10 @@ class Classifier(L.LightningModule):
     """Train `net`, which maps images to logits or log-probabilities; log loss and accuracy, a fraction, once per epoch.
 
     Loss = (1 − w) · label-smoothed NLL + w · T² · KL(teacher ‖ student), with w = `distill_weight`, T = `temperature`
-    (https://arxiv.org/abs/1503.02531); w = 0 for batches without soft labels. Metrics use the NLL of the labels alone.
-    `optimizer` and `scheduler` are partial; see src.optim.configure.
+    (https://arxiv.org/abs/1503.02531); w = 0 for batches without soft labels. The loss that is logged is the NLL of the
+    labels alone. `loss`, of log-probabilities and labels, replaces the NLL. `metrics` of probabilities and labels are
+    logged with the validation and the test, one value per class if they return several. `optimizer` and `scheduler` are
+    partial; see src.optim.configure.
     """
 
     def __init__(
@@ -78,37 +80,50 @@ class Classifier(L.LightningModule):
         label_smoothing: Probability = 0.0,
         temperature: PositiveFloat = 4.0,
         distill_weight: UnitInterval = 0.9,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.optimizer, self.scheduler = net, optimizer, scheduler
         self.label_smoothing, self.temperature, self.distill_weight = label_smoothing, temperature, distill_weight
-        self.classes: int | None = None
+        self.loss: Callable[[Tensor, Tensor], Tensor] = loss or nll_loss
+        self.classes: Sequence[str] = ()
         self.has_logits: bool | None = None  # unknown until the first outputs
         self.train_metric, self.val_metric, self.test_metric = LossAndAccuracy(), LossAndAccuracy(), LossAndAccuracy()
+        extra = MetricCollection(dict(metrics or {}), compute_groups=False)
+        self.extra_metrics: Any = nn.ModuleDict({stage: extra.clone() for stage in ("val", "test")})
 
     def setup(self, stage: str) -> None:
         move_to_device(self.net, self.trainer.strategy.root_device)
         spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
         if spec:
-            self.classes, self.example_input_array = len(spec.classes), torch.zeros(1, *spec.shape)
+            self.classes, self.example_input_array = spec.classes, torch.zeros(1, *spec.shape)
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.net(images)
         if self.has_logits is None:
-            self.has_logits = not are_log_probabilities(outputs, self.classes)
+            self.has_logits = not are_log_probabilities(outputs, len(self.classes))
         return outputs.log_softmax(dim=1) if self.has_logits else outputs
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def compute_loss(self, batch: Any, metric: LossAndAccuracy) -> Tensor:
-        """Return the loss of (images, labels) or (images, labels, teacher log-probabilities); update the metric."""
-        images, labels, *teacher_log_probs = batch
+    def score_batch(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
+        """Update the metrics of the stage; return the loss of the labels alone and [N, classes] log-probabilities."""
+        images, labels = batch[0], batch[1]
         if labels.is_floating_point():
             raise UserError("task: Classifier learns classes, and the data has none; set another data= or task=")
         log_probabilities = self(images)
-        loss = nll_loss(log_probabilities, labels)
-        metric.update(loss, log_probabilities, labels)
+        loss = self.loss(log_probabilities, labels)
+        getattr(self, f"{stage}_metric").update(loss, log_probabilities, labels)
+        if stage in self.extra_metrics:
+            self.extra_metrics[stage].update(log_probabilities.exp(), labels)
+        return loss, log_probabilities
+
+    def compute_loss(self, batch: Any) -> Tensor:
+        """Return the training loss of (images, labels) or (images, labels, teacher log-probabilities)."""
+        loss, log_probabilities = self.score_batch(batch, "train")
+        _, _, *teacher_log_probs = batch
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
         for teacher in teacher_log_probs:
@@ -118,17 +133,17 @@ class Classifier(L.LightningModule):
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.compute_loss(batch, self.train_metric)
+        loss = self.compute_loss(batch)
         # Lightning's log() takes the same time whether or not the step is written, so it is called only then.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss_step", loss.detach())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.compute_loss(batch, self.val_metric)
+        self.score_batch(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.compute_loss(batch, self.test_metric)
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.score_batch(batch, "test")[1]
 
     def on_validation_start(self) -> None:
         if self.trainer.world_size > 1:  # type: ignore[attr-defined]  # score and save the first process's batch norm
@@ -136,9 +151,15 @@ class Classifier(L.LightningModule):
                 torch.distributed.broadcast(buffer, 0)
 
     def _log_epoch(self, stage: str) -> None:
-        metric = getattr(self, f"{stage}_metric")
-        self.log_dict({f"{stage}/{name}": x for name, x in metric.compute().items()}, prog_bar=stage != "test")
-        metric.reset()
+        extra = [self.extra_metrics[stage]] if stage in self.extra_metrics else []
+        for metric in getattr(self, f"{stage}_metric"), *extra:
+            for name, value in metric.compute().items():
+                if value.ndim > 1:
+                    raise UserError(f"task.metrics.{name}: returns {list(value.shape)}; it must be one value per class")
+                labels = [f"/{label}" for label in self.classes or range(len(value))] if value.ndim else [""]
+                scores = {f"{stage}/{name}{label}": x for label, x in zip(labels, value.view(-1), strict=True)}
+                self.log_dict(scores, prog_bar=stage != "test" and not value.ndim)
+            metric.reset()
 
     on_test_start = on_validation_start
     on_train_epoch_end = partialmethod(_log_epoch, "train")

@@ -1,7 +1,9 @@
 """Build the optimizer and the scheduler of any LightningModule."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -9,7 +11,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from src.core.config import find_closest
 from src.core.errors import UserError
+
+
+class GroupedOptimizer(NamedTuple):
+    """A partial optimizer with parameter groups by name: `pattern`, a regular expression, and settings such as `lr`."""
+
+    factory: Callable[..., Optimizer]
+    groups: Mapping[str, Mapping[str, Any]]
 
 
 class Scheduler(NamedTuple):
@@ -22,27 +32,53 @@ class Scheduler(NamedTuple):
 
 def configure_optimizers(
     module: L.LightningModule,
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | GroupedOptimizer,
     scheduler: Callable[..., LRScheduler] | Scheduler | None,
 ) -> dict[str, Any]:
     """Return the result of LightningModule.configure_optimizers for a partial optimizer and scheduler.
 
     A scheduler that takes `total_steps` gets the number of training steps. Raises UserError for invalid settings.
     """
+    factory, groups = optimizer if isinstance(optimizer, GroupedOptimizer) else (optimizer, {})
     try:
-        built = optimizer(module.parameters())
+        parameters: Any = _group_parameters(module, groups) if groups else module.parameters()
+        built = factory(parameters)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"optimizer: {error}") from error
+    for name, settings in groups.items():
+        if unknown := next((key for key in settings if key not in ("pattern", *built.defaults)), None):
+            hint = find_closest(unknown, list(built.defaults)) or ", ".join(built.defaults)
+            raise UserError(f"optimizer.groups.{name}.{unknown}: no such setting; did you mean {hint}?")
     if scheduler is None:
         return {"optimizer": built}
     partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
     takes_steps = "total_steps" in signature(partial).parameters
     steps = int(module.trainer.estimated_stepping_batches) if takes_steps else None
+    arguments: dict[str, Any] = {"total_steps": steps} if takes_steps else {}
+    peak = getattr(partial, "keywords", {}).get("max_lr")
+    if groups and isinstance(peak, float | int):  # one number would give all groups the same peak
+        arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
     try:
-        schedule = partial(built, total_steps=steps) if takes_steps else partial(built)
+        schedule = partial(built, **arguments)
     except ZeroDivisionError as error:  # OneCycleLR, if its first phase has no step
         raise UserError(f"{steps} steps are too few for the scheduler; set scheduler=none") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
     settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, **{k: x for k, x in settings.items() if x}}}
+
+
+def _group_parameters(module: nn.Module, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return torch's parameter groups: a parameter belongs to the first whose pattern is found in its name."""
+    rest, result = dict(module.named_parameters()), []
+    for name, settings in groups.items():
+        try:
+            matched = [key for key in rest if re.search(settings["pattern"], key)]
+        except (TypeError, KeyError, re.error) as error:
+            raise UserError(f"optimizer.groups.{name}: needs pattern, a regular expression ({error!r})") from error
+        if not matched:
+            names = shorten(", ".join(rest), 200)
+            raise UserError(f"optimizer.groups.{name}.pattern={settings['pattern']}: matches none of {names}")
+        options = {key: value for key, value in settings.items() if key != "pattern"}
+        result.append({"params": [rest.pop(key) for key in matched], "name": name, **options})
+    return [*result, *([{"params": [*rest.values()], "name": "rest"}] if rest else [])]

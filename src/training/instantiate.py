@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from src.core.config import find_closest
 from src.core.error_messages import describe_error
 from src.core.errors import UserError
-from src.optim.configure import Scheduler
+from src.models.classifier import Classifier
+from src.optim.configure import GroupedOptimizer, Scheduler
 
 
 def instantiate_node(key: str, node: Any, **arguments: Any) -> Any:
@@ -57,44 +59,70 @@ def instantiate_all(key: str, node: Any) -> list[Any]:
 
 
 def instantiate_task(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
-    """Instantiate the LightningModule and, unless given, the LightningDataModule.
-
-    The module gets the network, the optimizer and the scheduler if its constructor takes them, the network the shape
-    and the number of classes of the images.
-    """
+    """Instantiate the LightningModule and, unless given, the LightningDataModule."""
     data = data or instantiate_node("data", cfg.data)
     spec = None
     if hasattr(type(data), "spec"):  # asked of the object, the property would read data that is not yet prepared
         data.prepare_data()
         spec = data.spec
-    net = instantiate_node("model", cfg.model, **infer_network_arguments(cfg.model, spec))
-    if net is not None and spec is not None:
-        _check_image_shape(net, spec.shape)
-    optimizer, scheduler = instantiate_node("optimizer", cfg.optimizer), _instantiate_scheduler(cfg.scheduler)
-    parts = {"net": net, "optimizer": optimizer, "scheduler": scheduler}
-    accepts = _list_accepted_arguments(cfg.task)
-    return instantiate_node("task", cfg.task, **{name: part for name, part in parts.items() if accepts(name)}), data
+    task = build_task(cfg, spec)
+    if isinstance(task, Classifier) and spec is not None:
+        _check_image_shape(task.net, spec.shape)
+    return task, data
 
 
-def infer_network_arguments(node: Any, spec: Any) -> dict[str, Any]:
-    """Return the image shape and the number of classes under the names that a network's constructor has for them."""
-    if not node or spec is None:
-        return {}
-    accepts = _list_accepted_arguments(node)
-    values = {"inputs": spec.shape, "classes": len(spec.classes), "num_classes": len(spec.classes)}
-    return {name: value for name, value in values.items() if accepts(name) and name not in node}
+def build_task(cfg: DictConfig, spec: Any) -> Any:
+    """Instantiate the LightningModule of the config, for images that `spec` describes, if any.
+
+    It gets the network, the optimizer and the scheduler if its constructor takes them. Its own `net` replaces `model`.
+    Lists in `task.loss`, such as weights of the classes, become tensors.
+    """
+    node, accepts = cfg.task, _list_accepted_arguments(cfg.task)
+    parts: dict[str, Any] = {}
+    if accepts("net"):
+        key = "task.net" if node.get("net") else "model"
+        parts["net"] = build_network(key, OmegaConf.select(cfg, key), spec)
+    if accepts("optimizer") and not node.get("optimizer"):
+        factory, (groups,) = instantiate_partial("optimizer", cfg.get("optimizer"), "groups")
+        parts["optimizer"] = GroupedOptimizer(factory, groups) if groups else factory
+    if accepts("scheduler") and not node.get("scheduler"):
+        factory, settings = instantiate_partial("scheduler", cfg.get("scheduler"), "interval", "monitor")
+        parts["scheduler"] = factory and Scheduler(factory, *settings)
+    if node.get("loss"):
+        tensors = {name: torch.tensor(x, dtype=torch.float) for name, x in node.loss.items() if OmegaConf.is_list(x)}
+        parts["loss"] = instantiate_node("task.loss", node.loss, **tensors)
+    if node.get("metrics"):
+        metrics = {name: metric for name, metric in node.metrics.items() if metric}
+        parts["metrics"] = {name: build_network(f"task.metrics.{name}", x, spec) for name, x in metrics.items()}
+    task = instantiate_node("task", node, **parts)
+    if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
+        config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
+        task.save_hyperparameters({"config": OmegaConf.to_container(config, resolve=True)}, logger=False)
+    return task
+
+
+def build_network(key: str, node: Any, spec: Any) -> Any:
+    """Instantiate a network or a metric with the image shape and the number of classes, if its constructor has them."""
+    inferred: dict[str, Any] = {}
+    if node and spec is not None:
+        accepts, count = _list_accepted_arguments(node), len(spec.classes)
+        values = {"inputs": spec.shape, "in_chans": spec.shape[0], "classes": count, "num_classes": count}
+        inferred = {name: value for name, value in values.items() if accepts(name) and name not in node}
+    return instantiate_node(key, node, **inferred)
 
 
 def _list_accepted_arguments(node: Any) -> Callable[[str], bool]:
     target = get_object(node["_target_"])
     parameters = signature(target).parameters
     has_kwargs = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())
-    # torchvision's builders pass num_classes on to a constructor.
-    is_torchvision = has_kwargs and target.__module__.startswith("torchvision.models")
-    return lambda name: name in parameters or (name == "num_classes" and is_torchvision)
+    # The builders of torchvision and timm pass these on to a constructor.
+    passed_on = {"torchvision": ("num_classes",), "timm": ("num_classes", "in_chans")}
+    hidden = passed_on.get(target.__module__.partition(".")[0], ()) if has_kwargs else ()
+    return lambda name: name in parameters or name in hidden
 
 
 def _check_image_shape(net: Any, shape: tuple[int, ...]) -> None:
+    is_training = {layer: layer.training for layer in net.modules()}  # layers that the constructor froze stay frozen
     try:
         with torch.no_grad():
             net.eval()(torch.zeros(1, *shape))
@@ -104,12 +132,15 @@ def _check_image_shape(net: Any, shape: tuple[int, ...]) -> None:
             f"model: {type(net).__name__} takes no images of shape {shape} ({reason}); set another model= or data=, or "
             "an experiment= that sets both"
         ) from error
-    net.train()
+    for layer, mode in is_training.items():
+        layer.training = mode
 
 
-def _instantiate_scheduler(node: Any) -> Scheduler | None:
+def instantiate_partial(key: str, node: Any, *settings: str) -> tuple[Any, list[Any]]:
+    """Return the partial object of a node, None if it names none, and its settings, which are not its arguments."""
     if not node or "_target_" not in node:
-        return None
-    settings = {key: node.get(key) for key in ("interval", "monitor")}
-    factory = instantiate_node("scheduler", {key: value for key, value in node.items() if key not in settings})
-    return Scheduler(factory, **settings)
+        return None, [None] * len(settings)
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    values = [plain.pop(name, None) for name in settings]
+    return instantiate_node(key, plain, _partial_=True), values

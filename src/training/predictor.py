@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from src.core.config import CONF, PACKAGE, ROOT, load_allowed_packages, resolve_config, validate_config
+from src.core.config import CONF, PACKAGE, ROOT, resolve_config, validate_config
 from src.core.errors import UserError, escape_control_characters
 from src.core.run_folder import CONFIG_FILE, read_plain_config
 from src.data.image_spec import ImageSpec
 from src.data.preprocess import preprocess_digit, resize_image
-from src.models.classifier import are_log_probabilities
+from src.models.classifier import Classifier, are_log_probabilities
 from src.models.ood import OODDetector, compute_fingerprint
 from src.training.checkpoints import is_finite, load_weights_only
-from src.training.instantiate import infer_network_arguments, instantiate_node
+from src.training.instantiate import build_network, build_task, instantiate_node
 
 SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 
@@ -27,12 +27,13 @@ SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 class Predictor(nn.Module):
     """A trained network, whose `net` maps normalised images to logits or log-probabilities, in evaluation mode.
 
-    `data` is the config of its training data, None for a .pt file; `ood_detector` is None unless one was fitted.
+    `data` is the config of its training data, None for a .pt file; `metrics` are those of task.metrics, by name;
+    `ood_detector` is None unless one was fitted.
     """
 
-    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any) -> None:
+    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any, metrics: Any) -> None:
         super().__init__()
-        self.net, self.spec, self.file, self.data = net, spec, file, data
+        self.net, self.spec, self.file, self.data, self.metrics = net, spec, file, data, metrics
         self.ood_file = file.with_suffix(".ood.pt")
         self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
@@ -73,10 +74,14 @@ class Predictor(nn.Module):
         return predictions
 
 
-def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Predictor:
-    """Load a run folder (its last checkpoint), a .ckpt in one or a .pt file; default: shipped. Raises UserError."""
+def load(path: Path | str | None = None, best: bool = False, net: nn.Module | None = None, use_ood: bool = True) -> Any:
+    """Load a run folder (its last or best checkpoint), a .ckpt or a .pt file; default: shipped. Raises UserError.
+
+    A classifier of images is returned as a Predictor, any other task as its LightningModule, in evaluation mode. `net`
+    is the network of a checkpoint that was trained without a config.
+    """
     path = Path(path or SHIPPED_WEIGHTS)
-    file = path / "checkpoints/last.ckpt" if path.is_dir() else path
+    file = path / f"checkpoints/{'best' if best else 'last'}.ckpt" if path.is_dir() else path
     try:
         if not file.is_file():
             raise UserError("it is a sweep" if any(path.glob("*/checkpoints")) else "no such file")
@@ -84,21 +89,24 @@ def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Pred
         state = content.get("state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not is_finite(state):
             raise UserError("it holds no state_dict of finite weights")
-        is_run = "model" not in content
-        saved = read_plain_config(file.absolute().parents[1] / CONFIG_FILE) if is_run else {"model": content["model"]}
-        config = resolve_config(OmegaConf.create({**saved, "output_dir": "."}))  # which Hydra knows only during a run
-        config = OmegaConf.masked_copy(config, ["model", "data"])
-        config.model._target_ = re.sub(r"^\.", f"{PACKAGE}.", config.model._target_)  # a name within this package
-        validate_config(config, load_allowed_packages())
-        # Lightning saves the state of a data module, its ImageSpec, under the name of its class.
-        spec_key, prefix = (config.data._target_.rpartition(".")[2], "net.") if is_run else ("data", "")
-        if spec_key not in content:
-            raise UserError("it was not trained on images with classes")
-        spec = ImageSpec.from_dict(content[spec_key])
-        spec = spec._replace(classes=tuple(map(escape_control_characters, spec.classes)))
-        net = instantiate_node("model", config.model, **infer_network_arguments(config.model, spec))
-        net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
-        predictor = Predictor(net, spec, file, OmegaConf.to_container(config.data) if is_run else None)
+        # A data module of images saves its ImageSpec; Lightning names it after the module's class.
+        specs = [x for x in content.values() if isinstance(x, dict) and x.keys() == {*ImageSpec._fields}]
+        spec = ImageSpec.from_dict(specs[0]) if specs else None
+        spec = spec and spec._replace(classes=tuple(map(escape_control_characters, spec.classes)))
+        config = _read_config(content, file) if net is None else DictConfig({})
+        task = build_task(config, spec) if "task" in config else None
+        if task:
+            task.load_state_dict(state, strict=task.strict_loading)
+            if not isinstance(task, Classifier) or spec is None:
+                return task.eval()
+            net = task.net
+        else:
+            net = build_network("model", config.model, spec) if net is None else net
+            prefix = "" if "model" in content else "net."
+            net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
+        if spec is None:
+            raise UserError("it holds no description of its images")
+        predictor = Predictor(net, spec, file, config.get("data"), task.extra_metrics["test"] if task else {})
     except (UserError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         fix = "name a run folder, a .ckpt in one, or a .pt file"
         raise UserError(f"{file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
@@ -108,14 +116,42 @@ def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Pred
         except (UserError, TypeError) as error:
             fix = f"python -m src.evaluate {file} --fit-ood"
             raise UserError(f"{predictor.ood_file}: {error}; type {fix} to write it again") from error
-        is_of_net = math.isclose(detector.fingerprint, compute_fingerprint(net), rel_tol=1e-6)
+        is_of_net = math.isclose(detector.fingerprint, compute_fingerprint(predictor.net), rel_tol=1e-6)
         predictor.ood_detector = detector if is_of_net else None  # a resumed run has other weights
+    return predictor
+
+
+def _read_config(content: dict[str, Any], file: Path) -> DictConfig:
+    """Return the config of model, task and data: of a .pt file, of the run folder, or the one in a checkpoint."""
+    run_config = file.absolute().parent.parent / CONFIG_FILE
+    if "model" in content:
+        saved = {"model": content["model"]}
+    elif run_config.exists():
+        saved = read_plain_config(run_config)
+    elif not (saved := content.get("hyper_parameters", {}).get("config")):
+        raise UserError("it was trained without a config; load it by src.load(FILE, net=NETWORK)")
+    config = resolve_config(OmegaConf.create({**saved, "output_dir": "."}))  # which Hydra knows only during a run
+    config = OmegaConf.masked_copy(config, [key for key in ("model", "task", "data") if key in config])
+    if model := config.model:
+        model._target_ = re.sub(r"^\.", f"{PACKAGE}.", model._target_)  # a name within this package
+        for key in {"weights", "pretrained"} & model.keys() if not model._target_.startswith(f"{PACKAGE}.") else ():
+            model[key] = None  # torchvision and timm would download what is replaced
+    validate_config(config)
+    return config
+
+
+def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Predictor:
+    """Load a classifier of images. Raises UserError for any other task."""
+    predictor = load(path, use_ood=use_ood)
+    if not isinstance(predictor, Predictor):
+        fix = f"python -m src.evaluate {path} tests any task"
+        raise UserError(f"{path}: {type(predictor).__name__} was not trained on images with classes; {fix}")
     return predictor
 
 
 def load_test_data(predictor: Predictor, choice: str | None = None, root: Path | None = None) -> Any:
     """Return the ImageDataModule that a network was trained on, or another config of conf/data. Raises UserError."""
-    data: Any = predictor.data
+    data: Any = predictor.data and OmegaConf.to_container(predictor.data)
     if choice or data is None:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", overrides=[f"data={choice or predictor.spec.name}", "output_dir=."])
