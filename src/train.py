@@ -21,6 +21,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
+    from src.models.classifier import Classifier
     from src.training import run_record
     from src.training.checkpoints import find_resume_checkpoint, load_initial_weights
     from src.training.console import print_results, silence_routine_output
@@ -53,7 +54,8 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         run_record.finish_loggers(trainer)
     results = run_record.write_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
-        print_results(results, folder, is_image_model=hasattr(data, "spec"))
+        is_image_classifier = isinstance(module, Classifier) and hasattr(data, "spec")
+        print_results(results, folder, ("evaluate", "draw") if is_image_classifier else ("evaluate",) * cfg.test)
     return run_record.get_optimized_metric(results, cfg.optimized_metric)
 
 

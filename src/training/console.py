@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,8 +139,8 @@ class RunProgressBar(RichProgressBar):
             print("  ".join([f"epoch {trainer.current_epoch}{total}", *scores]).rstrip(), flush=True)
 
 
-def print_results(results: dict[str, Any], folder: Path, is_image_model: bool) -> None:
-    """Print the final scores, as a panel on a terminal, and what to run next."""
+def print_results(results: dict[str, Any], folder: Path, programs: Sequence[str]) -> None:
+    """Print the final scores, as a panel on a terminal, and the commands of `programs`, which take the run."""
     if not is_verbose():
         return
     title = f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
@@ -151,6 +152,6 @@ def print_results(results: dict[str, Any], folder: Path, is_image_model: bool) -
     else:
         print(title, *lines, sep="\n")
     path = shlex.quote(os.path.relpath(folder))
-    commands = [f"python -m src.{program} {path}" for program in ("evaluate", "draw") if is_image_model]
+    commands = [f"python -m src.{program} {path}" for program in programs]
     commands += [f"tensorboard --logdir {path}"] if list(folder.glob("events.out.tfevents.*")) else []
     print(f"folder  {path}", *(f"next    {command}" for command in commands), sep="\n", flush=True)
