@@ -11,9 +11,11 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 from src.core.config import ROOT
@@ -224,6 +226,17 @@ def test_notebook_code_predicts_test_images(project):
     check = "print(float((log_probabilities.argmax(1) == data.splits.test.labels.cpu()).float().mean()))"
     lines = project.execute(sys.executable, "-W", "ignore", "-c", f"{code}{check}").splitlines()
     assert lines[0] == "5" and float(lines[-1]) > 0.5
+
+
+def test_notebook_trains_and_checks_a_gradient(project):
+    notebook = nbformat.read(project.folder / "docs/notebook.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": project.folder / "docs"}}).execute()
+    text = "".join(str(output.get("text")) for cell in notebook.cells for output in cell.get("outputs", []))
+    accuracy, test_acc = (
+        re.findall(pattern, text)[0] for pattern in (r"test accuracy ([\d.]+)%", r"test/acc +([\d.]+)%")
+    )
+    assert min(float(accuracy), float(test_acc)) > 90  # by Lightning alone, and by the command
+    assert len(set(re.findall(r"(0\.\d+) by", text))) == 1
 
 
 def test_renamed_package_trains_and_predicts(project):
