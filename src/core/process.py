@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from src.core.errors import UserError
@@ -26,9 +27,15 @@ def import_lightning() -> None:
     message = "loading PyTorch …" if sys.stderr.isatty() and "lightning" not in sys.modules else ""
     print(message, end="", file=sys.stderr, flush=True)
     gc.disable()
+    # torchmetrics imports scipy.signal, which takes 0.8 s, only to give one of its windows an older name.
+    placeholder = ModuleType("scipy.signal")
+    placeholder.hamming = None  # type: ignore[attr-defined]
+    sys.modules.setdefault("scipy.signal", placeholder)
     try:
         import lightning  # noqa: F401
     finally:
+        if sys.modules["scipy.signal"] is placeholder:
+            del sys.modules["scipy.signal"]
         gc.enable()
         gc.freeze()  # the modules live on; no later collection need visit them
         print("\r\x1b[K" if message else "", end="", file=sys.stderr, flush=True)
