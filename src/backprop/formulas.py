@@ -37,7 +37,7 @@ def format_name(column: str) -> str:
     return re.sub(r"^dE_d(?=[ho]\d)", "δ_", column).replace("dE_d", "∂E/∂")
 
 
-def expand_formula(formula: str, intermediate: Mapping[str, str] = INTERMEDIATE) -> str:
+def expand_formula(formula: str, intermediate: dict[str, str] = INTERMEDIATE) -> str:
     """Replace the intermediate values by their formulas, so that only columns of the workbook remain."""
     for name, definition in reversed(intermediate.items()):  # the later definitions contain the earlier names
         formula = formula.replace(format_name(name), f"({definition})")
