@@ -8,10 +8,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from src import load
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
-from src.core.process import open_in_browser
+from src.core.process import import_lightning, open_in_browser
 
 PAGE = Path(__file__).with_suffix(".html")
 HOST = "127.0.0.1"
@@ -78,7 +77,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one; default: 8000")
     arguments = parser.parse_args()
 
-    with serve(load(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
+    import_lightning()
+    from src.training.predictor import load_predictor
+
+    with serve(load_predictor(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
         url = f"http://{HOST}:{server.server_port}"
         print(f"Draw at {url} (Ctrl-C stops it)", flush=True)
         open_in_browser(url)

@@ -4,18 +4,15 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from src import load
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import format_metric
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def compute_scores(log_probabilities: "Tensor", labels: "Tensor") -> dict[str, Any]:
-    """Return the scores of [N, classes] predictions as plain values: accuracies as fractions, the loss in nats."""
+def compute_scores(log_probabilities: Any, labels: Any) -> dict[str, Any]:
+    """Return scores of [N, classes] log-probabilities as plain values: accuracies as fractions, the loss in nats."""
     from torch.nn.functional import nll_loss
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
@@ -70,8 +67,8 @@ def fit_ood(predictor: Any, data: Any) -> None:
     print(f"{os.path.relpath(predictor.ood_file)}: {flagged}")
 
 
-def score(predictor: Any, data: Any, folder: Path) -> None:
-    """Print the scores on the test images; write them to `folder`, with the confusion matrix and the worst mistakes."""
+def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any], str]:
+    """Score the test images; plot the confusion matrix and the worst mistakes. Return the scores and their text."""
     import torch
 
     from src.training.plots import plot_confusion_matrix, plot_mistakes, save_figure
@@ -84,23 +81,13 @@ def score(predictor: Any, data: Any, folder: Path) -> None:
     if mistakes := plot_mistakes(images, labels, probabilities, classes):
         save_figure(mistakes, folder / "mistakes.png")
     scores = compute_scores(log_probabilities, labels)
-    for name, metric in predictor.metrics.items():
-        scores[name] = metric(probabilities, labels).tolist()
-    write_scores(folder, predictor.file, data.spec.name, scores)
-    print(format_scores(scores, predictor.spec.label_name, classes))
-    print(*(f"{name} {scores[name]}" for name in predictor.metrics), f"folder {folder}", sep="\n")
+    extra = {name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()}
+    text = [format_scores(scores, predictor.spec.label_name, classes), *(f"{name} {x}" for name, x in extra.items())]
+    return {"data": data.spec.name, **scores, **extra}, "\n".join(text)
 
 
-def write_scores(folder: Path, weights: Path, data: str, scores: dict[str, Any]) -> None:
-    """Write scores.json, and print what was scored."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"weights": str(weights), "data": data, **scores}
-    (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"{os.path.relpath(weights)} on {data}")
-
-
-def test(module: Any, weights: Path, root: Path | None, folder: Path) -> None:
-    """Run the test of any LightningModule on the data of its training; print the metrics and write them to `folder`."""
+def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
+    """Run the test of a LightningModule on the data of its training. Return the scores and their text."""
     import lightning as L
 
     from src.training.console import silence_routine_output
@@ -109,13 +96,12 @@ def test(module: Any, weights: Path, root: Path | None, folder: Path) -> None:
     silence_routine_output()
     L.seed_everything(0, verbose=False)  # a test may draw random numbers
     data = instantiate_node("data", module.hparams.config["data"] | ({"root": str(root)} if root else {}))
-    options: Any = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = L.Trainer(devices=1, enable_progress_bar=False, **options)
+    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    trainer = L.Trainer(devices=1, **quiet)
     trainer.test(module, data, verbose=False)
     scores = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-    write_scores(folder, weights, type(data).__name__, scores)
-    print(*(f"{name}  {format_metric(name, value, digits=4)}" for name, value in scores.items()), sep="\n")
-    print(f"folder {folder}")
+    text = "\n".join(f"{name}  {format_metric(name, value, digits=4)}" for name, value in scores.items())
+    return {"data": type(data).__name__, **scores}, text
 
 
 @argparse_main
@@ -133,15 +119,19 @@ def main() -> None:
     predictor = load(arguments.weights, best=arguments.best, use_ood=not arguments.fit_ood)
     from src.training.predictor import Predictor, load_predictor, load_test_data
 
-    if not isinstance(predictor, Predictor):
-        if arguments.fit_ood or arguments.data:
-            load_predictor(arguments.weights)
-        return test(predictor, arguments.weights, arguments.root, arguments.output)
-    data = load_test_data(predictor, arguments.data, arguments.root)
-    if arguments.fit_ood:
-        fit_ood(predictor, data)
+    if isinstance(predictor, Predictor):
+        data = load_test_data(predictor, arguments.data, arguments.root)
+        if arguments.fit_ood:
+            return fit_ood(predictor, data)
+        scores, text = score_images(predictor, data, arguments.output)
     else:
-        score(predictor, data, arguments.output)
+        if arguments.fit_ood or arguments.data:
+            load_predictor(arguments.weights)  # says why it cannot
+        scores, text = run_test(predictor, arguments.root)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    scores = {"weights": str(getattr(predictor, "file", arguments.weights)), **scores}
+    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    print(f"{os.path.relpath(scores['weights'])} on {scores['data']}", text, f"folder {arguments.output}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,11 @@ def main() -> None:
     images, labels = (tensor[:1000] for tensor in next(data.raw_batches("test")))
 
     dynamic_shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.export.export(predictor, (images[:2],), dynamic_shapes=dynamic_shapes)
+    try:
+        program = torch.export.export(predictor, (images[:2],), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # torch.export raises errors of many types
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{type(predictor.net).__name__} cannot be exported by torch.export ({reason})") from error
     stem = "digits" if predictor.spec.label_name == "digit" else data.spec.name
     onnx_file, program_file = (arguments.output / f"{stem}.{suffix}" for suffix in ("onnx", "pt2"))
     try:
@@ -57,17 +61,15 @@ def main() -> None:
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
     exported = torch.export.load(program_file).module()
-    compared = f"compared with PyTorch on {len(images):,} test images of {data.spec.name}"
-    print(f"{os.path.relpath(predictor.file)}, {compared}")
+    print(f"{len(images):,} test images of {data.spec.name}, differences from PyTorch:")
     with torch.inference_mode():
         expected = predictor(images)
-        for name, run in ("PyTorch", predictor), (onnx_file, run_onnx), (program_file, exported):
+        for name, run in (os.path.relpath(predictor.file), predictor), (onnx_file, run_onnx), (program_file, exported):
             outputs = torch.cat([run(images[:1]), run(images[1:])])  # two batch sizes
             accuracy, difference = (outputs.argmax(1) == labels).float().mean(), (outputs - expected).abs().max()
             of_probabilities = (outputs.exp() - expected.exp()).abs().max()
-            line = f"{name!s:<{len(str(onnx_file))}}  accuracy {accuracy:.2%}"
-            differences = f"  maximum difference {difference:.1e} (of probabilities {of_probabilities:.1e})"
-            print(line + ("" if run is predictor else differences))
+            differences = f"maximum difference {difference:.1e} (of probabilities {of_probabilities:.1e})"
+            print(f"{name}  accuracy {accuracy:.2%}  {differences}")
             assert of_probabilities < 1e-4, f"{name} does not compute what PyTorch does"
 
 

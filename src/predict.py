@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from src import load
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError, escape_control_characters
+from src.core.process import import_lightning
 
 BATCH_SIZE = 256
 
@@ -44,8 +44,11 @@ def main() -> int:
     parser.add_argument("--show", type=Path, metavar="PNG", help="plot the images as the network receives them")
     arguments = parser.parse_intermixed_args()
 
-    predictor = load(arguments.weights)
+    import_lightning()
     from src.data.preprocess import find_images
+    from src.training.predictor import load_predictor
+
+    predictor = load_predictor(arguments.weights)
 
     label_name, width = predictor.spec.label_name, max(5, *map(len, predictor.spec.classes))
     files = [file for path in arguments.images for file in find_images(path)]

@@ -16,6 +16,8 @@ FIXES = {
     "can not run on your system": "trainer.accelerator is not available here; set trainer.accelerator=auto",
     "does not allow for gradient clipping": "a fused optimizer cannot clip with trainer.precision=16-mixed; leave out "
     "optimizer.fused or set trainer.gradient_clip_val=null",
+    "clipping is not supported for manual optimization": "the task steps its optimizers itself; set "
+    "trainer.gradient_clip_val=null",
     "SyncBatchNorm layers only work with GPU": "trainer.sync_batchnorm=true needs GPUs; set it to false",
     "Unsupported Bicubic interpolation": "this PyTorch has no bicubic interpolation on mps; set "
     "data.augment.interpolation=bilinear or trainer.accelerator=cpu",

@@ -14,9 +14,15 @@ MAX_NUMBERS = 150_000_000  # per image: 50 million pixels in colour
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as fractions of white
 
 
-@cache
 def make_constants(device: torch.device, *numbers: float) -> Tensor:
     """Return the numbers as float32 on the device, cached, because copying them in every step would wait for a GPU."""
+    if torch.compiler.is_compiling():  # an export traces with tensors that must not outlive it
+        return torch.tensor(numbers, device=device, dtype=torch.float32)
+    return _cache_constants(device, *numbers)
+
+
+@cache
+def _cache_constants(device: torch.device, *numbers: float) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device, dtype=torch.float32)
 

@@ -31,11 +31,6 @@ def extract_features(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, -(maps[-1] if linear else outputs).logsumexp(1)
 
 
-def compute_fingerprint(net: nn.Module) -> float:
-    """Return the sum of the absolute weights, by which the detector of other weights is recognised."""
-    return float(sum(parameter.detach().double().abs().sum() for parameter in net.parameters()))
-
-
 class OODDetector(NamedTuple):
     """A Gaussian of the features per class, and the threshold of the OOD score."""
 
@@ -45,7 +40,6 @@ class OODDetector(NamedTuple):
     score_mean: Tensor  # [classes + 1], of the squared distances to the own class, and of the energy
     score_std: Tensor  # [classes + 1]
     threshold: float
-    fingerprint: float
 
     def detect(self, net: nn.Module, images: Tensor) -> Tensor:
         """Return whether each of [N, C, H, W] normalised images is out-of-distribution."""
@@ -87,4 +81,4 @@ def fit_ood_detector(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
     scores = [*(distances[labels == label, label] for label in range(len(counts))), energy]
     mean, std = torch.stack([x.mean() for x in scores]), torch.stack([x.std() for x in scores]) + 1e-6
     threshold = _compute_score(distances, energy, mean, std).quantile(IN_DISTRIBUTION).item()
-    return OODDetector(*gaussians, mean, std, threshold, compute_fingerprint(net))
+    return OODDetector(*gaussians, mean, std, threshold)

@@ -30,6 +30,14 @@ class Scheduler(NamedTuple):
     monitor: str | None = None
 
 
+def compile_layer_pattern(text: str) -> re.Pattern[str]:
+    """Return the pattern of all tensors of the layers that a regular expression names: "conv.*", "net.fc", "fc.bias".
+
+    The module's attribute that holds the network, such as "net", may be left out.
+    """
+    return re.compile(rf"([^.]+\.)?({text})(\..*)?")
+
+
 def configure_optimizers(
     module: L.LightningModule,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | GroupedOptimizer,
@@ -69,14 +77,14 @@ def configure_optimizers(
 
 
 def _group_parameters(module: nn.Module, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return torch's parameter groups: a parameter belongs to the first whose pattern is found in its name."""
+    """Return torch's parameter groups: a parameter belongs to the first whose pattern matches its name."""
     rest, result = dict(module.named_parameters()), []
     for name, settings in groups.items():
         try:
-            matched = [key for key in rest if re.search(settings["pattern"], key)]
+            pattern = compile_layer_pattern(settings["pattern"])
         except (TypeError, KeyError, re.error) as error:
             raise UserError(f"optimizer.groups.{name}: needs pattern, a regular expression ({error!r})") from error
-        if not matched:
+        if not (matched := list(filter(pattern.fullmatch, rest))):
             names = shorten(", ".join(rest), 200)
             raise UserError(f"optimizer.groups.{name}.pattern={settings['pattern']}: matches none of {names}")
         options = {key: value for key, value in settings.items() if key != "pattern"}

@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from src.core.errors import UserError
 from src.core.files import write_atomically
+from src.optim.configure import compile_layer_pattern
 from src.training.console import is_verbose
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -29,6 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         if file.name == LAST and file.exists():
             file.with_name(PREVIOUS).write_bytes(file.read_bytes())
+        file.with_suffix(".ood.pt").unlink(missing_ok=True)  # the detector was fitted to the weights before
         write_atomically(file, buffer.getbuffer())
 
 
@@ -55,7 +57,7 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
             raise UserError("no such file; name a run folder, a .ckpt or a .pt file")
         content = load_weights_only(file)
         content = content.get("state_dict", content)
-        patterns = [re.compile(rf"([^.]+\.)?({text})(\..*)?") for text in skip]
+        patterns = [compile_layer_pattern(text) for text in skip]
     except (UserError, AttributeError, re.error) as error:
         raise UserError(f"init_from={path}: {file}: {error}") from error
     own = module.state_dict()

@@ -88,10 +88,10 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     if accepts("scheduler") and not node.get("scheduler"):
         factory, settings = instantiate_partial("scheduler", cfg.get("scheduler"), "interval", "monitor")
         parts["scheduler"] = factory and Scheduler(factory, *settings)
-    if node.get("loss"):
+    if OmegaConf.is_dict(node.get("loss")):
         tensors = {name: torch.tensor(x, dtype=torch.float) for name, x in node.loss.items() if OmegaConf.is_list(x)}
         parts["loss"] = instantiate_node("task.loss", node.loss, **tensors)
-    if node.get("metrics"):
+    if OmegaConf.is_dict(node.get("metrics")):
         metrics = {name: metric for name, metric in node.metrics.items() if metric}
         parts["metrics"] = {name: build_network(f"task.metrics.{name}", x, spec) for name, x in metrics.items()}
     task = instantiate_node("task", node, **parts)

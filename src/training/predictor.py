@@ -1,6 +1,5 @@
 """Load trained networks from run folders, checkpoints and .pt files, and predict with them."""
 
-import math
 import re
 from pathlib import Path
 from textwrap import shorten
@@ -17,7 +16,7 @@ from src.core.run_folder import CONFIG_FILE, read_plain_config
 from src.data.image_spec import ImageSpec
 from src.data.preprocess import preprocess_digit, resize_image
 from src.models.classifier import Classifier, are_log_probabilities
-from src.models.ood import OODDetector, compute_fingerprint
+from src.models.ood import OODDetector
 from src.training.checkpoints import is_finite, load_weights_only
 from src.training.instantiate import build_network, build_task, instantiate_node
 
@@ -27,13 +26,14 @@ SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 class Predictor(nn.Module):
     """A trained network, whose `net` maps normalised images to logits or log-probabilities, in evaluation mode.
 
-    `data` is the config of its training data, None for a .pt file; `metrics` are those of task.metrics, by name;
+    `data` is the config of its training data, None for a .pt file; `metrics` has those of task.metrics by name;
     `ood_detector` is None unless one was fitted.
     """
 
-    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any, metrics: Any) -> None:
+    def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any, task: Classifier | None) -> None:
         super().__init__()
-        self.net, self.spec, self.file, self.data, self.metrics = net, spec, file, data, metrics
+        self.net, self.spec, self.file, self.data = net, spec, file, data
+        self.metrics = dict(task.extra_metrics["test"].items()) if task else {}
         self.ood_file = file.with_suffix(".ood.pt")
         self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
@@ -106,18 +106,16 @@ def load(path: Path | str | None = None, best: bool = False, net: nn.Module | No
             net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
         if spec is None:
             raise UserError("it holds no description of its images")
-        predictor = Predictor(net, spec, file, config.get("data"), task.extra_metrics["test"] if task else {})
+        predictor = Predictor(net, spec, file, config.get("data"), task)
     except (UserError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         fix = "name a run folder, a .ckpt in one, or a .pt file"
         raise UserError(f"{file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
     if use_ood and predictor.ood_file.is_file():
         try:
-            detector = OODDetector(**load_weights_only(predictor.ood_file))
+            predictor.ood_detector = OODDetector(**load_weights_only(predictor.ood_file))
         except (UserError, TypeError) as error:
             fix = f"python -m src.evaluate {file} --fit-ood"
             raise UserError(f"{predictor.ood_file}: {error}; type {fix} to write it again") from error
-        is_of_net = math.isclose(detector.fingerprint, compute_fingerprint(predictor.net), rel_tol=1e-6)
-        predictor.ood_detector = detector if is_of_net else None  # a resumed run has other weights
     return predictor
 
 

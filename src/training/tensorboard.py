@@ -19,7 +19,6 @@ CHARTS = {
     "loss": ["Multiline", ["train/loss$", "val/loss$"]],
     "accuracy": ["Multiline", ["train/acc %$", "val/acc %$"]],
 }
-PR_CURVES = 10
 
 
 class PercentTensorBoardLogger(TensorBoardLogger):
@@ -119,7 +118,3 @@ class TensorBoardCallback(Callback):
         self.writer.add_figure("test/confusion matrix", plot_confusion_matrix(labels, probabilities, classes), step)
         if figure := plot_mistakes(images, labels, probabilities, classes):
             self.writer.add_figure("test/worst mistakes", figure, step)
-        mistakes = labels[probabilities.argmax(1) != labels].bincount(minlength=len(classes))
-        for label in mistakes.topk(min(PR_CURVES, len(classes))).indices.tolist():
-            tag = f"test/{self.spec.label_name} {classes[label]}"
-            self.writer.add_pr_curve(tag, labels == label, probabilities[:, label], step)

@@ -1,10 +1,15 @@
+import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from src import export
+from src.core import config
 from src.data.datasets import MNIST, Digits
+from src.data.image_spec import ImageSpec
+from src.training.instantiate import build_network
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -27,8 +32,34 @@ def test_exports_of_any_batch_size_compute_what_pytorch_does(run_main, small_wei
         for count in 1, 2, 7, 360:
             expected = predictor(images[:count])
             torch.testing.assert_close(exported(images[:count]), expected, atol=1e-5, rtol=0, msg=name)
-    assert "360 test images of digits" in result.out and result.out.count("maximum difference") == 2
+    assert "360 test images of digits" in result.out and result.out.count("maximum difference") == 3
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"digits.onnx", "digits.pt2"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"_target_": "src.models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4]},
+        pytest.param({"_target_": "torchvision.models.resnet18"}, marks=pytest.mark.slow),
+        pytest.param({"_target_": "timm.create_model", "model_name": "resnet10t"}, marks=pytest.mark.slow),
+    ],
+)
+def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, model):
+    if model["_target_"].startswith("timm"):
+        pytest.importorskip("timm")
+        monkeypatch.setattr(config, "ALLOWED_TARGETS", re.compile("timm.create_model"))
+    images, labels = np.random.default_rng(0).integers(256, size=(24, 32, 32, 3), dtype="uint8"), np.arange(24) % 4
+    np.savez(tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    spec = ImageSpec("npz", (3, 32, 32), tuple("abcd"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
+    net = build_network("model", model, spec)
+    torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")
+    result = run_main(tmp_path / "net.pt", "--root", tmp_path / "own.npz", "--output", tmp_path, main=export.main)
+    assert result.code == 0, result.err
+    assert {file.name for file in tmp_path.iterdir()} >= {"own.onnx", "own.pt2"}
+    assert load_predictor(tmp_path / "net.pt")(torch.zeros(1, 3, 32, 32)).shape == (
+        1,
+        4,
+    )  # no fake tensor is left
 
 
 @pytest.mark.mnist

@@ -149,9 +149,7 @@ def test_own_data_trains_by_one_command(project):
 def test_own_network_trains_and_a_package_must_be_allowed(project):
     text = read_section("Network")
     files = read_files(text)
-    (target,), (allowed,) = (
-        re.findall(pattern, text) for pattern in (r"`_target_: (mypackage.*?)`", r"`(allowed.*?)`")
-    )
+    target, (allowed,) = "mypackage.nets.Net", re.findall(r"`(allowed_packages: .*mypackage.*)`", PAGE)
     project.write({**files, "mypackage/nets.py": files["src/models/tiny.py"].replace("Tiny", "Net")})
     project.write({"conf/model/net.yaml": files["conf/model/tiny.yaml"].replace("src.models.tiny.Tiny", target)})
     tiny, invalid, message, resnet = read_commands(text)
@@ -183,6 +181,18 @@ class Stop(Callback):
 """
 
 
+def test_imbalanced_classes_are_scored_by_own_metrics_and_trained_weights_fine_tuned(project):
+    imbalance, tuning = read_section("Loss, metrics and imbalance"), read_section("Fine-tuning")
+    project.write(read_files(imbalance))
+    (weighted,), (tuned, other, _) = read_commands(imbalance), read_commands(tuning)
+    commands = [add(x, f"run{n}", *SHORT) for n, x in enumerate((weighted, tuned, other))]
+    results = project.run(*commands, "python -m src.evaluate run0 --best", codes=[0] * 4)
+    metrics = project.read_metrics("run0")
+    assert {"val/macro_f1", "test/macro_f1", "test/recall/cat"} <= metrics["metrics"].keys()
+    assert metrics["best_epoch"] == 1 and "macro_f1 " in results[3].out
+    assert "28 of 45 tensors" in results[1].out or "of" in results[1].out
+
+
 def test_own_task_is_ranked_by_its_metric_and_resumes(project):
     text = read_section("Task")
     project.write({**read_files(text), "src/training/stop.py": STOP})
@@ -191,10 +201,14 @@ def test_own_task_is_ranked_by_its_metric_and_resumes(project):
     short = *FAST, "trainer.max_epochs=1"
     sweep = shlex.join([*shlex.split(sweep), *short, "hydra.sweep.dir=swept"])
     commands = add(single, "run", *FAST), sweep, add(tune, "tuned", *short), add(single, "cut", *stopped)
-    results = project.run(*commands, "python -m src.train resume=cut", codes=[0, 0, 0, 143, 0])
+    evaluate = "python -m src.evaluate run --best --output=scores"
+    results = project.run(*commands, "python -m src.train resume=cut", evaluate, codes=[0, 0, 0, 143, 0, 0])
+    predict = project.run("python -m src.predict --weights run tests/images/5.jpg", codes=[2])[0]
+    assert "Regression was not trained on images with classes" in predict.err and len(predict.err.splitlines()) == 1
     metrics = project.read_metrics("run")
     assert metrics["name"] == "regression" and metrics["parameters"] == 2 and metrics["epochs"] == 5
-    assert metrics["metrics"]["val/rmse"] < 0.1 and "test/rmse" not in metrics["metrics"]
+    assert metrics["metrics"]["val/rmse"] < 0.1 and "test/rmse" in metrics["metrics"]
+    assert json.loads((project.folder / "scores/scores.json").read_text())["test/rmse"] < 0.1
     assert project.load("run", "best")["epoch"] + 1 == metrics["best_epoch"]
     jobs = [file.parent.name for file in project.folder.glob("swept/*/metrics.json")]
     best = min(jobs, key=lambda job: project.read_metrics(f"swept/{job}")["metrics"]["val/rmse"])
@@ -212,10 +226,14 @@ def test_own_task_is_ranked_by_its_metric_and_resumes(project):
 
 def test_own_option_and_callback_take_effect(project):
     project.write(read_files(text := read_section("Option") + read_section("Callback")))
-    option, callback = read_commands(text)
+    option, callback, *lightning = read_commands(text)
     option = add(option, "option", *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
-    results = project.run(option, add(callback, "callback", *SHORT), codes=[0, 0])
-    assert project.read_metrics("option")["metrics"]["lr"] == pytest.approx(0.0005)  # halved after the first epoch
+    others = [add(command, f"lightning{n}", *SHORT) for n, command in enumerate(lightning)]
+    results = project.run(option, add(callback, "callback", *SHORT), *others, codes=[0] * 4)
+    metrics = project.read_metrics("option")["metrics"]
+    assert (
+        metrics["lr/head"] == pytest.approx(2 * metrics["lr/rest"]) == pytest.approx(0.002 / 15)
+    )  # before the last step
     assert list((project.folder / "option").glob("events*")) and (project.folder / "option/metrics.csv").is_file()
     assert "square_avg" in project.load("option")["optimizer_states"][0]["state"][0]
     assert "goodbye after step 10" in results[1].out.splitlines()

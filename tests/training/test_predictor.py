@@ -1,13 +1,22 @@
 import json
 import shutil
+from functools import partial
 
+import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+import src
 from src import evaluate
+from src.core.config import CONF, resolve_and_validate
 from src.core.errors import UserError
+from src.data.datamodule import ImageDataModule
+from src.data.datasets import Digits
 from src.data.image_spec import MNIST_SPEC
+from src.models.classifier import Classifier
 from src.models.cnn import CNN
+from src.training.instantiate import instantiate_task
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
 
 CHANNELS = [4, 4, 4, 4, 4, 4]
@@ -97,6 +106,40 @@ def test_sweep_folder_and_run_without_images_are_refused(finished_run, run_main,
     assert run_main("experiment=backprop", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'run'}").code == 0
     with pytest.raises(UserError, match="not trained on images with classes"):
         load_predictor(tmp_path / "run")
+    module, state = src.load(tmp_path / "run"), torch.load(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
+    assert type(module).__name__ == "BackpropModule"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+class Unusual(CNN):
+    """Loads weights in its constructor and calls item() in forward."""
+
+    def __init__(self, file):
+        super().__init__(CHANNELS)
+        self.load_state_dict(torch.load(file, weights_only=True)["state_dict"])
+
+    def forward(self, images):
+        return super().forward(images * max(1.0, images.mean().item()))
+
+
+def test_checkpoint_saved_anywhere_is_loaded(small_weights, tmp_path):
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    data, net = ImageDataModule(Digits()), Unusual(small_weights)
+    trainer = L.Trainer(max_steps=1, limit_val_batches=0, enable_checkpointing=False, **options)
+    trainer.fit(Classifier(net, partial(torch.optim.SGD, lr=0.1)), data)
+    trainer.save_checkpoint(file := tmp_path / "x.ckpt")
+    images = data.splits.test.images[:5]
+    assert torch.equal(src.load(file, net=Unusual(small_weights))(images), net.eval()(data.spec.normalize(images)))
+    with pytest.raises(UserError, match=r"trained without a config; load it by src.load\(FILE, net=NETWORK\)"):
+        src.load(file)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = "data=digits", f"model.channels={CHANNELS}", "output_dir=."
+        task, data = instantiate_task(resolve_and_validate(compose("train", overrides=overrides)))
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(file)
+    content = torch.load(file, weights_only=True) | {"ImageDataModule": data.state_dict()}
+    torch.save(content, file)
+    assert torch.equal(src.load(file)(images), task.eval().net(data.spec.normalize(images)))
 
 
 def test_moved_run_folder_is_loaded(finished_run, tmp_path):

@@ -34,7 +34,7 @@ def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     assert {"augmented batch", "conv1 filters", "test/confusion matrix", "test/worst mistakes"} == {*tags["images"]}
     assert {"weights/conv1.0.weight", "weights/fc.bias"} <= set(tags["histograms"])
     assert len(events.Histograms("weights/fc.bias")) == len(events.Images("conv1 filters")) == 2
-    assert {"test/digit 9", "custom_scalars__config__"} <= {*tags["tensors"]}
+    assert "custom_scalars__config__" in tags["tensors"]
     assert [event.step for event in events.Scalars("gradient norm")] == list(range(4, 2 * 41, 5))
     assert tags["graph"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
