@@ -82,8 +82,10 @@ def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any
         save_figure(mistakes, folder / "mistakes.png")
     scores = compute_scores(log_probabilities, labels)
     extra = {name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()}
-    text = [format_scores(scores, predictor.spec.label_name, classes), *(f"{name} {x}" for name, x in extra.items())]
-    return {"data": data.spec.name, **scores, **extra}, "\n".join(text)
+    lines = [format_scores(scores, predictor.spec.label_name, classes)]
+    for name, value in extra.items():
+        lines.append(f"{name} {', '.join(f'{x:.4f}' for x in (value if isinstance(value, list) else [value]))}")
+    return {"data": data.spec.name, **scores, **extra}, "\n".join(lines)
 
 
 def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
