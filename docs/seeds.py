@@ -11,7 +11,7 @@ from src.sweeps.stats import confidence_interval
 
 def make_rows() -> list[str]:
     """Return the header, then one row per recipe, variant and machine; "–" stands for what was not kept."""
-    rows = ["| Recipe | Machine | Seeds | Test accuracy | Lowest | Highest | 95% interval of the mean |"]
+    rows = ["| Recipe | Machine | Seeds | Test accuracy | Lowest | Highest | 95% CI of the mean |"]
     with Path(__file__).with_name("seeds.csv").open(encoding="utf-8", newline="") as file:
         for key, group in groupby(csv.DictReader(file), itemgetter("recipe", "variant", "machine")):
             first, *others = group  # a line per seed, or one line for all
