@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from scipy.ndimage import binary_dilation, binary_fill_holes, find_objects, label, maximum_filter, minimum_filter
 from torch import Tensor
 
 from src.core.errors import UserError
@@ -24,7 +25,10 @@ MAX_PIXELS = 50_000_000  # as of the best phone cameras; decoding takes some 500
 MAX_BYTES = 100_000_000
 BOX, FIELD = 20, 28
 WORKING_SIZE = 400  # pixels per side that larger images are reduced to first, still 20 times the box
+EVEN_BORDER = 0.75  # share of the border that is of one colour if it is paper in even light
+MIN_SHEET = 0.15  # of the image's area
 MIN_CONTRAST = 16  # of 255; less is an empty page
+Pixels = NDArray[np.floating]
 
 
 def find_images(path: Path) -> list[Path]:
@@ -67,6 +71,17 @@ def count_channels(source: Path | Image.Image) -> int:
     return 1 if image.mode.partition(";")[0] in GREY_MODES else 3
 
 
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB; transparent parts become white behind a dark drawing, black behind a light one."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    pixels = np.asarray(image, dtype=np.float32)
+    alpha = pixels[..., 3]
+    is_light = (pixels[..., :3].mean(2) * alpha).sum() > 127 * alpha.sum()
+    return Image.alpha_composite(Image.new("RGBA", image.size, "black" if is_light else "white"), image).convert("RGB")
+
+
 def _decode(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Image:
     """Return the first frame, upright, in RGBA, with at most `working_size` pixels per side."""
     size = working_size, working_size
@@ -89,7 +104,8 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Ima
             image.thumbnail(size, Image.Resampling.BOX)
             levels = np.asarray(image)
             image = Image.fromarray((255 * (levels / max(levels.max(), 1))).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = ImageOps.exif_transpose(image)
+        image = _convert_to_rgb(image)
         image.thumbnail(size, Image.Resampling.BOX)
         return image
     except (UserError, MemoryError):
@@ -104,23 +120,92 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Ima
 
 
 def extract_strokes(image: Image.Image) -> NDArray[np.float32]:
-    """Return how far each pixel of an RGBA image differs from the background, the border's median, from 0 to 1."""
-    pixels: NDArray[np.floating] = np.asarray(image, dtype=np.float32)
-    alpha = pixels[..., 3:] / 255
-    if alpha.min() < 1:  # transparent parts become white behind a dark drawing, black behind a light one
-        is_light = (pixels[..., :3].mean(2, keepdims=True) * alpha).sum() > 127 * alpha.sum()
-        pixels = pixels[..., :3] * alpha + (0 if is_light else 255) * (1 - alpha)
-    pixels = pixels[..., :3]
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    distance = np.abs(pixels - np.median(border, axis=0).astype(np.float32)).max(2)
+    """Return how far each pixel of an RGB image differs from the paper, from 0 to 1, where the drawing is; elsewhere 0.
+
+    If the border is of one colour, that is the paper. Otherwise the light is uneven, or the paper ends in the image;
+    the paper is then the lightest, or for light strokes the darkest, level nearby.
+    """
+    pixels = _crop_to_sheet(np.asarray(image, dtype=np.float32))
+    distance, is_even = _compare_with_border(pixels)
+    if not is_even and (from_nearby := _compare_nearby(pixels)).max() >= MIN_CONTRAST:
+        distance = from_nearby
     if distance.max() < MIN_CONTRAST:
         raise UserError("nothing on it: all of one colour")
-    is_stroke = distance > _compute_otsu_threshold(distance)
+    threshold = _compute_otsu_threshold(distance)
+    is_stroke = distance > threshold
     if is_stroke.all():
         raise UserError("nothing stands out from its border")
-    background, stroke = distance[~is_stroke], distance[is_stroke].mean()
+    drawing = _select_drawing(is_stroke)
+    if drawing is None:  # it touches printed lines, which are paler
+        drawing = _select_drawing(distance > _compute_otsu_threshold(distance[is_stroke]))
+    drawing = is_stroke if drawing is None else drawing
+    background, stroke = distance[~is_stroke], distance[drawing].mean()
     noise = min(background.mean() + 2 * background.std(), stroke / 2)
-    return ((distance - noise) / (stroke - noise)).clip(0, 1).astype(np.float32)
+    strokes = ((distance - noise) / (stroke - noise)).clip(0, 1).astype(np.float32)
+    return strokes if drawing.sum() == is_stroke.sum() else strokes * binary_dilation(drawing, iterations=3)
+
+
+def _compare_with_border(pixels: Pixels) -> tuple[Pixels, bool]:
+    """Return how far each of [H, W, 3] pixels is from the border's median colour, and whether that is the paper's."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    paper = np.median(border, axis=0).astype(np.float32)
+    distance = np.abs(pixels - paper).max(2)
+    is_even = np.mean(np.abs(border - paper).max(1) < MIN_CONTRAST) >= EVEN_BORDER
+    is_lighter = (pixels - paper).mean(2)[distance >= distance.max() / 2] > 0
+    has_glare = 0.02 < is_lighter.mean() < 0.98
+    return distance, bool(is_even and not has_glare)
+
+
+def _compare_nearby(pixels: Pixels) -> Pixels:
+    """Return by what share, of 255, [H, W, 3] pixels are darker than their neighbourhood, by a morphological closing.
+
+    The closing keeps edges and whatever is wider than its window, as shadows and the desk beside a sheet.
+    """
+    low, middle, high = np.percentile(pixels, (0.2, 50, 99.8)).clip(1)
+    if middle < 110 and high / middle > middle / low:  # chalk on a board
+        pixels = 255 - pixels
+    size = max(pixels.shape) // 8 * 2 + 1
+    padded = np.pad(pixels, ((size, size), (size, size), (0, 0)), constant_values=-1)
+    closed = minimum_filter(maximum_filter(padded, (size, size, 1)), (size, size, 1))[size:-size, size:-size]
+    return 255 * ((closed - pixels) / closed.clip(64)).max(2)
+
+
+def _crop_to_sheet(pixels: Pixels) -> Pixels:
+    """Return the inside of a sheet of paper, if there is one with a drawing on it, or all of the [H, W, 3] pixels."""
+    distance, _ = _compare_with_border(pixels)
+    labels, _ = label(binary_fill_holes(distance > _compute_otsu_threshold(distance)))
+    area, largest = max((area, -number) for number, area in enumerate(np.bincount(labels.ravel(), minlength=2)[1:]))
+    if area < MIN_SHEET * labels.size:
+        return pixels
+    box = find_objects(labels)[-largest]
+    points, angles = np.argwhere(labels == 1 - largest), np.deg2rad(np.arange(0, 90, 3))
+    axes = [np.stack([np.cos(angle), np.sin(angle)]) for angle in (angles, angles + np.pi / 2)]
+    rectangle = np.prod([np.ptp(points @ axis, axis=0) + 1 for axis in axes], axis=0).min()
+    touched_sides = sum((x.start == 0) + (x.stop == side) for x, side in zip(box, labels.shape, strict=True))
+    margins = [(x.stop - x.start) // 20 for x in box]
+    inside = pixels[tuple(slice(x.start + margin, x.stop - margin) for x, margin in zip(box, margins, strict=True))]
+    is_drawn_on = np.abs(inside - np.median(inside, axis=(0, 1))).max() > 0.3 * distance.max()
+    return inside if area > 0.85 * rectangle and touched_sides < 2 and is_drawn_on else pixels
+
+
+def _select_drawing(is_stroke: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """Return the components of the drawing, or None if only what touches the border is large.
+
+    Left out are shadows and edges, which touch the border, frames around the drawing, and crumbs.
+    """
+    labels, _ = label(is_stroke, np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())[1:]
+    boxes = np.array([[(x.start, x.stop) for x in box] for box in find_objects(labels)])  # [components, axes, ends]
+    sides = np.ptp(boxes, axis=2).max(1)
+    is_inner = ((boxes[..., 0] > 0) & (boxes[..., 1] < is_stroke.shape)).all(1)
+    around = (boxes[:, None, :, 0] < boxes[..., 0]) & (boxes[:, None, :, 1] > boxes[..., 1])
+    is_frame = (around.all(2) & (sides > 0.3 * sides[:, None])).any(1)
+    is_candidate = is_inner & ~is_frame
+    main = (areas * is_candidate).argmax()
+    if not is_candidate.any() or areas[main] < 0.1 * areas.sum():
+        return None
+    is_kept = is_candidate & (sides > 0.15 * sides[main])
+    return np.append(False, is_kept)[labels]
 
 
 def _compute_otsu_threshold(values: NDArray[np.float32]) -> float:
