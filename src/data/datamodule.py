@@ -1,19 +1,21 @@
 """Labelled images as a LightningDataModule: in memory on the training device, or read by worker processes."""
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from src.core.errors import UserError
 from src.core.value_types import NonEmptyStr, NonNegativeInt, PositiveFloat, PositiveInt, Seed, UnitInterval
 from src.data.augment import RandomAffine
-from src.data.datasets import DatasetSplits, LabeledImages, load_into_memory
+from src.data.datasets import DatasetSplits, LabeledImages, stratify
 from src.data.image_spec import ImageSpec
 from src.data.sampler import IndexBatchSampler, hash_seed
 
@@ -34,9 +36,11 @@ class Batch(NamedTuple):
 class ImageDataModule(L.LightningDataModule):
     """Serve the images of a class of src.data.datasets, normalised and, for training, augmented.
 
-    `val_size` training images are held out, at random or the last ones: MNIST is ordered by writer, so validation is
-    then writer-disjoint, like the test. A smaller `train_size` trains on a subset of a larger one. `seed` keys order
-    and augmentation; `soft_labels`, of src.distillation, has its own. conf/data/images.yaml has units and defaults.
+    Unless the data set has validation images of its own, `val_size` training images are held out: by `val_split`, with
+    each class in its proportion, at random, or the last ones, which in MNIST come from other writers. With `folds`, the
+    validation images are those of `fold`, counted from 0. A smaller `train_size` trains on a subset of a larger one.
+    `seed` keys order and augmentation; `soft_labels`, of src.distillation, has its own. conf/data/images.yaml has units
+    and defaults.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class ImageDataModule(L.LightningDataModule):
         val_size: NonNegativeInt | None = None,
         train_size: PositiveInt | None = None,
         test_every_epoch: bool = False,
-        val_split: Literal["random", "last"] = "random",
+        val_split: Literal["stratified", "random", "last"] = "random",
         split_seed: Seed = 0,
+        folds: PositiveInt | None = None,
+        fold: NonNegativeInt = 0,
         eval_batch_size: PositiveInt = 1000,
         num_workers: PositiveInt | None = None,
         preprocess: Literal["mnist", "resize"] = "resize",
@@ -65,7 +71,8 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augment, self.soft_labels = augment, soft_labels
         self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
-        self.val_split, self.split_seed = val_split, split_seed
+        self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
+        self.class_indices: Tensor | None = None  # of the network, for each class of these images
         self.preprocess, self.mean, self.std = preprocess, mean, std
         self.is_prepared = False
         self.epoch_soft_labels: tuple[int, Any] = -1, None  # with their epoch
@@ -82,36 +89,61 @@ class ImageDataModule(L.LightningDataModule):
         self.progress = 0.0
         self.device = self.trainer.strategy.root_device if self.trainer else self.device
         self.generator = torch.Generator(self.device)
-        for name in "train", "test", "val":
-            if isinstance(split := getattr(self.splits, name), LabeledImages):
-                moved = LabeledImages(split.images.to(self.device), split.labels.to(self.device))
-                self.splits = self.splits._replace(**{name: moved})  # type: ignore[arg-type]
+        if not self.num_workers:
+            moved = [LabeledImages(*(x.to(self.device) for x in split)) for split in self.splits[2:] if split]
+            self.splits = DatasetSplits(*self.splits[:2], *moved)
 
     @cached_property
     def splits(self) -> DatasetSplits:
         """Load the images and hold the validation images out of the training images."""
-        splits = self.dataset.load(self.root)
-        if not self.num_workers:
-            splits = splits._replace(train=load_into_memory(splits.train), test=load_into_memory(splits.test))
-        count = _count(splits.train)
-        val_size = min(count // 10, 5000) if self.val_size is None else self.val_size
-        if val_size >= count:
-            raise UserError(f"data.val_size={val_size}: {splits.name} has {count:,} training images; use fewer")
-        if self.train_size and self.train_size > (rest := count - val_size):
-            raise UserError(f"data.train_size={self.train_size}: {rest:,} images are not held out; use fewer")
-        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
-        order = shuffled if self.val_split == "random" else torch.arange(count).flip(0)
-        train = _select(splits.train, order[val_size:][: self.train_size].sort().values)
-        val = splits.test if self.test_every_epoch else _select(splits.train, order[:val_size])
-        return splits._replace(train=train, val=val)
+        name, classes, *loaded = self.dataset.load(self.root)
+        train, test, val = loaded if self.num_workers else [split and split.read() for split in loaded]
+        if val and self.folds:
+            train, val = train.append(val), None
+        count = len(train.labels)
+        order = self._order(train.labels)
+        if self.folds:
+            if not max(2, self.fold + 1) <= self.folds <= count:
+                raise UserError(
+                    f"data.folds={self.folds}: must be from 2 to {count:,}, and more than data.fold={self.fold}"
+                )
+            parts = list(order.tensor_split(self.folds))
+            held_out, order = parts.pop(self.fold), torch.cat(parts)
+        elif val and self.val_size is None:
+            held_out = order[:0]
+        elif val:
+            raise UserError(f"data.val_size={self.val_size}: {name} has its own validation images; leave it out")
+        else:
+            val_size = min(count // 10, 5000) if self.val_size is None else self.val_size
+            if val_size >= count:
+                raise UserError(f"data.val_size={val_size}: {name} has {count:,} training images; use fewer")
+            held_out, order = order[:val_size], order[val_size:]
+        if self.train_size and self.train_size > len(order):
+            raise UserError(f"data.train_size={self.train_size}: {len(order):,} images are not held out; use fewer")
+        val = test if self.test_every_epoch else val or train.select(held_out)
+        splits = {"train": train.select(order[: self.train_size].sort().values), "test": test, "val": val}
+        for part, split in splits.items():
+            missing = sorted({*range(len(classes))} - {*split.labels.tolist()})
+            if missing and len(split.labels):
+                some = shorten(", ".join(classes[label] for label in missing), 100)
+                rank_zero_warn(f"{name}: the {part} split has no image of {some}")
+        return DatasetSplits(name, classes, **splits)
+
+    def _order(self, labels: Tensor) -> Tensor:
+        """Return the order in which training images are held out, then trained on."""
+        if self.folds or self.val_split == "stratified":
+            return stratify(labels, self.split_seed)
+        if self.val_split == "last":
+            return torch.arange(len(labels)).flip(0)
+        return torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
 
     @cached_property
     def spec(self) -> ImageSpec:
         """Describe the images; measure on the training images what the config leaves open."""
-        train, count = self.splits.train, _count(self.splits.train)
+        train, count = self.splits.train, len(self.splits.train.labels)
         if self.num_workers:
-            train = _select(train, torch.arange(0, count, max(1, count // STATISTICS_SAMPLE)))
-        images = load_into_memory(train).images
+            train = train.select(torch.arange(0, count, max(1, count // STATISTICS_SAMPLE)))
+        images = train.read().images
         shape: Any = tuple(images.shape[1:])
         if self.preprocess == "mnist" and shape != (1, 28, 28):
             raise UserError(f"data.preprocess=mnist: {self.splits.name} has images of {shape}; use resize")
@@ -126,31 +158,39 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def train_batch_size(self) -> int:
         """Return the batch size per process."""
-        return self.batch_size or (128 if _count(self.splits.train) >= 10_000 else 32)
+        return self.batch_size or (128 if len(self.splits.train.labels) >= 10_000 else 32)
 
     def state_dict(self) -> dict[str, Any]:
         return self.spec.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (saved := ImageSpec.from_dict(state_dict)) != self.spec:
+        saved = ImageSpec.from_dict(state_dict)
+        is_measured = self.mean is None  # then the same numbers mean the same images, whatever their folder's name
+        if saved._replace(name=self.spec.name if is_measured else saved.name) != self.spec:
             raise UserError(f"data: the run began with other images ({saved}) than now ({self.spec}); set data.root")
 
-    def _make_loader(self, split: Any, batch_size: int, seed: int | None = None) -> DataLoader:
+    def _make_loader(self, split: LabeledImages, batch_size: int, seed: int | None = None) -> DataLoader:
         """Return a loader of index tensors for images in memory, otherwise of images and labels."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        device = self.device if isinstance(split, LabeledImages) else None
-        sampler: Any = IndexBatchSampler(_count(split), batch_size, seed, rank, world_size, device)
-        if isinstance(split, LabeledImages):
-            return DataLoader(torch.arange(sampler.size, device=device), sampler=sampler, batch_size=None)  # type: ignore[arg-type]
-        options: Any = {"num_workers": self.num_workers, "persistent_workers": True}
-        return DataLoader(split, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **options)
+        device = "cpu" if self.num_workers else self.device
+        sampler: Any = IndexBatchSampler(len(split.labels), batch_size, seed, rank, world_size, device)
+        indices: Any = torch.arange(sampler.size, device=device)
+        if not self.num_workers:
+            return DataLoader(indices, sampler=sampler, batch_size=None)
+        options: Any = {
+            "num_workers": self.num_workers,
+            "persistent_workers": True,
+            "collate_fn": partial(_read, split),
+        }
+        return DataLoader(indices, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **options)
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._make_loader(self.splits.train, self.train_batch_size, None if is_overfitting else self.seed)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._make_loader(self.splits.val, self.eval_batch_size) if _count(self.splits.val) else []
+        val: Any = self.splits.val
+        return self._make_loader(val, self.eval_batch_size) if len(val.labels) else []
 
     def test_dataloader(self) -> DataLoader:
         return self._make_loader(self.splits.test, self.eval_batch_size)
@@ -159,9 +199,10 @@ class ImageDataModule(L.LightningDataModule):
 
     def raw_batches(self, split: Literal["train", "test"]) -> Iterator[LabeledImages]:
         """Yield a split's uint8 images in order, neither augmented nor normalised."""
-        images = getattr(self.splits, split)
-        for batch in self._make_loader(images, self.eval_batch_size):
-            yield _select(images, batch) if isinstance(batch, Tensor) else LabeledImages(*batch)
+        every = getattr(self.splits, split)
+        for batch in self._make_loader(every, self.eval_batch_size):
+            images, labels = every.select(batch) if isinstance(batch, Tensor) else batch
+            yield LabeledImages(images, labels if self.class_indices is None else self.class_indices[labels])
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         trainer: Any = self.trainer
@@ -188,8 +229,8 @@ class ImageDataModule(L.LightningDataModule):
         """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
         trainer: Any = self.trainer
         teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
-        split = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
-        images, labels = _select(split, batch) if isinstance(batch, Tensor) else batch
+        split: Any = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
+        images, labels = split.select(batch) if isinstance(batch, Tensor) else batch
         if self.soft_labels and trainer.training:
             images, teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
         elif self.augment and trainer.training:
@@ -203,16 +244,10 @@ class ImageDataModule(L.LightningDataModule):
         if self.epoch_soft_labels[0] != epoch:
             batches = epoch * trainer.num_training_batches
             progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
-            images, augment = load_into_memory(self.splits.train).images, self.augment or RandomAffine()
+            images, augment = self.splits.train.images, self.augment or RandomAffine()
             self.epoch_soft_labels = epoch, self.soft_labels.prepare_epoch(images, augment, self.spec, epoch, progress)
         return self.epoch_soft_labels[1]
 
 
-def _count(split: Any) -> int:
-    return len(split.labels if isinstance(split, LabeledImages) else split)
-
-
-def _select(split: Any, indices: Tensor) -> Any:
-    if isinstance(split, LabeledImages):
-        return LabeledImages(split.images[indices], split.labels[indices])
-    return Subset(split, indices.tolist())
+def _read(split: LabeledImages, indices: list[Tensor]) -> LabeledImages:
+    return split.select(torch.stack(indices)).read()

@@ -5,6 +5,7 @@ proportions, and centred them by mass, in whole pixels, in 28×28. Their strokes
 """
 
 import os
+import re
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from src.core.errors import UserError
 
-FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM"
-SUFFIXES = ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm"
+FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF"
+SUFFIXES = ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"
 GREY_MODES = "1", "L", "LA", "I", "F"
 MAX_PIXELS = 50_000_000  # as of the best phone cameras; decoding takes some 500 MB
 MAX_BYTES = 100_000_000
@@ -31,12 +32,24 @@ MIN_CONTRAST = 16  # of 255; less is an empty page
 Pixels = NDArray[np.floating]
 
 
+def list_folders(folder: Path) -> list[Path]:
+    """Return the folders directly below, without hidden ones and those of an operating system."""
+    return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith((".", "__")))
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
+    """Return the files at any depth, without hidden ones and those of an operating system."""
+    walked = os.walk(folder, followlinks=True)
+    files = [Path(directory, name).relative_to(folder) for directory, _, names in walked for name in names]
+    visible = [file for file in files if not re.search(r"(?i)(^|/)(\.|__|thumbs\.db$|desktop\.ini$)", file.as_posix())]
+    return sorted(folder / file for file in visible if file.name.lower().endswith(suffixes))
+
+
 def find_images(path: Path) -> list[Path]:
     """Return a file itself, and of a folder the image files at any depth."""
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
+    if not (files := list_files(path, SUFFIXES)):
         raise UserError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
     return files
 
@@ -47,14 +60,15 @@ def preprocess_digit(source: Path | bytes) -> Tensor:
 
 
 def resize_image(source: Path | bytes | Image.Image, shape: tuple[int, int, int]) -> Tensor:
-    """Crop to the middle and resize to `shape`, (channels, height, width), uint8; transparent pixels become black.
+    """Crop to the middle and resize to `shape`, (channels, height, width), uint8.
 
     An image of that size stays as it is. Raises UserError for what is not an image.
     """
     channels, height, width = shape
-    image = source if isinstance(source, Image.Image) else _decode(source, max(WORKING_SIZE, 2 * height, 2 * width))
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    if channels not in (1, 3):
+        raise UserError(f"the network takes {channels} channels; image files have 1 or 3")
+    side = max(WORKING_SIZE, 2 * height, 2 * width)
+    image = _convert_to_rgb(source) if isinstance(source, Image.Image) else _decode(source, side, white=65535)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
@@ -82,8 +96,11 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "black" if is_light else "white"), image).convert("RGB")
 
 
-def _decode(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Image:
-    """Return the first frame, upright, in RGBA, with at most `working_size` pixels per side."""
+def _decode(source: Path | bytes, working_size: int = WORKING_SIZE, white: int | None = None) -> Image.Image:
+    """Return the first frame, upright, in RGB, with at most `working_size` pixels per side.
+
+    `white` is the highest level of 16-bit images, one for all images of a data set; None means the image's own.
+    """
     size = working_size, working_size
     try:
         if isinstance(source, Path):
@@ -99,12 +116,14 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Ima
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{image.width:,} × {image.height:,} pixels; at most {MAX_PIXELS:,} are read")
         image.draft("RGB", size)  # a JPEG is decoded small at once
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" and white:
+            raise UserError("its pixels are floating-point numbers; save it with 8 or 16 bits")
         if image.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow would clip
             image = image.convert("F")
             image.thumbnail(size, Image.Resampling.BOX)
             levels = np.asarray(image)
-            image = Image.fromarray((255 * (levels / max(levels.max(), 1))).astype(np.uint8))
-        image = ImageOps.exif_transpose(image)
+            image = Image.fromarray((255 * (levels / (white or max(levels.max(), 1)))).clip(0, 255).astype(np.uint8))
         image = _convert_to_rgb(image)
         image.thumbnail(size, Image.Resampling.BOX)
         return image

@@ -27,8 +27,8 @@ def make_generator(*keys: int, device: torch.device | str = "cpu") -> torch.Gene
 class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other sampler for trainer.overfit_batches
     """Yield indices that cover `range(size)` once per epoch, over all processes together; `batch_size` is per process.
 
-    Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … Batches are
-    tensors, or lists, for worker processes, if `device` is None. Raises UserError for fewer images than processes.
+    Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … Raises UserError
+    for fewer images than processes.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        device: torch.device | str | None = "cpu",
+        device: torch.device | str = "cpu",
     ) -> None:
         if size < world_size:
             raise UserError(f"{size} samples are too few for {world_size} processes; use fewer trainer.devices")
@@ -67,9 +67,8 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
             order = torch.randperm(self.size, generator=make_generator(self.seed, self.epoch))
         ends = [self.global_batch_size * number for number in range(1, len(self))]
         start, self.skipped = self.skipped, 0
-        for batch in order.to(self.device or "cpu").tensor_split(ends)[start:]:
-            indices = batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch
-            yield indices if self.device else indices.tolist()
+        for batch in order.to(self.device).tensor_split(ends)[start:]:
+            yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch
 
 
 def find_batch_sampler(loader: Any) -> IndexBatchSampler | None:

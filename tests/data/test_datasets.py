@@ -17,9 +17,8 @@ from PIL import Image
 
 from src import evaluate, export, predict
 from src.core.errors import UserError
-from src.data import datasets
 from src.data.datamodule import ImageDataModule
-from src.data.datasets import MNIST, Digits, ImageFolder, MNISTOrDigits, NpzFile, TorchvisionDataset, load_into_memory
+from src.data.datasets import MNIST, Digits, ImageFolder, MNISTOrDigits, NpzFile, TorchvisionDataset
 from src.data.preprocess import resize_image
 
 TINY = "model.channels=[4,4,4,4,4,4]", "trainer.max_epochs=2", "data.batch_size=8", "callbacks.model_summary=null"
@@ -84,14 +83,6 @@ def test_several_threads_download_once(mirror, mnist_root, tmp_path):
         thread.join()
     assert len(mirror) == 2 * expected
     assert torch.equal(MNIST().load(root).train.images, MNIST().load(mnist_root).train.images)
-    assert [path.name for path in root.iterdir() if path.name != ".mnist.lock"] == ["MNIST"]
-
-
-def test_damaged_download_raises_and_leaves_nothing(mirror, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MNIST_FILES", datasets.MNIST_FILES | {"t10k-labels-idx1-ubyte": "0" * 64})
-    with pytest.raises(UserError, match=r"could not be downloaded \(.*t10k-labels-idx1-ubyte"):
-        MNIST().download(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
@@ -103,12 +94,9 @@ def no_network(monkeypatch):
 @pytest.mark.parametrize(
     "dataset, fix", [(MNIST(), "MNIST_ROOT .* data=digits"), (TorchvisionDataset("KMNIST"), r"set data\.root")]
 )
-def test_failed_download_names_the_fix_and_leaves_no_folder(no_network, tmp_path, dataset, fix):
-    (tmp_path / "empty").mkdir()
-    for root in tmp_path / "not/there", tmp_path / "empty":
-        with pytest.raises(UserError, match=f"could not be downloaded .*{fix}"):
-            dataset.download(root)
-    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+def test_failed_download_names_the_fix(no_network, tmp_path, dataset, fix):
+    with pytest.raises(UserError, match=f"could not be downloaded .*{fix}"):
+        dataset.download(tmp_path / "not/there")
 
 
 def test_auto_without_network_warns_and_loads_digits(no_network, tmp_path):
@@ -121,15 +109,13 @@ def test_auto_without_network_warns_and_loads_digits(no_network, tmp_path):
 
 def test_auto_with_mnist_on_disk_loads_mnist(mnist_root):
     with warnings.catch_warnings(action="error"):
-        assert make_module(MNISTOrDigits(), mnist_root).spec.name == "mnist"
+        assert make_module(MNISTOrDigits(), mnist_root, val_size=0).spec.name == "mnist"
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?"])
-@pytest.mark.parametrize("name", datasets.MNIST_FILES)
-def test_damaged_mnist_file_is_named(mnist_root, name, damage):
-    file = mnist_root / "MNIST/raw" / name
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=f"{name}: .*SHA-256 differs.*; delete it"):
+def test_truncated_mnist_file_is_one_line(mnist_root, no_network):
+    file = mnist_root / "MNIST/raw/t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="MNIST is not in .*, or damaged"):
         make_module(MNIST(), mnist_root)
 
 
@@ -153,7 +139,7 @@ def test_image_folder_with_a_test_folder_keeps_the_split(image_folder):
             file.rename(image_folder / ("test" if i < 4 else "train") / name / file.name)
         (image_folder / name).rmdir()
     splits = ImageFolder().load(image_folder)
-    assert (len(splits.train), len(splits.test)) == (24, 12) and splits.classes == CLASSES
+    assert (len(splits.train.labels), len(splits.test.labels)) == (24, 12) and splits.classes == CLASSES
 
 
 def test_image_of_the_right_size_is_not_resampled():
@@ -223,7 +209,7 @@ def test_torchvision_dataset_is_trained_evaluated_predicted_and_exported(run_mai
     assert scores["accuracy"] == pytest.approx(metrics["metrics"]["test/acc"]) and "Ankle boot" in result.out
 
     splits = TorchvisionDataset("FashionMNIST").load(mnist_root)
-    images, labels = load_into_memory(splits.test)
+    images, labels = splits.test.read()
     (tmp_path / "images").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{i:03}.png")

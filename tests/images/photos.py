@@ -1,4 +1,4 @@
-"""Simulate photos of handwritten digits from MNIST's strokes, and count how many are predicted right, wrong or not sure.
+"""Simulate photos of handwritten digits from MNIST's strokes, and count the right, wrong and unsure predictions.
 
 python -m tests.images.photos 200        with MNIST_ROOT; the table of docs/predict.md
 """
@@ -118,6 +118,10 @@ def put_on_desk(page: Array, random: np.random.Generator, degrees: float = 0) ->
     return np.asarray(photo) / 255
 
 
+def put_grid_on_desk(page: Array, random: np.random.Generator) -> Array:
+    return put_on_desk(rule(page, 25, grid=True), random)
+
+
 def light(random: np.random.Generator, kind: str, lowest: float = 0.45) -> Array:
     """Return how bright each pixel is: falling across the page, to its corners, in a shadow, or with a glare."""
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
@@ -170,7 +174,7 @@ FURTHER: dict[str, Callable[..., bytes]] = {
     "notebook with margin": partial(make_photo, change=lambda page, random: add_margin(rule(page, 40))),
     "dark rules": partial(make_photo, change=lambda page, random: rule(page, 40, ink=0.45)),
     "lined paper, light falling": partial(make_photo, change=lambda page, random: rule(page, 40), kind="across"),
-    "grid paper on a desk, vignette": partial(make_photo, change=lambda page, random: put_on_desk(rule(page, 25, grid=True), random), kind="vignette"),
+    "grid paper on a desk, vignette": partial(make_photo, change=put_grid_on_desk, kind="vignette"),
     "thin pen, small, light falling": partial(make_photo, pen=-0.05, size=0.15, kind="across"),
     "box, light falling": partial(make_photo, change=lambda page, random: box(page), kind="across"),
     "dotted paper": partial(make_photo, change=lambda page, random: dot(page)),
