@@ -20,12 +20,14 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
 
+    from src.core.errors import UserError
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
     from src.models.classifier import Classifier
     from src.training import run_record
-    from src.training.checkpoints import find_resume_checkpoint, load_initial_weights
+    from src.training.checkpoints import find_best_checkpoint, load_initial_weights
     from src.training.console import print_results, silence_routine_output
     from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
+    from src.training.resume import find_resume_checkpoint
 
     silence_routine_output()
     disable_malloc_trimming()
@@ -38,8 +40,10 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
     reject_subprocesses_in_multirun(trainer)
+    if cfg.test == "best" and not find_best_checkpoint(trainer):
+        raise UserError("test=best: no callback keeps the best weights; set callbacks=default and optimized_metric=…")
     module, data = instantiate_task(cfg)
-    checkpoint = find_resume_checkpoint(folder, trainer) if cfg.resume else None
+    checkpoint = find_resume_checkpoint(trainer) if cfg.resume else None
     if cfg.init_from.path and not checkpoint:
         recorder.initial_weights = load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip)
     try:
@@ -47,15 +51,15 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         started_at = perf_counter()
         metrics = dict(trainer.callback_metrics)
         if cfg.test:
-            trainer.test(module, data, verbose=False)
-            metrics |= trainer.callback_metrics
+            metrics |= run_record.test(trainer, module, data, cfg.test)
         test_seconds = perf_counter() - started_at
     finally:
         run_record.finish_loggers(trainer)
     results = run_record.write_results(recorder, trainer, metrics, test_seconds)
     if trainer.is_global_zero:
         is_image_classifier = isinstance(module, Classifier) and hasattr(data, "spec")
-        print_results(results, folder, ("evaluate", "draw") if is_image_classifier else ("evaluate",) * cfg.test)
+        programs = ("evaluate", "draw") if is_image_classifier else ("evaluate",) if cfg.test else ()
+        print_results(results, folder, programs)
     return run_record.get_optimized_metric(results, cfg.optimized_metric)
 
 

@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
@@ -58,12 +58,15 @@ class CheckCommand(Callback):
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """Return the program that composes `config_name`, checks the config and calls `task` with it."""
+    changes: list[str] = []  # overrides of a resumed run
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
         hydra_config = HydraConfig.get()
         folder, is_multirun = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
         is_resumed = bool(config.resume)
+        with read_write(hydra_config):  # type: ignore[arg-type]
+            hydra_config.overrides.task.extend(changes)
         if is_multirun and run_folder.is_finished(folder):
             print(f"already finished: {folder.name}", flush=True)
             return None
@@ -77,7 +80,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
         )
         try:
             with lock, status:
-                saved = run_folder.load_resumed_config(config) if is_resumed else config
+                saved = run_folder.load_resumed_config(config, changes) if is_resumed else config
                 config = resolve_and_validate(saved)
                 metric, mode = str(config.get("optimized_metric")), config.get("optimized_mode")
                 is_inferred = mode != saved.get("optimized_mode") and not metric.endswith(("acc", "None"))
@@ -90,12 +93,12 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                     if is_multirun:
                         pin_gpu(config)
                         config.resume = str(folder)  # continue if an earlier start of the sweep left a checkpoint
-                    if is_first_process() and not is_study:
+                    if is_first_process() and not is_study and not is_resumed:
                         run_folder.write_config(config, folder)
                     return task(config)
         except SystemExit as stop:
             if stop.code in (130, 143) and is_first_process() and not parent_process():  # not of a sweep's worker
-                run_folder.print_continue_command(folder, signal.Signals(stop.code - 128).name)
+                run_folder.print_continue_command(folder, signal.Signals(stop.code - 128).name, changes)
             raise
         except Exception as error:
             line = describe_error(error, OmegaConf.select(config, "data.batch_size"))
@@ -121,34 +124,38 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                 for name in CLUSTER_VARIABLES:
                     os.environ.pop(name, None)
             arguments = parse_hydra_arguments(sys.argv[1:])
-            _complete_arguments(arguments)
+            changes[:] = _complete_arguments(arguments)
             run_hydra(arguments, job, CONF, config_name)
 
     return main
 
 
-def _complete_arguments(arguments: Namespace) -> None:
-    """Quote paths, recognise sweeps by their config, and turn resume=RUN into the folder of that run."""
+def _complete_arguments(arguments: Namespace) -> list[str]:
+    """Quote paths, recognise sweeps by their config, and turn resume=RUN into the folder of that run.
+
+    Return the overrides that change the config of a resumed run.
+    """
     overrides = arguments.overrides = [_quote_path(override) for override in arguments.overrides]
     overrides[:] = [re.sub(r"^init_from=(?!\{)", "init_from.path=", override) for override in overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None
+    changes: list[str] = []
     has_folder = any(override.startswith("hydra.run.dir=") for override in overrides)
     if resumed := [override for override in overrides if override.startswith("resume=")]:
         folder = Path(str(OverridesParser.create().parse_override(resumed[0]).value()))
-        settings = [override for override in overrides if not override.startswith((resumed[0], "hydra."))]
-        if other := [
-            override for override in settings if override.partition("=")[0] not in run_folder.RESUME_OVERRIDES
-        ]:
-            raise UserError(f"resume={folder}: continues one run with its own config; leave out {' '.join(other)}")
+        changes = [override for override in overrides if not override.startswith((resumed[0], "hydra."))]
+        if other := [change for change in changes if not run_folder.RESUME_OVERRIDES.fullmatch(change)]:
+            fix = f"leave out {' '.join(other)}, or type init_from={folder} instead, for a new run from its weights"
+            raise UserError(f"resume={folder}: continues one run with its own config; {fix}")
+        # The others are for the saved config, which need not have the keys of the defaults.
+        overrides[:] = [item for item in overrides if item not in changes or re.match(r"(callbacks|logger)=", item)]
         if arguments.multirun:
             raise UserError(f"resume={folder}: continues one run; leave out -m")
-        if not (folder / run_folder.CONFIG_FILE).is_file():
-            raise UserError(
-                f"resume={folder}: not a run folder, {run_folder.CONFIG_FILE} is missing; name one below outputs/"
-            )
-        if run_folder.is_finished(folder):
-            print(f"{folder} is finished: its metrics are in metrics.json")
+        if not (run_folder.holds_run(folder) and (folder / run_folder.CONFIG_FILE).is_file()):
+            reason = "no run, or one that was stopped while its config was written"
+            raise UserError(f"resume={folder}: {reason}; name one below outputs/, or type its first command again")
+        if run_folder.is_finished(folder) and not changes:
+            print(f"{folder} is finished: its metrics are in metrics.json; trainer.max_epochs=… trains it longer")
             sys.exit()
         if not has_folder:  # the other processes of a DDP run have it
             overrides += [resumed[0].replace("resume=", "hydra.run.dir=", 1), "hydra.output_subdir=null"]
@@ -156,6 +163,7 @@ def _complete_arguments(arguments: Namespace) -> None:
         raise UserError("several processes need one run folder; set hydra.run.dir=… to the same for each")
     elif not is_first_process():
         overrides.append("hydra.output_subdir=null")  # the first process writes the config
+    return changes
 
 
 def _count_processes() -> int:

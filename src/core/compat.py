@@ -109,7 +109,7 @@ def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, An
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch_loop.batch_progress.is_last_batch = False
     epoch_loop.batch_progress.total.ready = epoch_loop.batch_progress.total.completed
-    epoch_loop._batches_that_stepped -= not epoch_loop._should_accumulate()
+    epoch_loop._batches_that_stepped -= epoch_loop.restarting and not epoch_loop._should_accumulate()
     fit_loop._restarting = False
     assert fit_loop._combined_loader and fit_loop._data_fetcher
     fit_loop._combined_loader_states_to_load = []
@@ -118,6 +118,15 @@ def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, An
         iter(fit_loop._data_fetcher)  # loads the states
     if not epoch_loop.batch_progress.current.completed:  # they are of the end of the epoch before
         iter(fit_loop._data_fetcher)
+
+
+def get_limits(trainer: "L.Trainer") -> list[Any]:
+    """Return what may end the training: numbers of epochs and steps, EarlyStopping's patience, a Timer's duration."""
+    from lightning.pytorch.callbacks import Timer
+
+    patience = {callback.state_key: callback.patience for callback in trainer.early_stopping_callbacks}
+    durations = [callback._duration for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return [trainer.max_epochs, trainer.max_steps, patience, durations]
 
 
 def disable_requeue_and_broadcast(trainer: "L.Trainer") -> None:

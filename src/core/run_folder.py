@@ -7,17 +7,21 @@ import shlex
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from src.core.config import iterate_items
+from src.core.config import CONF, describe_unknown_key, iterate_items, list_keys
 from src.core.error_messages import describe_error
 from src.core.errors import DivergenceError, UserError
 from src.core.files import write_atomically
@@ -28,7 +32,11 @@ STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job 
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # The interpolations that a saved config may hold: its own keys, and what conf/ itself looks up.
 OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
-RESUME_OVERRIDES = ("trainer.accelerator",)  # may differ when a run is resumed
+# What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
+RESUME_OVERRIDES = re.compile(
+    r"[+~]*(trainer\.(max_epochs|max_steps|max_time|accelerator|devices|strategy)|data\.(root|num_workers)|threads|test"
+    r"|logger|callbacks(?!\.resume(=|\.dirpath)))([.=].*)?"
+)
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is available
 
 
@@ -40,12 +48,13 @@ def is_finished(folder: Path) -> bool:
 def holds_run(folder: Path) -> bool:
     """Return whether a folder holds a config, checkpoints or metrics that a new run would overwrite.
 
-    A config that was cut short while it was written does not count where nothing was trained.
+    Hydra's files do not count if they were cut short while they were written and nothing was trained.
     """
-    if any((folder / name).exists() for name in (METRICS_FILE, "multirun.yaml", "study.db")):
+    if any(any(folder.glob(name)) for name in (METRICS_FILE, "multirun.yaml", "study.db", "checkpoints/*")):
         return True
     try:
-        return any(folder.glob("checkpoints/*")) or bool(read_plain_config(folder / CONFIG_FILE))
+        read_strings(folder / ".hydra/overrides.yaml")  # the last that Hydra writes
+        return bool(read_plain_config(folder / CONFIG_FILE))
     except UserError:
         return False
 
@@ -92,8 +101,11 @@ def read_plain_config(file: Path) -> dict[str, Any]:
     return plain
 
 
-def write_config(config: DictConfig, folder: Path) -> None:
-    """Replace the config that Hydra wrote by the resolved one, in which the run folder is `${output_dir}`."""
+def write_config(config: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> None:
+    """Replace the config that Hydra wrote by the resolved one, in which the run folder is `${output_dir}`.
+
+    `overrides` are those of a run that was resumed with others.
+    """
     output_dir = str(config.output_dir)
 
     def make_portable(node: Any) -> Any:
@@ -106,23 +118,60 @@ def write_config(config: DictConfig, folder: Path) -> None:
 
     plain = make_portable({**OmegaConf.to_container(config), "resume": None}) | {"output_dir": OUTPUT_DIR}  # type: ignore[dict-item]
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+    if overrides is not None:
+        write_atomically(folder / ".hydra/overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True).encode())
 
 
-def load_resumed_config(config: DictConfig) -> DictConfig:
-    """Load the saved config of the run that `config.resume` names.
+def load_resumed_config(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Load the saved config of the run that `config.resume` names, and apply the overrides to it.
 
-    Overrides in RESUME_OVERRIDES are taken from `config`; so are keys that the saved config lacks, with a warning.
+    Keys that it lacks are taken from what the first command composes today, with a warning.
     """
     file = Path(config.resume, CONFIG_FILE)
-    saved = OmegaConf.create(read_plain_config(file))
-    if missing := [str(key) for key in config if key not in saved]:
+    plain = read_plain_config(file)
+    try:
+        defaults = compose("train", overrides=read_strings(file.with_name("overrides.yaml")))
+    except (UserError, HydraException, OmegaConfBaseException):  # its options are gone
+        defaults = OmegaConf.masked_copy(config, [str(key) for key in config if key not in plain])
+    if missing := _add_missing(plain, OmegaConf.to_container(defaults)):
         print(f"warning: {file} lacks {', '.join(missing)}; today's defaults are used", file=sys.stderr)
-        saved.update({key: config[key] for key in missing})
-    saved.resume, saved.output_dir = config.resume, config.output_dir
-    for override in HydraConfig.get().overrides.task:
-        if (key := override.partition("=")[0]) in RESUME_OVERRIDES:
-            OmegaConf.update(saved, key, OmegaConf.select(config, key))
+    saved = OmegaConf.create({**plain, "resume": config.resume, "output_dir": config.output_dir})
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, known = override.key_or_group, list_keys(saved)
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values; resume continues one run")
+        if not override.is_add() and key not in known:
+            raise UserError(describe_unknown_key(key, known))
+        is_group = (CONF / key).is_dir()
+        value = config[key] if is_group else None if override.is_delete() else override.value()
+        OmegaConf.update(saved, key, value, force_add=True)
     return saved
+
+
+def merge_overrides(before: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Return the overrides of a changed run: a change takes the place of those of its key and of keys below it."""
+    parse = OverridesParser.create().parse_overrides
+    merged = {override.key_or_group: str(override.input_line) for override in parse(list(before))}
+    for change in parse(list(changes)):
+        key, line = change.key_or_group, str(change.input_line)
+        is_added = merged.get(key, "").startswith("+")
+        merged = {name: item for name, item in merged.items() if not f"{name}.".startswith(f"{key}.")}
+        if not (is_added and change.is_delete()):
+            merged[key] = f"++{line.lstrip('+')}" if is_added else line
+    return list(merged.values())
+
+
+def _add_missing(saved: Any, defaults: Any, prefix: str = "") -> list[str]:
+    """Add the keys of `defaults` that a plain config lacks, also below equal `_target_`; return them."""
+    added = [key for key in defaults if key not in saved]
+    saved.update({key: defaults[key] for key in added})
+    names = [f"{prefix}{key}" for key in added]
+    for key, node in saved.items():
+        default = defaults.get(key)
+        are_nodes = isinstance(node, dict) and isinstance(default, dict)
+        if are_nodes and node.get("_target_") == default.get("_target_"):
+            names += _add_missing(node, default, f"{prefix}{key}.")
+    return names
 
 
 def read_status(folder: Path) -> dict[str, str] | None:
@@ -150,21 +199,25 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
         yield
         return
     write_status(folder, "running")
+    state, message, trace = "finished", "", ""
     try:
         yield
-        write_status(folder, "finished")
     except SystemExit:
-        write_status(folder, "interrupted")
+        state = "interrupted"
         raise
     except Exception as error:
         stops_early = type(error).__name__ == "TrialPruned"  # by name: not every installation has Optuna
         line = "worse than earlier trials at this epoch" if stops_early else describe_error(error)
         is_pruned = stops_early or (is_trial and isinstance(error, DivergenceError))
+        state = "pruned" if is_pruned else "failed"
         trace = "" if line else "".join(traceback.format_exception(error))
         message = line or " ".join(f"{type(error).__name__}: {error}".split())
-        with suppress(OSError):  # a full disk must not hide the error
-            write_status(folder, "pruned" if is_pruned else "failed", message, trace)
         raise
+    finally:
+        if (folder / METRICS_FILE).exists():  # also if a finished run could not be trained longer
+            state, message, trace = "finished", "", ""
+        with suppress(OSError):  # a full disk must not hide the error
+            write_status(folder, state, message, trace)
 
 
 def remove_if_untrained(folder: Path) -> None:
@@ -175,9 +228,9 @@ def remove_if_untrained(folder: Path) -> None:
             folder.parent.rmdir()
 
 
-def print_continue_command(folder: Path, signal_name: str) -> None:
-    """Print the command that continues an interrupted run or sweep."""
-    command = f"python -m src.train resume={shlex.quote(os.path.relpath(folder))}"
+def print_continue_command(folder: Path, signal_name: str, changes: Sequence[str]) -> None:
+    """Print the command that continues an interrupted run, with its changes, or an interrupted sweep."""
+    command = f"python -m src.train resume={shlex.quote(os.path.relpath(folder))} {shlex.join(changes)}".rstrip()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         command = format_continue_command(Path(HydraConfig.get().sweep.dir, "multirun.yaml"))
     print(f"\nstopped by {signal_name}; continue with: {command}", file=sys.stderr)

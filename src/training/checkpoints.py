@@ -1,9 +1,7 @@
-"""Read and write checkpoints, and find the one that a run resumes from."""
+"""Read and write checkpoints, and start from the weights of another run."""
 
-import csv
 import io
 import re
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from src.core.errors import UserError
 from src.core.files import write_atomically
@@ -95,29 +92,12 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
     return record
 
 
+def find_best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the first callback that keeps the weights with the best value of a metric."""
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return next((callback for callback in callbacks if callback.monitor), None)
+
+
 def is_finite(state: dict[str, Any]) -> bool:
     """Return whether all tensors of a state_dict are finite."""
     return all(bool(value.isfinite().all()) for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def find_resume_checkpoint(run_folder: Path, trainer: Trainer) -> Path | None:
-    """Return the newest undamaged checkpoint or None, warn of damaged ones, and remove what will be logged again."""
-    checkpoint, step = None, 0
-    files = [file for name in (LAST, PREVIOUS) if (file := run_folder / "checkpoints" / name).exists()]
-    for file in files:
-        try:
-            checkpoint, step = file, load_weights_only(file)["global_step"]
-            break
-        except UserError as error:
-            print(f"warning: {file}: {error}", file=sys.stderr)
-    if files and not checkpoint:
-        raise UserError(f"resume={run_folder}: all checkpoints are damaged; start the run again in another folder")
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, TensorBoardLogger):
-            for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
-                writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-        elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
-            rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.read_text().splitlines())]
-            logger.experiment.metrics.extend(row for row in rows if int(row.get("step", step)) < step)
-            logger.save()  # to the new file that Lightning begins
-    return checkpoint

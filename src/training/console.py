@@ -33,6 +33,7 @@ IRRELEVANT_WARNINGS = (
     "Grad strides do not match bucket view strides",  # channels_last; no result changes
     "The AccumulateGrad node's stream does not match",
     ".*exists and is not empty",  # a resumed run
+    ".*callbacks used to create the checkpoint need to be provided",  # removed when a run was resumed
     ".*your dataloader is not resumable",  # ResumeCheckpoint sets its position
 )
 

@@ -1,7 +1,10 @@
 """Stop a run at any moment and resume it with bitwise identical results."""
 
+import csv
 import math
+import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -11,13 +14,35 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device, rank_zero_warn
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
 
-from src.core.compat import disable_requeue_and_broadcast, get_loader_states, restart_at_next_batch
+from src.core.compat import disable_requeue_and_broadcast, get_limits, get_loader_states, restart_at_next_batch
 from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler, hash_seed
-from src.training.checkpoints import LAST, is_finite
+from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
+
+
+def find_resume_checkpoint(trainer: Trainer) -> Path | None:
+    """Return the newest undamaged checkpoint or None, and warn of damaged ones. Raise UserError if all are damaged."""
+    callback = next(
+        (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)), None
+    )
+    files = [callback.file, callback.file.with_name(PREVIOUS)] if callback else []
+    files = [file for file in files if file.exists()]
+    for file in files:
+        try:
+            load_weights_only(file)
+            return file
+        except UserError as error:
+            print(f"warning: {file}: {error}", file=sys.stderr)
+    if files:
+        raise UserError(
+            f"resume={trainer.default_root_dir}: all checkpoints are damaged; start the run again in another folder"
+        )
+    return None
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -47,7 +72,11 @@ class ResumeCheckpoint(Checkpoint):
                     self.handlers[number] = signal.signal(number, self._handle_signal)
         if self.resumed:
             self._seed_generators(trainer, pl_module)
-            batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+            epoch, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+            if epoch.completed == epoch.ready:  # the run was finished, and trains longer
+                epoch_loop.restarting = False
+                epoch_loop.batch_progress.reset_on_run()
+            batches = epoch_loop.batch_progress.current.completed
             if sampler := find_batch_sampler(trainer.train_dataloader):
                 sampler.set_epoch(trainer.current_epoch)
                 sampler.skip(batches)
@@ -111,6 +140,7 @@ class ResumeCheckpoint(Checkpoint):
             torch.distributed.all_gather_object(metrics, states)
         checkpoint["resume"] = {"metrics": metrics, "callback_metrics": dict(trainer.callback_metrics)}
         checkpoint["resume"] |= {"should_stop": trainer.should_stop, "run_folder": str(self.file.parents[1])}
+        checkpoint["resume"]["limits"] = get_limits(trainer)
         if self.loader_states:  # those in the checkpoint are one batch ahead
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self.loader_states
 
@@ -119,18 +149,51 @@ class ResumeCheckpoint(Checkpoint):
         if (processes := len(resumed["metrics"])) != trainer.world_size:
             raise UserError(f"trainer.devices: the run has {processes} processes; resume it with as many")
         self.saved_step = checkpoint["global_step"]
+        for callback in trainer.early_stopping_callbacks:  # whose state would undo a change of it
+            checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         checkpoint["callbacks"] = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         disable_requeue_and_broadcast(trainer)
         if self.resumed:
+            limits = get_limits(trainer)
+            if (previous := self.resumed.get("limits", limits)) == limits:
+                trainer.should_stop |= self.resumed["should_stop"]
+            elif previous[:2] != limits[:2]:
+                self._reject_fixed_schedules(trainer, previous)
+            trainer.num_sanity_val_steps = 0  # they would reset metrics
             resumed, modules = move_data_to_device(self.resumed, pl_module.device), dict(pl_module.named_modules())
-            trainer.num_sanity_val_steps, trainer.should_stop = 0, resumed["should_stop"]  # sanity steps reset metrics
             trainer.callback_metrics.update(resumed["callback_metrics"])
             for name, states in resumed["metrics"][trainer.global_rank].items():
                 for state, value in states.items():
                     setattr(modules[name], state, value)
+        self._drop_later_records(trainer)  # also of a run that was killed before its first checkpoint
+
+    def _drop_later_records(self, trainer: Trainer) -> None:
+        """Remove from the loggers' files what will be logged again."""
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
+                    writer.add_event(Event(step=self.saved_step, session_log=SessionLog(status=SessionLog.START)))
+            elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
+                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.read_text().splitlines())]
+                logger.experiment.metrics.extend(
+                    row for row in rows if int(row.get("step", self.saved_step)) < self.saved_step
+                )
+                logger.save()  # to the new file that Lightning begins
+
+    def _reject_fixed_schedules(self, trainer: Trainer, before: list[int]) -> None:
+        """Raise UserError if a schedule was made for the number of epochs or steps that the run had before."""
+        for config in trainer.lr_scheduler_configs:
+            for schedule in [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]:
+                if hasattr(schedule, "total_steps") or hasattr(schedule, "T_max"):
+                    name = "epochs" if before[0] != trainer.max_epochs else "steps"
+                    raise UserError(
+                        f"trainer.max_{name}={getattr(trainer, f'max_{name}')}: the run's {type(schedule).__name__} is "
+                        f"made for {before[name == 'steps']} {name}; leave it out, or start a new run with a schedule "
+                        f"of its own: init_from={os.path.relpath(self.file.parents[1])} instead of resume"
+                    )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -14,9 +14,10 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from hydra.types import RunMode
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch import Tensor
@@ -26,7 +27,8 @@ from src.core.compat import add_summary, continue_logger_run
 from src.core.config import iterate_items
 from src.core.errors import UserError
 from src.core.files import write_atomically
-from src.core.run_folder import METRICS_FILE, read_strings, read_yaml
+from src.core.run_folder import METRICS_FILE, merge_overrides, read_strings, read_yaml, write_config
+from src.training.checkpoints import find_best_checkpoint, load_weights_only
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 CHOICES = "experiment", "data", "model", "task", "optimizer", "scheduler"
@@ -64,6 +66,9 @@ class RunRecorder(Callback):
         self.started_at = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.cfg.resume and trainer.is_global_zero:  # perhaps longer than before
+            write_config(self.cfg, Path(self.cfg.output_dir), self.overrides)
+            Path(self.cfg.output_dir, METRICS_FILE).unlink(missing_ok=True)
         _log_hyperparameters(trainer, self.cfg, _collect_hyperparameters(self.cfg, self.overrides, self.choices))
         self.first_epoch, self.started_at = trainer.current_epoch, perf_counter()
 
@@ -108,11 +113,14 @@ def get_optimized_metric(results: dict[str, Any], name: str | None) -> float | N
 
 
 def _read_original_overrides(cfg: DictConfig) -> tuple[list[str], dict[str, Any]]:
-    """Return the overrides and the chosen options that a run was started with, also if it is resumed."""
-    hydra, file = HydraConfig.get(), Path(cfg.output_dir, ".hydra/hydra.yaml")
-    if not cfg.resume or not file.is_file():
-        return list(hydra.overrides.task), dict(hydra.runtime.choices)
-    return read_strings(file, "hydra", "overrides", "task"), read_yaml(file)["hydra"]["runtime"]["choices"]
+    """Return the overrides and the chosen options that a run was started with, changed by those of its resumption."""
+    hydra, folder = HydraConfig.get(), Path(cfg.output_dir, ".hydra")
+    overrides, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
+    if cfg.resume and hydra.mode == RunMode.RUN and (folder / "hydra.yaml").is_file():
+        changes = [override for override in overrides if not override.startswith("resume=")]
+        overrides = merge_overrides(read_strings(folder / "overrides.yaml"), changes)
+        choices = read_yaml(folder / "hydra.yaml")["hydra"]["runtime"]["choices"]
+    return overrides, choices
 
 
 def _collect_hyperparameters(cfg: DictConfig, overrides: list[str], choices: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +175,27 @@ def finish_loggers(trainer: L.Trainer) -> None:
             logger.experiment.finish()
 
 
+def test(trainer: L.Trainer, module: L.LightningModule, data: Any, weights: str | bool) -> dict[str, Any]:
+    """Test the last weights and, for "best", those of the best epoch; return all scores, those as test/best/NAME."""
+    trainer.test(module, data, verbose=False)
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    best = find_best_checkpoint(trainer)
+    if weights == "best" and not (best and best.best_model_path):
+        rank_zero_warn("test=best: no validation has ended, so only the last weights were tested")
+    elif weights == "best" and best:
+        # Not by the trainer, which would load the states of the callbacks as well.
+        state = load_weights_only(Path(best.best_model_path))["state_dict"]
+        module.load_state_dict(state, strict=module.strict_loading)
+        loggers, trainer.loggers = trainer.loggers, []  # they have these names from the last weights
+        trainer.test(module, data, verbose=False)
+        trainer.loggers = loggers
+        scores = {f"test/best/{k.removeprefix('test/')}": float(x) for k, x in trainer.callback_metrics.items()}
+        for logger in loggers:
+            logger.log_metrics(scores, trainer.global_step)
+        metrics |= scores
+    return metrics
+
+
 def write_results(
     recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], test_seconds: float
 ) -> dict[str, Any]:
@@ -175,8 +204,7 @@ def write_results(
     It has the scores of the final epoch (epochs count from 1) and what they come from: settings, hardware, versions.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    best = next((callback.best_model_path for callback in checkpoints if callback.monitor), None)
+    best = checkpoint.best_model_path if (checkpoint := find_best_checkpoint(trainer)) else None
     results = {
         "name": recorder.cfg.name,
         "overrides": recorder.overrides,
@@ -187,7 +215,7 @@ def write_results(
         "init_from": recorder.initial_weights,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,
-        "best_epoch": torch.load(best, map_location="cpu", weights_only=True)["epoch"] + 1 if best else None,
+        "best_epoch": load_weights_only(Path(best))["epoch"] + 1 if best else None,
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         "seconds": {"fit": round(sum(recorder.seconds.values()), 3), "test": round(test_seconds, 3)},

@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed ends bitwise identical to an uninterrupted one."""
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SimulatedKill, read_outcome, run_with_processes
 
 from src import train
@@ -25,6 +27,7 @@ TINY = (
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
     *("data.batch_size=8", "callbacks.resume.every_steps=5", "callbacks.model_summary=null"),
 )
+EARLY_STOPPING = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9}"
 PLAIN = "callbacks.tensorboard=null"  # halves the time of so short a run
 OUTCOMES: dict[tuple, dict] = {}  # of uninterrupted runs, by their overrides
 
@@ -92,6 +95,53 @@ def test_signal_writes_a_checkpoint_and_prints_the_command(
     assert read_outcome(folder) == uninterrupted(PLAIN)
 
 
+CONSTANT = PLAIN, "scheduler=none"
+
+
+@pytest.mark.parametrize("overrides", [CONSTANT, (PLAIN, "scheduler=plateau", "trainer.accumulate_grad_batches=5")])
+def test_finished_run_trains_longer_as_if_it_had_not_stopped(
+    run_main, tmp_path, interrupt_at, uninterrupted, overrides
+):
+    folder, longer = tmp_path / "run", ("+trainer.max_epochs=2", "callbacks.resume.every_steps=4")
+    assert run_main(*TINY, *overrides, "trainer.max_epochs=1", f"hydra.run.dir={folder}").code == 0
+    assert "is finished" in run_main(f"resume={folder}").out
+    interrupt_at(15, signal.SIGTERM)
+    result = run_main(f"resume={folder}", *longer)
+    assert result.code == 143 and result.err.rstrip().endswith(" ".join(longer))
+    assert not (folder / "metrics.json").exists()
+    assert run_main(f"resume={folder}").code == 0  # the changes are saved
+    assert read_outcome(folder) == uninterrupted(*overrides)
+    changed = json.loads((folder / "metrics.json").read_text())["overrides"]
+    assert changed == yaml.safe_load((folder / ".hydra/overrides.yaml").read_text())
+    assert changed[-2:] == [longer[1], longer[0]][::-1] and "trainer.max_epochs=1" not in changed
+
+
+@pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_schedule_of_fixed_length_is_not_trained_longer(
+    run_main, tmp_path, interrupt_at, uninterrupted, scheduler, is_finished
+):
+    folder, arguments = tmp_path / "run", (PLAIN, f"scheduler={scheduler}")
+    if not is_finished:
+        interrupt_at(7, signal.SIGTERM)
+    run_main(*TINY, *arguments, f"hydra.run.dir={folder}")
+    result = run_main(f"resume={folder}", "trainer.max_epochs=3")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "init_from=" in result.err
+    assert run_main(f"resume={folder}").code == 0
+    assert read_outcome(folder) == uninterrupted(*arguments)
+
+
+def test_run_that_stopped_early_goes_on_with_more_patience(run_main, tmp_path):
+    folder = tmp_path / "run"
+    stop = EARLY_STOPPING.replace("}", ",patience:1}")
+    result = run_main(*TINY, *CONSTANT, stop, "trainer.max_epochs=9", f"hydra.run.dir={folder}")
+    assert result.code == 0 and "epoch 2/9" in result.out and "epoch 3/9" not in result.out
+    result = run_main(f"resume={folder}", "callbacks.stop.patience=2")
+    assert result.code == 0 and "epoch 3/9" in result.out and "epoch 4/9" not in result.out
+    result = run_main(f"resume={folder}", "~callbacks.stop", "trainer.max_epochs=5")
+    assert result.code == 0 and "epoch 5/5" in result.out
+
+
 def test_second_signal_exits_without_a_checkpoint(tmp_path):
     callback = ResumeCheckpoint(str(tmp_path))
     callback._handle_signal(signal.SIGINT, None)
@@ -108,9 +158,6 @@ def test_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_at
     assert run_main(*command[command.index("src.train") + 1 :]).code == 0
     assert len(list(tmp_path.glob("*/metrics.json"))) == 2
     assert read_outcome(tmp_path / "seed=0") == uninterrupted(PLAIN)
-
-
-EARLY_STOPPING = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9}"
 
 
 @pytest.mark.parametrize("overrides", [(), (EARLY_STOPPING, "trainer.max_epochs=6")], ids=["all epochs", "stops early"])
