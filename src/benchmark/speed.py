@@ -1,12 +1,12 @@
 """The runs that src.benchmark times, and how they take turns."""
 
 import argparse
+import copy
 import itertools
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
@@ -24,24 +25,22 @@ from torchvision import transforms
 
 from src.core.config import CONF, resolve_and_validate
 from src.core.errors import UserError
-from src.core.process import disable_malloc_trimming, resolve_precision
-from src.data.datamodule import ImageDataModule
+from src.core.process import resolve_precision, resolve_threads
+from src.core.run_folder import METRICS_FILE, read_metrics
 from src.data.datasets import LabeledImages
 from src.data.image_spec import MNIST_MEAN, MNIST_STD
 from src.models.cnn import CNN
-from src.training.console import silence_routine_output
-from src.training.instantiate import (
-    build_network,
-    instantiate_all,
-    instantiate_node,
-    instantiate_partial,
-    instantiate_task,
-)
-from src.training.run_record import get_device_name
+from src.train import train
+from src.training.instantiate import instantiate_node
 
 WARMUP = 10  # untimed batches at the start of each turn, which the turn before slows down
 BATCH_SIZES = 64, 128, 256, 512, 1024, 2048  # of the table of a GPU
 BASELINE_EPOCHS = 19
+QUIET = (  # a run of a multirun prints nothing
+    *("hydra.mode=MULTIRUN", "callbacks.progress=null", "callbacks.model_summary=null", "callbacks.best=null"),
+    *("trainer.enable_progress_bar=false", "trainer.limit_val_batches=0", "optimized_metric=null"),
+)
+ENDLESS = "trainer.max_epochs=-1", "trainer.accumulate_grad_batches=1", "test=false"
 
 
 def train_steps(
@@ -64,12 +63,12 @@ def train_steps(
             yield
 
 
-def start_bare_loop(cfg: DictConfig, data: ImageDataModule) -> Iterator[None]:
-    """Start run a. Its batches are made like those of b, which must be training meanwhile."""
-    net = build_network("model", cfg.model, data.spec).to(data.device)
-    optimizer = instantiate_partial("optimizer", cfg.optimizer, "groups")[0](net.parameters())
-    clip, autocast = cfg.trainer.gradient_clip_val, data.trainer.precision_plugin.train_step_context  # type: ignore[union-attr]
-    return train_steps(net, optimizer, lambda: map(data.make_batch, data.train_dataloader()), clip, autocast)
+def start_bare_loop(trainer: Any) -> Iterator[None]:
+    """Start run a, with copies of the network and the optimizer of b, and batches made as those of b."""
+    net, optimizer = copy.deepcopy((trainer.lightning_module.net, trainer.optimizers[0]))
+    data, autocast = trainer.datamodule, trainer.precision_plugin.train_step_context
+    get_epoch = lambda: map(data.make_batch, data.train_dataloader())  # noqa: E731
+    return train_steps(net, optimizer, get_epoch, trainer.gradient_clip_val, autocast)
 
 
 class PerImageDataset(Dataset):
@@ -86,17 +85,13 @@ class PerImageDataset(Dataset):
         return self.transform(Image.fromarray(self.images[index, 0])), self.labels[index]
 
 
-def start_baseline(data: ImageDataModule, batch_size: int) -> tuple[nn.Module, int, Iterator[None]]:
+def start_baseline(data: Any, batch_size: int) -> tuple[nn.Module, int, Iterator[None]]:
     """Start run c; return its network, the batches of an epoch and its steps."""
     net = CNN(dropout=0.25).to(data.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    train: Any = data.splits.train
-    loader = DataLoader(PerImageDataset(train), batch_size=batch_size, shuffle=True)
-    return (
-        net,
-        len(loader),
-        train_steps(net, optimizer, lambda: ((x.to(data.device), y.to(data.device)) for x, y in loader)),
-    )
+    loader = DataLoader(PerImageDataset(data.splits.train), batch_size=batch_size, shuffle=True)
+    get_epoch = lambda: ((images.to(data.device), labels.to(data.device)) for images, labels in loader)  # noqa: E731
+    return net, len(loader), train_steps(net, optimizer, get_epoch)
 
 
 def measure(steps: Iterator[None], count: int, device: torch.device) -> float:
@@ -112,9 +107,14 @@ def measure(steps: Iterator[None], count: int, device: torch.device) -> float:
 class InterleavedTimer(Callback):
     """Interrupt a fit after every WARMUP + `count` batches for as many steps of each of the other runs."""
 
-    def __init__(self, runs: dict[str, Iterator[None]], count: int, rounds: int) -> None:
-        self.runs, self.count, self.rounds, self.started_at = runs, count, rounds, 0.0
-        self.seconds: dict[str, list[float]] = {name: [] for name in ("b", *runs)}  # per round
+    def __init__(self, count: int, rounds: int, starts: dict[str, Callable[[Any], Iterator[None]]]) -> None:
+        self.count, self.rounds, self.starts, self.started_at = count, rounds, starts, 0.0
+        self.runs: dict[str, Iterator[None]] = {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("b", *starts)}  # per round
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.runs = {name: start(trainer) for name, start in self.starts.items()}
+        self.trainer: Any = trainer
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
         turn, step = divmod(trainer.global_step, WARMUP + self.count)
@@ -130,112 +130,94 @@ class InterleavedTimer(Callback):
             self.started_at = perf_counter()
 
 
-@contextmanager
-def fit(cfg: DictConfig, data: ImageDataModule, *callbacks: Callback, **settings: Any) -> Iterator[L.Trainer]:
-    """Train as src.train does, without printing or validating; the run folder is removed afterwards."""
+def compose(overrides: list[str], folder: str = ".") -> DictConfig:
+    """Return the checked config of a quiet run of src.train, and make its Hydra config the current one."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("train", [*overrides, *QUIET, f"output_dir={folder}"], return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    config = resolve_and_validate(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+    resolve_precision(config)
+    resolve_threads(config)
+    return config
+
+
+def train_run(overrides: list[str], *callbacks: Callback) -> dict[str, Any]:
+    """Train as src.train does, without validating; return metrics.json. The run folder is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        cfg.output_dir = folder
-        resolved = resolve_and_validate(cfg)
-        module, _ = instantiate_task(resolved, data)
-        nodes = {k: node for k, node in resolved.callbacks.items() if k not in ("model_summary", "progress", "best")}
-        settings = {"limit_val_batches": 0, "enable_progress_bar": False, **settings}
-        settings["callbacks"] = [*instantiate_all("callbacks", nodes), *callbacks]
-        settings["logger"] = instantiate_all("logger", resolved.logger)
-        trainer = instantiate_node("trainer", resolved.trainer, **settings)
-        trainer.fit(module, data)
-        yield trainer
+        train(compose(overrides, folder), *callbacks)
+        return read_metrics(Path(folder, METRICS_FILE))
 
 
-def time_turns(cfg: DictConfig, data: ImageDataModule, timer: InterleavedTimer) -> dict[str, list[float]]:
-    """Return the seconds of each round of b and of the other runs of `timer`."""
+def time_turns(overrides: list[str], timer: InterleavedTimer) -> dict[str, Any]:
+    """Train b with interruptions by `timer` and return metrics.json."""
     steps = (WARMUP + timer.count) * timer.rounds + 1
-    with fit(cfg, data, timer, max_steps=steps, max_epochs=-1, accumulate_grad_batches=1):
-        return timer.seconds
+    return train_run([*overrides, *ENDLESS, f"trainer.max_steps={steps}"], timer)
 
 
-def print_throughput(cfg: DictConfig, data: ImageDataModule, count: int, rounds: int) -> None:
-    """Print images per second of a, b and c, and the ratios b/a and b/c."""
-    *_, baseline = start_baseline(data, data.train_batch_size)
-    timer = InterleavedTimer({"c": baseline, "a": start_bare_loop(cfg, data)}, count, rounds)
-    rounds_of = time_turns(cfg, data, timer)
-    seconds = {name: sum(values) for name, values in rounds_of.items()}
+def print_throughput(overrides: list[str], count: int, rounds: int) -> str:
+    """Print images per second of a, b and c, and the ratios b/a and b/c; return the type of the device."""
+    start_c = lambda trainer: start_baseline(trainer.datamodule, trainer.datamodule.train_batch_size)[2]  # noqa: E731
+    timer = InterleavedTimer(count, rounds, {"c": start_c, "a": start_bare_loop})
+    results, data = time_turns(overrides, timer), timer.trainer.datamodule
+    print(f"{results['data']}, {results['device']}, batch {data.train_batch_size}")
+    seconds = {name: sum(values) for name, values in timer.seconds.items()}
     for name in "abc":
         print(f"{name}    {count * rounds * data.train_batch_size / seconds[name]:8,.0f} images/s")
     for name in "ac":
-        ratios = [other / own for own, other in zip(rounds_of["b"], rounds_of[name], strict=True)]
+        ratios = [other / own for own, other in zip(timer.seconds["b"], timer.seconds[name], strict=True)]
         error = f" ± {statistics.stdev(ratios) / rounds**0.5:.3f}" if rounds > 1 else ""
         print(f"b/{name}  {seconds[name] / seconds['b']:8.3f}{error}  ({min(ratios):.3f} to {max(ratios):.3f})")
+    return data.device.type
 
 
 def print_batch_sizes(overrides: list[str], count: int, rounds: int) -> None:
-    """Print the speed of b at several batch sizes, with and without a CUDA graph."""
+    """Print the speed of b on a GPU at several batch sizes, with and without a CUDA graph."""
     for trainer, size in itertools.product(("default", "cuda_graph"), BATCH_SIZES):
-        cfg, data = prepare([*overrides, f"trainer={trainer}", "trainer.accelerator=gpu", f"data.batch_size={size}"])
-        step = sum(time_turns(cfg, data, InterleavedTimer({}, count, rounds))["b"]) / (count * rounds)
-        print(
-            f"trainer={trainer:<10}  batch {size:>4}  {size / step:10,.0f} images/s  {1000 * step:7.3f} ms/step",
-            flush=True,
-        )
+        timer = InterleavedTimer(count, rounds, {})
+        time_turns([*overrides, f"trainer={trainer}", "trainer.accelerator=gpu", f"data.batch_size={size}"], timer)
+        step = sum(timer.seconds["b"]) / (count * rounds)
+        print(f"trainer={trainer:<10} {size:>5} {size / step:10,.0f} images/s {1000 * step:8.3f} ms/step", flush=True)
 
 
-def print_time_to(target: float, cfg: DictConfig, data: ImageDataModule, whole: ImageDataModule, seeds: int) -> None:
-    """Print how much longer c, which sees the `whole` data, takes to `target` percent than b takes to its end."""
-    first, seconds, accuracies = cfg.seed, [], []
-    for seed in range(first, first + seeds):
-        cfg.seed = data.seed = seed
-        L.seed_everything(seed, verbose=False)
-        with tempfile.TemporaryDirectory() as folder:
-            if data.soft_labels:  # none of earlier runs
-                data.soft_labels.folder, data.epoch_soft_labels = Path(folder), (-1, None)
-            started_at = perf_counter()
-            with fit(cfg, data) as trainer:
-                seconds.append(perf_counter() - started_at)
-                accuracies.append(100 * trainer.test(trainer.lightning_module, data, verbose=False)[0]["test/acc"])
+def print_time_to(target: float, overrides: list[str], seeds: int) -> None:
+    """Print how much longer c, which sees all images, takes to `target` percent than b takes to its end."""
+    config = compose([*overrides, "data.train_size=null"])
+    own_cache = ["data.soft_labels.folder='${output_dir}/soft_labels'"] * ("soft_labels" in config.data)
+    seconds, accuracies = [], []
+    for seed in range(config.seed, config.seed + seeds):
+        results = train_run([*overrides, *own_cache, f"seed={seed}"])
+        seconds.append(results["seconds"]["fit"])
+        accuracies.append(100 * results["metrics"]["test/acc"])
         print(f"b  seed {seed}  {accuracies[-1]:.2f}% at the end, {seconds[-1]:.1f} s", flush=True)
 
-    L.seed_everything(first, verbose=False)
-    net, batches, steps = start_baseline(whole, batch_size=128)
+    L.seed_everything(config.seed, verbose=False)
+    data = instantiate_node("data", config.data)
+    data.trainer = instantiate_node("trainer", config.trainer, callbacks=[], logger=False)  # knows the device
+    data.prepare_data()
+    data.setup()
+    net, batches, steps = start_baseline(data, batch_size=128)
     duration, accuracy, epoch = 0.0, 0.0, 0
     while accuracy < target and epoch < BASELINE_EPOCHS:
-        duration, epoch = duration + measure(steps, batches, whole.device), epoch + 1
+        duration, epoch = duration + measure(steps, batches, data.device), epoch + 1
         net.eval()
         with torch.no_grad():
-            is_right = [net(whole.spec.normalize(x)).argmax(1) == y for x, y in whole.raw_batches("test")]
+            is_right = [net(data.spec.normalize(x)).argmax(1) == y for x, y in data.raw_batches("test")]
         accuracy = 100 * torch.cat(is_right).float().mean().item()
         net.train()
-    print(f"c  seed {first}  {accuracy:.2f}% after {epoch} epochs, {duration:.1f} s")
+    print(f"c  seed {config.seed}  {accuracy:.2f}% after {epoch} epochs, {duration:.1f} s")
     deviation = f" ± {statistics.stdev(accuracies):.2f}" if seeds > 1 else ""
     print(f"b    {statistics.mean(accuracies):.2f}{deviation}% ({min(accuracies):.2f} to {max(accuracies):.2f})")
     print(f"c/b  {duration / statistics.mean(seconds):.1f}")
 
 
-def prepare(overrides: list[str]) -> tuple[DictConfig, ImageDataModule]:
-    """Return the config of src.train with its interpolations, and its data module with the images on the device."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("train", overrides=[*overrides, "output_dir=."])
-    resolve_and_validate(cfg)
-    resolve_precision(cfg)
-    data = instantiate_node("data", cfg.data)
-    data.trainer = instantiate_node("trainer", cfg.trainer, callbacks=[], logger=False)
-    data.prepare_data()
-    data.setup("fit")
-    return cfg, data
-
-
 def run(chosen: argparse.Namespace) -> None:
     """Run the benchmark that the command line has chosen."""
-    silence_routine_output()
-    disable_malloc_trimming()
-    warnings.filterwarnings("ignore", message=".*val_dataloader")
-    has_experiment = any(override.startswith("experiment=") for override in chosen.overrides)
-    overrides = [*["experiment=fast"] * bool(chosen.time_to and not has_experiment), *chosen.overrides]
-    cfg, data = prepare(overrides)
-    if data.soft_labels and not chosen.time_to:
-        raise UserError("data.soft_labels: the bare loop has no distillation; add data=mnist")
-    print(f"{data.spec.name}, {get_device_name(data.device)}, batch {data.train_batch_size}", flush=True)
     if chosen.time_to:
-        print_time_to(chosen.time_to, cfg, data, prepare([*overrides, "data.train_size=null"])[1], chosen.seeds)
-    else:
-        print_throughput(cfg, data, chosen.batches, chosen.rounds)
-        if data.device.type == "cuda":
-            print_batch_sizes(chosen.overrides, chosen.batches, chosen.rounds)
+        has_experiment = any(override.startswith("experiment=") for override in chosen.overrides)
+        return print_time_to(
+            chosen.time_to, ["experiment=fast"] * (not has_experiment) + chosen.overrides, chosen.seeds
+        )
+    if "soft_labels" in compose(chosen.overrides).data:
+        raise UserError("data.soft_labels: the bare loop has no distillation; add data=mnist")
+    if print_throughput(chosen.overrides, chosen.batches, chosen.rounds) == "cuda":
+        print_batch_sizes(chosen.overrides, chosen.batches, chosen.rounds)

@@ -1,16 +1,15 @@
 """Print --help from the comments in conf/ and the annotations of arguments, so that nothing is written down twice."""
 
+import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
 from omegaconf import OmegaConf
-from rich.console import Console
-from rich.table import Table
 
 from src.core.config import CONF, find_closest, get_annotations, iterate_items
 from src.core.errors import UserError
@@ -19,75 +18,73 @@ from src.core.value_types import ROOT_KEYS, to_constraint
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def print_help(config_name: str, words: Sequence[str], overrides: Sequence[str]) -> None:
-    """Print help for the program, or for the config groups and keys that `words` name."""
+def print_help(config_name: str, words: Sequence[str]) -> None:
+    """Print help for the program, or for the config groups and keys that `words` name, with the overrides in them."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(hydra.compose(config_name, list(overrides), return_hydra_config=True))
-    choices = config.pop("hydra")["runtime"]["choices"]
+        config = hydra.compose(config_name, [word for word in words if "=" in word], return_hydra_config=True)
     groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+    chosen = {group: re.findall(r"\w+", str(config.hydra.runtime.choices.get(group))) for group in groups}
     roots = [CONF / f"{name}.yaml" for name in dict.fromkeys(("train", config_name))]
-    files = [*roots, *(file for group in groups for file in _list_files(group, choices.get(group)))]
-    comments = {key: comment for file in files for key, comment in _read_comments(file).items() if comment}
-    rows = {key: _make_row(config, key, value, comments.get(key, "")) for key, value in iterate_items(config)}
-    rows = {key: row for key, row in rows.items() if not re.search(r"\.\d+(\.|$)|\._\w+_$", key)}
-    heading = "KEY=VALUE: current value, description (allowed values)"
-    if not words:
-        print(*(re.sub("  +", "\n    ", line) for line in _read_head(roots[-1])), "", sep="\n")
+    comments = {key: comment for file in roots for key, comment in _read_comments(file).items()}
+    in_groups = {group: _read_group_comments(group, chosen[group]) for group in groups}
+    known = {key: comment for part in (comments, *in_groups.values()) for key, comment in part.items() if comment}
+    rows = {key: _make_row(config, key, value, known.get(key, "")) for key, value in _list_items(config)}
+    if not (words := [word for word in words if "=" not in word]):
+        for line in _read_head(roots[-1]):
+            print(*reversed(re.split("  +", line)), sep="\n    ")  # an example's description before its command
+        _print_table("experiment=NAME", _list_options("experiment", is_short=True))
+        marked = {
+            g: " ".join("*" * (n in chosen[g]) + n for n, _ in _list_options(g)) for g in groups if g != "experiment"
+        }
+        _print_table("GROUP=NAME, * is chosen; --help GROUP describes one", marked.items())
         _print_table(
-            "experiment=NAME: recipes",
-            [(name, _read_summary("experiment", name)) for name in _list_options("experiment")],
+            "KEY=VALUE (current); --help KEY describes one, --cfg job prints all",
+            [rows[key] for key in rows if key in comments],
         )
-        others = [group for group in groups if group != "experiment"]
-        options = [(group, " ".join(_mark_chosen(group, choices.get(group)))) for group in others]
-        _print_table(f"GROUP=NAME (* is chosen); python -m src.{config_name} --help GROUP describes one", options)
-        _print_table(heading, [rows[key] for file in roots for key in _read_comments(file) if key in rows])
-        print("--help KEY describes a key, --cfg job prints the whole config.")
     for word in words:
+        keys = [key for key in rows if re.search(rf"(^|\.){re.escape(word)}($|\.)", key)]
         if word in groups:
-            _print_table(
-                f"{word}=NAME", [(name, _read_summary(word, name, whole=True)) for name in _list_options(word)]
-            )
-            keys = [key for file in _list_files(word, choices.get(word)) for key in _read_comments(file)]
-            found = [key for key in rows if key in keys or key.partition(".")[0] == word]
-        else:
-            found = [key for key in rows if re.search(rf"(^|\.){re.escape(word)}($|\.)", key)]
-        if not found and word not in groups:
+            _print_table(f"{word}=NAME", _list_options(word))
+            keys = [key for key in rows if key in in_groups[word] or key.partition(".")[0] == word]
+        elif not keys:
             match = find_closest(word, [*groups, *rows])
             raise UserError(f"--help {word}: no such group or key" + (f"; did you mean {match}?" if match else ""))
-        if found:
-            _print_table(heading, [rows[key] for key in found])
+        _print_table("KEY=VALUE (current)", [rows[key] for key in keys])
 
 
-def _list_options(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-
-
-def _mark_chosen(group: str, choice: Any) -> list[str]:
-    chosen = choice if isinstance(choice, list) else str(choice).strip("[]").replace(" ", "").split(",")
-    return [f"*{name}" if name in chosen else name for name in _list_options(group)]
-
-
-def _list_files(group: str, choice: Any) -> list[Path]:
-    """Return the files of the chosen options, after those that their defaults lists name."""
-    files: list[Path] = []
-    for name in choice if isinstance(choice, list) else str(choice).strip("[]").replace(" ", "").split(","):
-        if (file := CONF / group / f"{name}.yaml").is_file():
-            defaults = (yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}).get("defaults", [])
-            bases = [item for item in defaults if isinstance(item, str) and item != "_self_"]
-            files += [*(base_file for base in bases for base_file in _list_files(group, base)), file]
-    return files
+def _list_items(config: Any) -> list[tuple[str, Any]]:
+    items = iterate_items(OmegaConf.to_container(config))
+    return [item for item in items if not re.search(r"^hydra\b|\.\d+(\.|$)|\._\w+_$", item[0])]
 
 
 def _read_head(file: Path) -> list[str]:
-    """Return the comment at the top of a file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return [line[2:] for line in lines[:end] if "@package" not in line]
+    """Return the lines of the comment at the top of a file."""
+    head = re.match(r"(#.*\n)*", file.read_text(encoding="utf-8"))
+    return [line[2:] for line in head[0].splitlines() if "@package" not in line] if head else []
 
 
-def _read_summary(group: str, name: str, whole: bool = False) -> str:
-    head = _read_head(CONF / group / f"{name}.yaml") or [""]
-    return re.sub(r"\n(?!python)", " ", "\n".join(head)) if whole else re.sub(r"^python -m .*?  +", "", head[0])
+def _list_options(group: str, is_short: bool = False) -> list[tuple[str, str]]:
+    """Return the options of a group with their descriptions, or the first part of them, and what their commands do."""
+    options = []
+    for file in sorted((CONF / group).glob("*.yaml")):
+        examples = [re.sub("^python .*?  +", "", line) for line in _read_head(file) if line.startswith("python ")]
+        texts = [line for line in _read_head(file) if not line.startswith("python ")]
+        texts = [re.split(r"[.:;,]( |$)", texts[0])[0] + "."] if texts and is_short else texts
+        options.append((file.stem, " ".join([*texts, "; ".join(examples[:1] if is_short else examples)])))
+    return options
+
+
+def _read_group_comments(group: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the comments on the keys of the chosen options, and of the options that their defaults lists name."""
+    comments: dict[str, str] = {}
+    for file in (CONF / group / f"{name}.yaml" for name in names):
+        if file.is_file():
+            defaults = (yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}).get("defaults", [])
+            bases = _read_group_comments(group, [item for item in defaults if isinstance(item, str)])
+            comments |= bases | {
+                key: comment for key, comment in _read_comments(file).items() if comment or key not in bases
+            }
+    return comments
 
 
 def _read_comments(file: Path) -> dict[str, str]:
@@ -104,30 +101,25 @@ def _read_comments(file: Path) -> dict[str, str]:
             visit(value, f"{prefix}{key.value}.")
 
     visit(yaml.compose("\n".join(lines), Loader=YAML_LOADER), "" if is_global else f"{file.parent.name}.")
-    return {key: comment for key, comment in comments.items() if key.split(".")[0] not in ("hydra", "defaults")}
+    return comments
 
 
 def _make_row(config: Any, key: str, value: Any, comment: str) -> tuple[str, str]:
-    *parents, name = key.split(".")
-    node = config
-    for parent in parents:
-        node = node[int(parent)] if isinstance(node, list) else node[parent]
-    annotations = ROOT_KEYS if not parents else get_annotations(node["_target_"]) if "_target_" in node else {}
+    section, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, section) if section else {}
+    annotations = get_annotations(node["_target_"]) if "_target_" in node else {} if section else ROOT_KEYS
     constraint = to_constraint(annotations.get(name))
     if isinstance(value, dict):
         value = str(value.get("_target_", "")).rpartition(".")[2]
     text = json.dumps(value) if value is None or isinstance(value, bool) else str(value).replace(" ", "")
-    description = f"{comment} ({constraint.description})".lstrip() if constraint else comment
-    return f"{key}={text}".removesuffix("="), description
+    values = constraint.description if constraint else ""
+    return f"{key}={text}".removesuffix("="), comment if values in comment else f"{comment} ({values})".lstrip()
 
 
-def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold", max_width=36)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(title, style="bold")
-    console.print(table)
-    console.print()
+def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and descriptions as argparse does: a name too long for its column has a line of its own."""
+    formatter = argparse.HelpFormatter("", max_help_position=32)
+    formatter.start_section(title)
+    formatter.add_arguments(argparse.Action([], name, help=text.replace("%", "%%")) for name, text in rows)
+    formatter.end_section()
+    print(f"\n{formatter.format_help().rstrip()}")

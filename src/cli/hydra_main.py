@@ -14,10 +14,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from src.cli.argparse_main import get_version
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
 from src.core.config import (
@@ -33,6 +35,7 @@ from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
 from src.core.process import is_first_process, pin_gpu, resolve_precision, resolve_threads, restore_global_state
 
+PATH_KEYS = "hydra.run.dir", "hydra.sweep.dir", "resume"  # taken as typed, because they are never swept
 CLUSTER_VARIABLES = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE_JOBS = None, "bash", "interactive"  # Slurm job names for which Lightning starts the processes itself
 
@@ -54,6 +57,8 @@ class CheckCommand(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():
             _check_added_keys(config)
+            if Path(folder := config.hydra.sweep.dir, run_folder.CONFIG_FILE).exists():
+                raise UserError(f"hydra.sweep.dir={folder}: holds a single run; type another folder")
 
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -114,12 +119,14 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
     @functools.wraps(task)
     def main() -> None:
         with exit_on_error():
-            if {"--help", "-h"} & {*sys.argv}:
+            flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
+            if "--version" in flags:
+                return print(get_version())
+            if flags & {"--help", "-h"}:
                 from src.cli.help import print_help  # a run needs none of it
 
-                words = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-                overrides = [word for word in words if "=" in word]
-                return print_help(config_name, [word for word in words if "=" not in word], overrides)
+                words = [argument for argument in sys.argv[1:] if argument not in flags]
+                return print_help(config_name, words)
             if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
                 for name in CLUSTER_VARIABLES:
                     os.environ.pop(name, None)
@@ -135,8 +142,7 @@ def _complete_arguments(arguments: Namespace) -> list[str]:
 
     Return the overrides that change the config of a resumed run.
     """
-    overrides = arguments.overrides = [_quote_path(override) for override in arguments.overrides]
-    overrides[:] = [re.sub(r"^init_from=(?!\{)", "init_from.path=", override) for override in overrides]
+    overrides = arguments.overrides = [_quote(override) for override in arguments.overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None
     changes: list[str] = []
@@ -172,27 +178,32 @@ def _count_processes() -> int:
     return max(int(tasks), int(os.environ.get("WORLD_SIZE", "1")))
 
 
-def _quote_path(argument: str) -> str:
-    """Quote a value that is an existing path with characters that Hydra's grammar gives a meaning."""
-    key, _, value = argument.partition("=")
-    has_special = re.search(r"[^\w./~+:%@-]", value)
-    if not re.fullmatch(r"[\w.+@/]+", key) or not has_special or not Path(value).expanduser().exists():
-        return argument
-    escaped = value.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+def _quote(override: str) -> str:
+    """Quote paths and whatever Hydra's grammar has no token for, so that it is taken as typed; expand ~."""
+    override = re.sub(r"^init_from=(?!\{)", "init_from.path=", override)
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"[\w.+@/]+", key) or re.match(r"$|['\"]", value):
+        return override
+    is_path = re.search(r"[^\w./+:%@-]", value) and (key in PATH_KEYS or Path(value).expanduser().exists())
+    string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`])[^,\[\]{}'\"]*"
+    return f"{key}=" + re.sub(string, lambda match: _quote_string(os.path.expanduser(match[0])), value)
+
+
+def _quote_string(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _check_added_keys(config: DictConfig) -> None:
     """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
-    overrides = config.hydra.overrides.task
-    added = {override[1:].partition("=")[0] for override in overrides if re.match(r"\+[^+]", override)}
+    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in config.hydra.overrides.task]
+    added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
     is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
     keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]
-    groups = {folder.name for folder in CONF.iterdir()}
-    sections = {key.partition(".")[0] for key in keys if "." in key} | groups
+    sections = {key.partition(".")[0] for key in keys if "." in key} | {folder.name for folder in CONF.iterdir()}
     keys = [key for key in keys if key.partition(".")[0] in sections or key in ROOT_KEYS]
-    for key in sorted(added - {*keys}):
+    for key, may_be_typo in added.items():
         section = key.rpartition(".")[0]
-        siblings = [name for name in keys if name.rpartition(".")[0] == section]
-        if re.split(r"[.@/]", key)[0] not in sections or find_closest(key, siblings, cutoff=0.9):
+        siblings = [name for name in keys if name.rpartition(".")[0] == section and name != key]
+        is_unknown = re.split(r"[.@/]", key)[0] not in sections and key not in ROOT_KEYS
+        if is_unknown or (may_be_typo and find_closest(key, siblings, cutoff=0.9)):
             raise UserError(describe_unknown_key(key, keys))

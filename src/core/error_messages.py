@@ -96,6 +96,9 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
 
     cause = error.__cause__
     if isinstance(error, InstantiationException):
+        if isinstance(cause, TypeError) and (match := re.search(r"full_key: (.+)", str(error))):
+            fix = f"{match[1]}={{…}} keeps what was set before; type ~{match[1]} '+{match[1]}={{…}}' to replace it"
+            return f"{match[1]}: {' '.join(str(cause).split())}; {fix}"
         if cause is None or isinstance(cause, TypeError | ValueError):
             return " ".join(str(cause or error).split())
         return describe_error(cause)

@@ -6,17 +6,19 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from math import inf, isinf
 from pathlib import Path
+from time import perf_counter
 from typing import Any, cast
 
 import lightning as L
+import torch
 import torchinfo
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
-from rich.console import Console
-from rich.panel import Panel
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from torch import nn
 
 from src.core.errors import format_metric, print_warnings_in_one_line
@@ -63,9 +65,9 @@ def is_verbose() -> bool:
 
 
 class LayerTable(Callback):
-    """Print torchinfo's table of layers, output shapes and parameters, and write it to layers.txt."""
+    """Print torchinfo's table of the network's blocks with output shapes and parameters; layers.txt has all layers."""
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         example = trainer.precision_plugin.convert_input(pl_module.example_input_array)
@@ -79,9 +81,11 @@ class LayerTable(Callback):
             verbose=0,
         )
         text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # torchinfo prints the member of an Enum
-        if is_verbose():
-            print(text)
         Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
+        if is_verbose():
+            table.formatting.max_depth = 1
+            header, layers, totals, *_ = str(table).split("=" * table.formatting.get_total_width() + "\n")[1:]
+            print(header + layers + totals.partition("\n")[0], flush=True)
 
 
 def make_progress_bar() -> ProgressBar:
@@ -89,70 +93,79 @@ def make_progress_bar() -> ProgressBar:
     return RunProgressBar()
 
 
-class RunProgressBar(RichProgressBar):
-    """Lightning's bar for the current epoch, on a terminal only, and everywhere one line per finished epoch."""
-
-    def __init__(self) -> None:
-        is_shown = sys.stdout.isatty() and get_launcher_name() is None
-        super().__init__(refresh_rate=10 if is_shown else 0, leave=False)
-        self.is_first_process, self.last_epoch = True, 0
-
-    def disable(self) -> None:  # Lightning calls it on all processes but the first
-        super().disable()
-        self.is_first_process = False
-
-    def _init_progress(self, trainer: L.Trainer) -> None:
-        super()._init_progress(trainer)
-        if self.progress:
-            self.progress.live.transient = True  # Lightning leaves the last bar on the terminal
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"epoch {current_epoch + 1}"  # Lightning counts from 0
-
-    def get_metrics(self, *arguments: Any) -> dict[str, Any]:
-        return {}  # the epoch lines have them
+class RunProgressBar(ProgressBar):
+    """Print what a run is about to do and a line per epoch; on a terminal, show a bar of the run with the time left."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.last_epoch = trainer.current_epoch
+        self.epoch, self.started_at = trainer.current_epoch, perf_counter()
+        self.is_printing = trainer.is_global_zero and is_verbose()
+        if self.is_printing:
+            print(_describe_run(trainer), flush=True)
+        limits = (
+            [trainer.max_epochs or -1, trainer.num_training_batches],
+            [trainer.max_steps, trainer.accumulate_grad_batches],
+        )
+        batches = min((count * batches for count, batches in limits if count > 0), default=inf)
+        columns = "{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "left"
+        is_shown = self.is_printing and sys.stdout.isatty() and get_launcher_name() is None
+        self.bar = Progress(*columns, transient=True, disable=not is_shown)
+        self.task = self.bar.add_task("", total=None if isinf(batches) else batches)
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        self.bar.update(self.task, completed=trainer.fit_loop.total_batch_idx + 1)
 
     # The module logs its training scores after the callbacks' own end of the epoch, so an epoch's line waits for the
     # next epoch or the end.
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._print_epoch(trainer)
-        super().on_train_epoch_start(trainer, pl_module)
+        self.bar.update(self.task, description=f"epoch {trainer.current_epoch + 1}")  # Lightning counts from 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._print_epoch(trainer)
+        self.bar.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.stop()
 
     def _print_epoch(self, trainer: L.Trainer) -> None:
-        if trainer.current_epoch == self.last_epoch:
+        if trainer.current_epoch == self.epoch or not self.is_printing:
             return
-        self.last_epoch = trainer.current_epoch
+        self.epoch, seconds, self.started_at = trainer.current_epoch, perf_counter() - self.started_at, perf_counter()
         stages: dict[str, list[str]] = {}
         for name, value in sorted(trainer.progress_bar_metrics.items()):
             stage, _, score = name.rpartition("/")
             if name != "v_num":
                 stages.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
-        if self.is_first_process and is_verbose():
-            total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-            scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
-            print("  ".join([f"epoch {trainer.current_epoch}{total}", *scores]).rstrip(), flush=True)
+        total = "" if trainer.max_epochs in (None, -1) else f"{trainer.max_epochs}"
+        epoch = f"epoch {self.epoch:>{len(total)}}" + f"/{total}" * bool(total)
+        scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
+        print("  ".join([epoch, *scores, f"{seconds:7.1f} s"]), flush=True)
+
+
+def _describe_run(trainer: L.Trainer) -> str:
+    """Return a line with the data, the hardware, the seed and the folder of a run."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    name = data.spec.name if hasattr(data, "spec") else type(data).__name__
+    loaders = {"training": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+    sets = {part: getattr(loader, "dataset", None) for part, loader in loaders.items()}
+    counts = [f"{len(items):,} {part}" for part, items in sets.items() if isinstance(items, Sized)]
+    device, threads = trainer.strategy.root_device, torch.get_num_threads()
+    hardware = f"{trainer.world_size} × {device.type}, {threads} thread{'s' * (threads > 1)}, {trainer.precision}"
+    folder = os.path.relpath(trainer.default_root_dir)
+    return f"{name}: {', '.join(counts)}; {hardware}; seed {os.environ.get('PL_GLOBAL_SEED')}; {folder}"
 
 
 def print_results(results: dict[str, Any], folder: Path, programs: Sequence[str]) -> None:
-    """Print the final scores, as a panel on a terminal, and the commands of `programs`, which take the run."""
+    """Print the final scores, the time and what to run next: the first of `programs`, which take the run, if any."""
     if not is_verbose():
         return
-    title = f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}"
     scores = {name: value for name, value in results["metrics"].items() if "/" in name and not name.endswith("_step")}
-    width = max(map(len, scores), default=0)
-    lines = [f"{name:<{width}}  {format_metric(name, value, digits=4)}" for name, value in scores.items()]
-    if sys.stdout.isatty():
-        Console().print(Panel("\n".join(lines), title=title, expand=False, highlight=True))
-    else:
-        print(title, *lines, sep="\n")
     path = shlex.quote(os.path.relpath(folder))
-    commands = [f"python -m src.{program} {path}" for program in programs]
-    commands += [f"tensorboard --logdir {path}"] if list(folder.glob("events.out.tfevents.*")) else []
-    print(f"folder  {path}", *(f"next    {command}" for command in commands), sep="\n", flush=True)
+    next_command = f"python -m src.{programs[0]} {path}" if programs else f"tensorboard --logdir {path}"
+    rows = {name: format_metric(name, value, digits=4) for name, value in scores.items()}
+    rows |= {"time": f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"}
+    rows |= {"folder": path, "next": next_command}
+    print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
+    print(*(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), sep="\n", flush=True)

@@ -26,7 +26,8 @@ def test_runs_take_turns(monkeypatch):
     turns, steps = [], []
     runs = {name: iter(lambda name=name: steps.append(name), 0) for name in "ca"}
     monkeypatch.setattr(speed, "WARMUP", 1)
-    timer = speed.InterleavedTimer(runs, count=2, rounds=2)
+    timer = speed.InterleavedTimer(2, 2, {name: lambda trainer, name=name: runs[name] for name in runs})
+    timer.on_train_start(None, None)
     module = SimpleNamespace(device=torch.device("cpu"))
     for step in range(2 * 3 + 1):
         timer.on_train_batch_start(SimpleNamespace(global_step=step), module, None, step)
