@@ -115,7 +115,7 @@ def test_auto_with_mnist_on_disk_loads_mnist(mnist_root):
 def test_truncated_mnist_file_is_one_line(mnist_root, no_network):
     file = mnist_root / "MNIST/raw/t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="MNIST is not in .*, or damaged"):
+    with pytest.raises(UserError, match=r"MNIST is not in .*, or damaged"):
         make_module(MNIST(), mnist_root)
 
 
