@@ -26,7 +26,7 @@ def compute_scores(log_probabilities: Any, labels: Any) -> dict[str, Any]:
         "accuracy": (predicted == labels).float().mean().item(),
         "loss": nll_loss(log_probabilities, labels).item(),
         "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-        "accuracy_by_class": (counts.diag() / counts.sum(1).clamp(min=1)).tolist(),
+        "accuracy_by_class": [int(x[i]) / int(x.sum()) if x.any() else None for i, x in enumerate(counts)],
         "confusion_matrix": counts.tolist(),
         "worst_mistakes": [
             {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
@@ -45,7 +45,8 @@ def format_scores(scores: dict[str, Any], label_name: str, classes: Sequence[str
         confused = ", ".join(classes[other] for other, count in mistakes.items() if count == most)
         confused += f" ({most} times)" if most > 1 else ""
         row = f"{classes[label]:>{width}}  {sum(counts):>6}  {sum(mistakes.values()):>8}"
-        lines.append(f"{row}  {scores['accuracy_by_class'][label]:8.2%}  {confused}".rstrip())
+        accuracy = scores["accuracy_by_class"][label]
+        lines.append(f"{row}  {'no image' if accuracy is None else f'{accuracy:8.2%}'}  {confused}".rstrip())
     lines.append(f"{'all':>{width}}  {scores['images']:>6}  {scores['mistakes']:>8}  {scores['accuracy']:8.2%}")
     lines.append(f"loss {scores['loss']:.5f}, expected calibration error {scores['calibration_error']:.3%}")
     return "\n".join(lines)

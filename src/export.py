@@ -37,7 +37,10 @@ def main() -> None:
     # Without MNIST the exports are compared on the bundled digits.
     root = arguments.root or Path(os.environ.get("MNIST_ROOT", "data"))
     choice = "digits" if predictor.spec.name == "mnist" and not has_mnist(root) else None
-    data = load_test_data(predictor, choice, arguments.root)
+    try:
+        data = load_test_data(predictor, choice, arguments.root)
+    except UserError as error:
+        raise UserError(f"{error} (the exports are compared with PyTorch on its test images)") from error
     images, labels = (tensor[:1000] for tensor in next(data.raw_batches("test")))
 
     dynamic_shapes = {"images": {0: torch.export.Dim("batch", min=1)}}

@@ -24,6 +24,8 @@ FIXES = {
     "MPS framework doesn't support float64": "mps has no 64-bit floats; set trainer.accelerator=cpu",
     "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
     "checkpoint of the same run",
+    "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
+    "unable to allocate shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
     "Config group override must be": "a config group takes one of its options; type scheduler=none or logger=none",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
@@ -57,7 +59,7 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
     """Return one line for a user's mistake, None for a bug."""
     text, module = " ".join(str(error).split()), type(error).__module__  # a name: not every program imports Hydra
     if isinstance(error, UserError):
-        return text
+        return text.rpartition("UserError: ")[2]  # a DataLoader's worker process adds its traceback
     if any(words in text for words in OUT_OF_MEMORY):
         return f"data.batch_size={batch_size}: out of memory; halve it"
     if fix := next((fix for words, fix in FIXES.items() if words in text), None):

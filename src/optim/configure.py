@@ -67,9 +67,10 @@ def configure_optimizers(
     if groups and isinstance(peak, float | int):  # one number would give all groups the same peak
         arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
     try:
-        schedule = partial(built, **arguments)
-    except ZeroDivisionError as error:  # OneCycleLR, if its first phase has no step
-        raise UserError(f"{steps} steps are too few for the scheduler; set scheduler=none") from error
+        try:
+            schedule = partial(built, **arguments)
+        except ZeroDivisionError:  # OneCycleLR divides by the length of its first phase
+            schedule = partial(built, **arguments | {"total_steps": (steps or 0) + 1})
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
     settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}

@@ -156,7 +156,17 @@ def load_test_data(predictor: Predictor, choice: str | None = None, root: Path |
         data = OmegaConf.to_container(resolve_config(config).data)
     overrides = {"augment": None, "soft_labels": None} | ({"root": str(root)} if root else {})
     module = instantiate_node("data", data | overrides)
-    module.prepare_data()
-    if module.spec.shape != predictor.spec.shape or len(module.spec.classes) != len(predictor.spec.classes):
-        raise UserError(f"data={module.spec.name}: its shape {module.spec.shape} or its classes are not the network's")
+    try:
+        module.prepare_data()
+        spec = module.spec
+    except UserError as error:
+        raise UserError(str(error).replace("data.root", "--root")) from error
+    names = [escape_control_characters(name) for name in spec.classes]
+    classes = predictor.spec.classes
+    if unknown := [name for name in names if name not in classes]:
+        known = shorten(", ".join(classes), 200)
+        raise UserError(f"data={spec.name}: the network has no class {unknown[0]}; its classes are {known}")
+    if spec.shape != predictor.spec.shape:
+        raise UserError(f"data={spec.name}: its images are {spec.shape}, the network's {predictor.spec.shape}")
+    module.class_indices = torch.tensor([classes.index(name) for name in names])
     return module
