@@ -11,6 +11,7 @@ from typing import Any
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
 from src.core.process import import_lightning, open_in_browser
+from src.core.run_folder import METRICS_FILE, read_metrics
 
 PAGE = Path(__file__).with_suffix(".html")
 HOST = "127.0.0.1"
@@ -23,15 +24,13 @@ class DrawHandler(BaseHTTPRequestHandler):
 
     timeout = 10  # seconds of silence
 
-    def __init__(self, predictor: Any, *request: Any) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: Any, model: bytes, *request: Any) -> None:
+        self.predictor, self.model = predictor, model
         super().__init__(*request)
 
     def do_GET(self) -> None:
-        if self.path == "/":
-            self._send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-        else:
-            self.send_error(404)
+        content = {"/": (PAGE.read_bytes(), "text/html; charset=utf-8"), "/model": (self.model, "application/json")}
+        self._send(200, *content[self.path]) if self.path in content else self.send_error(404)
 
     def do_POST(self) -> None:
         length, own = self.headers.get("Content-Length", ""), f"{HOST}:{self.connection.getsockname()[1]}"
@@ -46,7 +45,7 @@ class DrawHandler(BaseHTTPRequestHandler):
                 prediction = self.predictor.predict(image[None])[0]
         except UserError as error:
             return self._send(422, json.dumps({"error": str(error)}).encode())
-        prediction |= {"answer": prediction[spec.label_name], "classes": spec.classes}
+        prediction["answer"] = prediction[spec.label_name]
         prediction["image"] = image.expand(3, -1, -1).permute(1, 2, 0).tolist()  # red, green and blue of each pixel
         self._send(200, json.dumps(prediction).encode())
 
@@ -61,10 +60,20 @@ class DrawHandler(BaseHTTPRequestHandler):
         pass  # a stroke sends many requests per second
 
 
+def describe_model(predictor: Any) -> dict[str, Any]:
+    """Return the model's name and classes, and its size and test accuracy if they are recorded beside its weights."""
+    file, spec = predictor.file.absolute(), predictor.spec
+    records = filter(Path.is_file, (file.with_suffix(".json"), file.parents[1] / METRICS_FILE))
+    record: dict[str, Any] = next(map(read_metrics, records), {"metrics": {}})
+    name, size, accuracy = record.get("name", file.name), record.get("parameters"), record["metrics"].get("test/acc")
+    return {"name": name, "parameters": size, "accuracy": accuracy, "label": spec.label_name, "classes": spec.classes}
+
+
 def serve(predictor: Any, port: int) -> ThreadingHTTPServer:
     """Return a server on this machine's loopback; port 0 takes a free one. Raises UserError for a port in use."""
+    model = json.dumps(describe_model(predictor)).encode()
     try:
-        return ThreadingHTTPServer((HOST, port), partial(DrawHandler, predictor))
+        return ThreadingHTTPServer((HOST, port), partial(DrawHandler, predictor, model))
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: {error}; choose another") from error
 
