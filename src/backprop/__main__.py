@@ -8,9 +8,8 @@ from src.core.process import import_lightning
 
 @argparse_main
 def main() -> None:
-    """Parse the arguments, then make the lesson's plots in docs/."""
-    description = "Save the plots of docs/backprop.md in docs/ and print the numbers that it quotes."
-    Parser(prog="python -m src.backprop", description=description).parse_args()
+    """Save the plots of docs/backprop.md in docs/ and print the numbers that it quotes."""
+    Parser(prog="python -m src.backprop", description=main.__doc__).parse_args()
     import_lightning()
     from src.backprop.stability import make_lesson  # imported late: --help does not wait for PyTorch
 

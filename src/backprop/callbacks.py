@@ -26,9 +26,10 @@ class TraceCallback(Callback):
         assert isinstance(pl_module, BackpropModule)
         folder, rows = Path(trainer.default_root_dir), pl_module.rows
         losses, lr = [row["E_total"] for row in rows], rows[0]["η"]
-        table = [[step, *(row[name] for name in COLUMNS)] for step, row in enumerate(rows, start=1)]
-        _write_csv(folder / "trace.csv", [["step", *COLUMNS], *table])
-        plots.save_figure(plots.plot_curves({f"{lr:g}": losses}), folder / "losses.png")
+        columns = [name for name in COLUMNS if name in rows[0]]
+        table = [[step, *(row[name] for name in columns)] for step, row in enumerate(rows, start=1)]
+        _write_csv(folder / "trace.csv", [["step", *columns], *table])
+        plots.save_figure(plots.plot_curves({f"η = {lr:g}": losses}), folder / "losses.png")
         print(f"η = {lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
         print("trace.csv lists every number of every step, losses.png plots the losses")
         text = format_worked_step(rows[0], pl_module.gradients)
@@ -38,7 +39,7 @@ class TraceCallback(Callback):
 
 
 class SweepReport(HydraCallback):
-    """After a sweep, write losses.csv, losses.md, plots and backprop.xlsx from those runs that have trace.csv."""
+    """After a sweep, write losses.csv, losses_by_lr.png and backprop.xlsx from those runs that have trace.csv."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from src.backprop import plots, workbook  # imported late: Hydra loads this module before the run starts
@@ -56,17 +57,14 @@ class SweepReport(HydraCallback):
 
         steps = enumerate(zip_longest(*losses.values()), start=1)
         _write_csv(folder / "losses.csv", [["step", *losses], *([step, *values] for step, values in steps)])
-        table = format_milestones(losses)
-        (folder / "losses.md").write_text(table)
         # The report of every sweep has a losses.png of its own.
-        plots.save_figure(plots.plot_curves(losses), folder / "losses_by_lr.png")
-        for name, values in losses.items():
-            file = folder / f"loss_{'lr=' if only_lr_differs else ''}{name}.png"
-            plots.save_figure(plots.plot_curves({name: values}), file)
+        curves = {f"η = {name}" if only_lr_differs else name: values for name, values in losses.items()}
+        plots.save_figure(plots.plot_curves(curves), folder / "losses_by_lr.png")
         # The workbook starts with the learning rate of docs/backprop.md, 0.5, if a run has it.
         lr, _, gradients, rows = next((run for run in runs if run[0] == 0.5), runs[0])
-        workbook.write_workbook(folder / "backprop.xlsx", rows, lr, gradients, losses)
-        print(f"{table}report in {folder}")
+        with workbook.Workbook(folder / "backprop.xlsx", rows, losses) as book:
+            book.write_all(lr, gradients)
+        print(f"{format_milestones(losses)}report in {folder}")
 
 
 def _write_csv(file: Path, rows: list[list[Any]]) -> None:

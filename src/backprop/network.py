@@ -3,7 +3,7 @@
     i1 ──w1── h1 ──w5── o1          i inputs, h hidden, o output (weighted sums)
        ╲w3  ╱    ╲w7  ╱             a_h1 = σ(h1), and so on: the activations
         ╲  ╱      ╲  ╱              t targets, E errors
-       ╱w2  ╲    ╱w6  ╲             no biases
+       ╱w2  ╲    ╱w6  ╲             biases only on request: b1 for both h, b2 for both o
     i2 ──w4── h2 ──w8── o2
 
 For one sample, every quantity is a float64 scalar tensor, so that it can be compared with a number on paper.
@@ -27,16 +27,16 @@ from src.optim.configure import configure_optimizers
 INPUTS, TARGETS = (0.05, 0.10), (0.5, 0.5)
 WEIGHTS = (0.15, 0.20, 0.25, 0.30, 0.40, 0.45, 0.50, 0.55)
 
-# One tensor per weight: the weights themselves, or ∂E_total/∂w of each weight.
-Weights = namedtuple("Weights", "w1 w2 w3 w4 w5 w6 w7 w8")
+# One tensor per weight: the weights themselves, or ∂E_total/∂w of each weight. A network without biases has zeros.
+Weights = namedtuple("Weights", "w1 w2 w3 w4 w5 w6 w7 w8 b1 b2", defaults=(0.0, 0.0))
 # Every intermediate value of one forward pass, in the order of the computation.
 Activations = namedtuple("Activations", "h1 a_h1 h2 a_h2 o1 a_o1 o2 a_o2 E1 E2 E_total")
 
-# The columns of trace.csv and of the workbook, by layer; dE_dw1 is ∂E_total/∂w1.
+# The columns of trace.csv and of the workbook, by layer; dE_dw1 is ∂E_total/∂w1. Those of biases are optional.
 COLUMNS = (
     *("t1", "t2", "i1", "i2"),
-    *(*Weights._fields[:4], *Activations._fields[:4]),
-    *(*Weights._fields[4:], *Activations._fields[4:]),
+    *(*Weights._fields[:4], "b1", *Activations._fields[:4]),
+    *(*Weights._fields[4:8], "b2", *Activations._fields[4:]),
     *(f"dE_d{name}" for name in Weights._fields),
 )
 
@@ -45,11 +45,11 @@ def forward(w: Weights, inputs: Tensor, targets: Tensor) -> Activations:
     """Compute the forward pass and the errors; `inputs` and `targets` have shape (2,)."""
     i1, i2 = inputs
     t1, t2 = targets
-    h1 = w.w1 * i1 + w.w2 * i2
-    h2 = w.w3 * i1 + w.w4 * i2
+    h1 = w.w1 * i1 + w.w2 * i2 + w.b1
+    h2 = w.w3 * i1 + w.w4 * i2 + w.b1
     a_h1, a_h2 = torch.sigmoid(h1), torch.sigmoid(h2)
-    o1 = w.w5 * a_h1 + w.w6 * a_h2
-    o2 = w.w7 * a_h1 + w.w8 * a_h2
+    o1 = w.w5 * a_h1 + w.w6 * a_h2 + w.b2
+    o2 = w.w7 * a_h1 + w.w8 * a_h2 + w.b2
     a_o1, a_o2 = torch.sigmoid(o1), torch.sigmoid(o2)
     E1 = 0.5 * (t1 - a_o1) ** 2
     E2 = 0.5 * (t2 - a_o2) ** 2
@@ -73,24 +73,28 @@ def hidden_errors(w: Weights, dE_do1: Any, dE_do2: Any) -> tuple[Any, Any]:
 
 
 def hidden_deltas(a: Activations, dE_da_h1: Any, dE_da_h2: Any, has_bug: bool = False) -> tuple[Any, Any]:
-    """Compute ∂E_total/∂h1 and ∂E_total/∂h2, the second of them with the bug of the published spreadsheet or without.
-
-    The bug: a_h1 (1 − a_h1) stands where a_h2 (1 − a_h2) belongs, so ∂E/∂w3 and ∂E/∂w4 are wrong.
-    """
+    """Compute ∂E_total/∂h1 and ∂E_total/∂h2; the spreadsheet's bug has a_h1 where a_h2 belongs."""
     # ∂E/∂h = ∂E/∂a_h · ∂a_h/∂h with σ'(h) = a_h (1 − a_h).
     slope1, slope2 = a.a_h1 * (1 - a.a_h1), a.a_h2 * (1 - a.a_h2)
     return dE_da_h1 * slope1, dE_da_h2 * (slope1 if has_bug else slope2)
 
 
 def equations(w: Weights, a: Activations, inputs: Tensor, targets: Tensor, has_bug: bool = False) -> Weights:
-    """Compute the eight gradients by the chain rule."""
+    """Compute the eight gradients by the chain rule, and those of learned biases."""
     i1, i2 = inputs
     dE_do1, dE_do2 = output_deltas(a, targets)
     dE_dh1, dE_dh2 = hidden_deltas(a, *hidden_errors(w, dE_do1, dE_do2), has_bug)
     # A weight enters one neuron: its gradient is that neuron's delta times the value that the weight multiplies.
     into_hidden = dE_dh1 * i1, dE_dh1 * i2, dE_dh2 * i1, dE_dh2 * i2
     into_output = dE_do1 * a.a_h1, dE_do1 * a.a_h2, dE_do2 * a.a_h1, dE_do2 * a.a_h2
-    return Weights(*into_hidden, *into_output)
+    # A bias enters two neurons.
+    into_biases = (dE_dh1 + dE_dh2, dE_do1 + dE_do2) if is_learned(w.b1) else ()
+    return Weights(*into_hidden, *into_output, *into_biases)
+
+
+def is_learned(weight: Any) -> bool:
+    """Return whether gradient descent changes the weight or bias."""
+    return isinstance(weight, Tensor) and weight.requires_grad
 
 
 def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
@@ -99,16 +103,16 @@ def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> 
 
 
 def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Return the numbers of one step by their names in COLUMNS."""
+    """Return the numbers of one step by their names in COLUMNS, without those of biases that the network lacks."""
     (i1, i2), (t1, t2) = inputs, targets
     tensors = {"i1": i1, "i2": i2, "t1": t1, "t2": t2, **w._asdict(), **a._asdict()}
     tensors |= {f"dE_d{name}": gradient for name, gradient in gradients._asdict().items()}
-    return {name: tensors[name].item() for name in COLUMNS}
+    return {name: tensors[name].item() for name in COLUMNS if isinstance(tensors[name], Tensor)}
 
 
 def autograd(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
     """Let PyTorch compute the gradients."""
-    return Weights(*torch.autograd.grad(a.E_total, w))
+    return Weights(*torch.autograd.grad(a.E_total, [weight for weight in w if is_learned(weight)]))
 
 
 GRADIENTS = {"autograd": autograd, "equations": equations, "spreadsheet": spreadsheet}
@@ -129,26 +133,30 @@ class GradientDescent(Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for weight in group["params"]:
-                    weight -= group["lr"] * weight.grad
+                    if weight.grad is not None:
+                        weight -= group["lr"] * weight.grad
         return loss
 
 
 class BackpropNet(nn.Module):
-    """Hold the weights as eight float64 scalars. Raise UserError unless they are eight finite numbers."""
+    """Hold the weights, and the biases if there are any, as float64 scalars.
 
-    def __init__(self, weights: Sequence[float] = WEIGHTS) -> None:
+    Args:
+        weights: w1 to w8.
+        bias: b1 of both hidden neurons and b2 of both outputs; None for a network without biases.
+        train_bias: False keeps the biases as they are, as in the well-known example that has two.
+    """
+
+    def __init__(
+        self, weights: Sequence[float] = WEIGHTS, bias: Sequence[float] | None = None, train_bias: bool = True
+    ) -> None:
         super().__init__()
-        numbers = parse_finite_numbers("model.weights", weights, Weights._fields)
-        for name, number in zip(Weights._fields, numbers, strict=True):
-            self.register_parameter(name, nn.Parameter(torch.tensor(number, dtype=torch.float64)))
-
-    @property
-    def weights(self) -> Weights:
-        """Return the eight parameters."""
-        return Weights(*self.parameters())
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Activations:
-        return forward(self.weights, inputs, targets)
+        numbers = parse_finite_numbers("model.weights", weights, Weights._fields[:8])
+        if bias is not None:
+            numbers = [*numbers, *parse_finite_numbers("model.bias", bias, Weights._fields[8:])]
+        for name, number in zip(Weights._fields, numbers, strict=False):
+            tensor = torch.tensor(number, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=train_bias or name[0] == "w"))
 
 
 class BackpropModule(L.LightningModule):
@@ -180,13 +188,14 @@ class BackpropModule(L.LightningModule):
         self.rows = checkpoint["rows"]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        w, a = self.net.weights, self.net(*batch)
+        w = Weights(*self.net.parameters())
+        a = forward(w, *batch)
         self.computed_gradients = GRADIENTS[self.gradients](w, a, *batch)
         row = make_row(w, a, self.computed_gradients, *batch)
         # E1 and E2 are not of the group "loss": the plots of a sweep draw every metric of that group.
         groups = {"loss": ["E_total"], "error": ["E1", "E2"], "neuron": Activations._fields[:8]}
-        groups |= {"weight": Weights._fields, "gradient": COLUMNS[-len(Weights._fields) :]}
-        scalars = {f"{group}/{name}": row[name] for group, names in groups.items() for name in names}
+        groups |= {"weight": Weights._fields, "gradient": [f"dE_d{name}" for name in Weights._fields]}
+        scalars = {f"{group}/{name}": row[name] for group, names in groups.items() for name in names if name in row}
         for logger in self.loggers:
             logger.log_metrics(scalars, self.global_step)
         self.log_dict({"error/E1": a.E1, "error/E2": a.E2, "loss/E_total": a.E_total}, logger=False)
@@ -194,8 +203,9 @@ class BackpropModule(L.LightningModule):
         return a.E_total
 
     def backward(self, loss: Tensor) -> None:  # type: ignore[override]
-        for weight, gradient in zip(self.net.weights, self.computed_gradients, strict=True):
-            weight.grad = gradient.detach()
+        for name, weight in self.net.named_parameters():
+            if weight.requires_grad:
+                weight.grad = getattr(self.computed_gradients, name).detach()
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)

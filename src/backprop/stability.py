@@ -25,8 +25,8 @@ def descend(lr: Tensor, steps: int, gradients: Callable[..., Weights] = equation
             activations = forward(w, *SAMPLE)
             losses.append(activations.E_total)
             slopes = gradients(w, activations, *SAMPLE)
-            w = Weights(*(weight - rate * slope for weight, slope in zip(w, slopes, strict=True)))
-        return torch.stack(losses), torch.stack(w)
+            w = Weights(*(weight - rate * slope for weight, slope in zip(w[:8], slopes[:8], strict=True)))
+        return torch.stack(losses), torch.stack(w[:8])
 
     return torch.func.vmap(train)(lr)
 
@@ -43,10 +43,8 @@ def compute_step_limit(weights: Tensor) -> float:
 def past_two() -> SimpleNamespace:
     """Train with 1,201 learning rates from 0.01 to 10,000 for 1,000 steps.
 
-    Returns:
-        `rates`; their `losses`, shape [1201, 1000]; `limit`, 2/λ at the minimum that η = 1 reaches; `flatter`, 2/λ
-        at that of η = 500; `first_rise`, the smallest rate whose loss rises at some step; `stuck`, the smallest
-        rate above `limit` whose last loss is above 0.1.
+    Return `rates`; their `losses`, shape [1201, 1000]; `limit` and `flatter`, 2/λ at the minima of η = 1 and η = 500;
+    `first_rise`, the smallest rate whose loss rises; `stuck`, the smallest above `limit` that ends above 0.1.
     """
     rates = torch.logspace(-2, 4, 1201, dtype=torch.float64)
     losses, _ = descend(rates, 1000)
@@ -68,9 +66,10 @@ def make_lesson(folder: Path) -> None:
     tables = [descend(rates, 100, gradients)[0] for gradients in (equations, spreadsheet)]
     right = dict(zip(map(str, RATES), tables[0].tolist(), strict=True))
     study = past_two()
-    plots.save_figure(plots.plot_curves(right), folder / "backprop_losses.png")
+    names = [f"η = {rate}" for rate in RATES]
+    plots.save_figure(plots.plot_curves(dict(zip(names, tables[0], strict=True))), folder / "backprop_losses.png")
 
-    differences = dict(zip(right, tables[1] - tables[0], strict=True))
+    differences = dict(zip(names, tables[1] - tables[0], strict=True))
     figure = plots.plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], ylabel="difference")
     plots.save_figure(figure, folder / "backprop_bug.png")
 

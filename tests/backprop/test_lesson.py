@@ -59,10 +59,11 @@ def draw_settings(count):
         yield {name: generator.uniform(*ranges[name[0]]) for name in NAMES}, 10 ** generator.uniform(-1, 1)
 
 
-def train(settings, lr, gradients):
-    """Train 100 steps; return the rows."""
+def train(settings, lr, gradients, bias=0):
+    """Train 100 steps with the page's choice of biases (0 none, 1 fixed, 2 learned); return the rows."""
     numbers = list(settings.values())
-    module = BackpropModule(BackpropNet(numbers[4:]), lambda p: GradientDescent(p, lr=lr), gradients=gradients)
+    net = BackpropNet(numbers[4:], [0.35, 0.6] if bias else None, bias == 2)
+    module = BackpropModule(net, lambda p: GradientDescent(p, lr=lr), gradients=gradients)
     off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
     L.Trainer(max_epochs=100, accelerator="cpu", **off).fit(module, OneSampleDataModule(numbers[:2], numbers[2:4]))
     return module.rows
@@ -99,18 +100,20 @@ def round_as_drawn(value):
 def test_every_number_equals_the_trace(lesson, bug):
     gradients = ("equations", "spreadsheet")[bug]
     page = lesson()
-    for settings, lr in ((WORKED, 0.5), *draw_settings(5)):
-        rows = train(settings, lr, gradients)
-        page.goto(f"{PAGE.as_uri()}#{make_url_hash(settings, eta=lr, bug=bug)}")
+    for number, (settings, lr) in enumerate(((WORKED, 0.5), *draw_settings(5))):
+        bias = number % 3
+        rows = train(settings, lr, gradients, bias)
+        page.goto(f"{PAGE.as_uri()}#{make_url_hash(settings, eta=lr, bug=bug, bias=bias)}")
         page.wait_for_function("lr => Number(document.getElementById('η').value) === lr", arg=lr)
         assert page.evaluate(FIELDS, list(settings)) == list(settings.values())
-        page.locator("[data-row='28']").click()  # from here on the drawing has the gradients too
+        page.locator("[data-row] >> nth=-1").click()  # from here on the drawing has the gradients too
         steps = json.loads(page.evaluate(READ_100))
         for row, step, next_row in zip(rows, steps, [*rows[1:], None], strict=True):
             on_page = {re.sub("∂E/∂|δ_", "dE_d", name): value for name, value in step["exact"].items()}
             expected = {name: row[name] for name in row if name in on_page}
             if next_row:
-                expected |= {f"w{n} next": next_row[f"w{n}"] for n in range(1, 9)}
+                expected |= {f"{name} next": next_row[name] for name in row if f"dE_d{name}" in row}
+            assert ("dE_db1" in expected, "b2 next" in on_page) == (bias == 2, bias == 2)
             assert {name: on_page[name] for name in expected} == pytest.approx(expected, abs=1e-12, rel=0)
             drawn = re.findall(r"\b([itwhoE]\d) ([-+.\de]+)", step["drawn"])
             assert sorted(name for name, _ in drawn) == sorted((*NAMES, "h1", "h2", "o1", "o2", "E1", "E2"))
@@ -387,6 +390,10 @@ def test_hover_highlights_the_path_of_a_weight(lesson):
     page.hover("[data-row='18']")
     assert find_highlighted(page) == {"w6", "w8", "h2", "o1", "o2"}
     page.hover("h1")
+    page.hover("#caption [data-factor=w2]")
+    assert page.locator(".pointed").get_attribute("data-part") == "w2"
+    page.hover("h1")
+    assert page.locator(".pointed").count() == 0
     assert find_highlighted(page) == {"w1", "w2", "i1", "i2", "h1"}  # the current row again
 
 
