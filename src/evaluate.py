@@ -133,7 +133,7 @@ def main() -> None:
         scores, text = run_test(predictor, arguments.root)
     arguments.output.mkdir(parents=True, exist_ok=True)
     scores = {"weights": str(getattr(predictor, "file", arguments.weights)), **scores}
-    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     print(f"{os.path.relpath(scores['weights'])} on {scores['data']}", text, f"folder {arguments.output}", sep="\n")
 
 

@@ -68,5 +68,5 @@ class SweepReport(HydraCallback):
 
 
 def _write_csv(file: Path, rows: list[list[Any]]) -> None:
-    with file.open("w", newline="") as stream:
+    with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, lineterminator="\n").writerows(rows)

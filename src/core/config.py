@@ -19,7 +19,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from src.core import value_types
 from src.core.errors import UserError
-from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, ROOT_KEYS, to_constraint
+from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_ARGUMENTS, ROOT_KEYS, to_constraint
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -189,7 +189,8 @@ def get_annotations(target: str) -> dict[str, Any]:
         methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
         definition = next((method for method in methods if method.name == "__init__"), None)
     if definition is None:
-        return (LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}) | {"**": Any}
+        rules = LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}
+        return rules | REFUSED_ARGUMENTS.get(target, {}) | {"**": Any}
     arguments = definition.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}

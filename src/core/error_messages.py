@@ -26,6 +26,7 @@ FIXES = {
     "checkpoint of the same run",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
     "unable to allocate shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
+    "surrogates not allowed": "a name has letters that this locale cannot encode; set PYTHONUTF8=1",
     "Config group override must be": "a config group takes one of its options; type scheduler=none or logger=none",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
@@ -86,7 +87,7 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
     key = next((key for package, key in LATE_CHECKS.items() if origin.startswith(package)), None)
     is_setting = key == "trainer" and isinstance(error, ValueError | RuntimeError)
     if type(error).__name__ == "MisconfigurationException" or is_setting:
-        return text
+        return text or f"trainer: {type(error).__name__}"
     return f"{key}: {text} ({type(error).__name__}); set other values" if key in ("optimizer", "scheduler") else None
 
 

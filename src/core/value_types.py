@@ -1,6 +1,5 @@
 """Annotations for what a config sets; src.core.config checks every value against them."""
 
-import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -13,9 +12,12 @@ class Constraint(NamedTuple):
     is_satisfied_by: Callable[[Any], bool]
 
 
+FLOAT32_MAX = 3.4028234663852886e38  # a larger number ends in an error of PyTorch
+
+
 def _float(description: str, is_in_range: Callable[[float], bool]) -> Constraint:
     def is_satisfied_by(x: Any) -> bool:
-        return type(x) in (int, float) and abs(x) <= sys.float_info.max and is_in_range(x)
+        return type(x) in (int, float) and abs(x) <= FLOAT32_MAX and is_in_range(x)
 
     return Constraint(description, is_satisfied_by)
 
@@ -61,7 +63,7 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "momentum": Probability,
         "weight_decay": NonNegativeFloat,
         "nesterov": bool,
-        "betas": Sequence[Probability],
+        "betas": tuple[Probability, Probability],
     },
     "torch.optim.lr_scheduler.*": {
         "pct_start": UnitInterval,
@@ -75,6 +77,25 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("limit_val_batches", "limit_test_batches"), _BATCHES),
         "gradient_clip_val": NonNegativeFloat | None,
         "check_val_every_n_epoch": PositiveInt | None,
+    },
+}
+
+
+def _left_out(fix: str) -> Any:
+    return Annotated[Any, Constraint(f"left out; {fix}", lambda x: False)]
+
+
+# Arguments, and classes as a whole, that would be ignored or fail during the training.
+REFUSED_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "lightning.Trainer": {
+        "callbacks": _left_out("+callbacks.NAME={_target_: …} adds one"),
+        "logger": _left_out("logger=NAME sets it"),
+    },
+    "lightning.pytorch.callbacks.BatchSizeFinder": {
+        "_target_": _left_out("it takes steps of the run's schedule; -m data.batch_size=64,128 compares sizes"),
+    },
+    "lightning.pytorch.callbacks.LearningRateFinder": {
+        "_target_": _left_out("the optimizer is made from the config; -m optimizer.lr=0.03,0.1 compares rates"),
     },
 }
 SIMPLE_TYPES = {
@@ -99,6 +120,9 @@ def to_constraint(annotation: Any) -> Constraint | None:
         description = " or ".join(part.description for part in parts)
         return Constraint(description, lambda x: any(part.is_satisfied_by(x) for part in parts))
     if origin is not None and issubclass(origin, Sequence) and parts:
-        is_item = parts[0].is_satisfied_by
-        return Constraint(f"list of {parts[0].description}", lambda x: isinstance(x, list) and all(map(is_item, x)))
+        is_item, count = parts[0].is_satisfied_by, len(parts) if origin is tuple and ... not in arguments else None
+        description = f"list of {f'{count} × ' if count else ''}{parts[0].description}"
+        return Constraint(
+            description, lambda x: isinstance(x, list) and len(x) == (count or len(x)) and all(map(is_item, x))
+        )
     return SIMPLE_TYPES.get(annotation)

@@ -177,7 +177,10 @@ class ResumeCheckpoint(Checkpoint):
                 for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
                     writer.add_event(Event(step=self.saved_step, session_log=SessionLog(status=SessionLog.START)))
             elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
-                rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file.read_text().splitlines())]
+                rows = [
+                    {k: v for k, v in row.items() if v}
+                    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+                ]
                 logger.experiment.metrics.extend(
                     row for row in rows if int(row.get("step", self.saved_step)) < self.saved_step
                 )

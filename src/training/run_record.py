@@ -165,7 +165,9 @@ def continue_logger_runs(loggers: list[Any], folder: Path, is_resumed: bool) -> 
                 continue_logger_run(logger, file.read_text(encoding="utf-8"))
             elif getattr(rank_zero_only, "rank", 0) == 0:
                 logger.experiment  # noqa: B018  (begins the run)
-                file.write_text(str(logger.version if isinstance(logger, WandbLogger) else logger.run_id))
+                file.write_text(
+                    str(logger.version if isinstance(logger, WandbLogger) else logger.run_id), encoding="utf-8"
+                )
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
@@ -239,7 +241,7 @@ def get_device_name(device: torch.device) -> str:
     if device.type == "mps":
         return f"{torch.backends.mps.get_name()}, mps"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor without a name
         processor = platform.processor() or platform.machine()

@@ -13,9 +13,11 @@ import sys
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from src import train, tune
+from src.cli.hydra_main import _quote
 from src.core.compat import parse_hydra_arguments
 from src.core.config import CONF, ROOT, ROOT_KEYS
 
@@ -90,12 +92,55 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["~optimizer.momentun"], "--help lists all keys"),
         (["model@net=cnn"], "did you mean model?"),
         (["optimizer.lr=[0.1"], "quote a list with spaces"),
+        (["++optimzer.lr=0.5"], "did you mean optimizer.lr?"),
+        (["+foo.bar=1"], "foo.bar: no such key"),
+        (["logger=[tensorboard,foo]"], "logger=foo: no such option; there are csv"),
+        (["--config-name=foo"], "--config-name=foo: no such option; there are train, tune"),
+        (["optimizer.lr=1e39"], "must be float > 0"),
+        (["optimizer=adamw", "optimizer.betas=[0.9]"], "must be list of 2 × 0 ≤ float < 1"),
+        (["+trainer.callbacks=[]"], "+callbacks.NAME="),
     ],
 )
 def test_typo_prints_one_line_that_names_the_fix(run_main, tmp_path, arguments, words):
     result = run_main(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and result.err.startswith("error: ") and words in result.err
     assert len(result.err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"optimizer:\n  lr: [0.1\nname: x", "own.yaml, line 5: expected ',' or ']'"),
+        (b"optimizer:\n\tlr: 0.1", "own.yaml, line 4: found character '\\t'"),
+        (b"name: k\xe4se", "own.yaml: 'utf-8' codec can't decode"),
+        (b"defaults:\n  - override /modle: cnn", "conf/experiment/own.yaml: modle: no such key; did you mean model?"),
+    ],
+)
+def test_damaged_config_is_named_with_its_line(run_main, tmp_path, content, words):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/own.yaml").write_bytes(b"# @package _global_\n\n" + content)
+    result = run_main("--config-dir", tmp_path, "experiment=own", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("hydra.run.dir=a b (1), 50% $x {off} it's=new #1\\", "a b (1), 50% $x {off} it's=new #1\\"),
+        ("hydra.run.dir=x/${name}_s${seed}", "x/${name}_s${seed}"),
+        ("resume='quoted'", "quoted"),
+        ("data.root=~/pets", os.path.expanduser("~/pets")),
+        ("data.root=/x/käse", "/x/käse"),
+        ("name=Übung,7", ["Übung", 7]),
+        ("data.soft_labels.teachers=[~/ä.pt,b.pt]", [os.path.expanduser("~/ä.pt"), "b.pt"]),
+        ("seed=range(3)", [0, 1, 2]),
+    ],
+)
+def test_paths_and_names_are_taken_as_typed(override, value):
+    parsed = OverridesParser.create().parse_override(_quote(override))
+    values = [getattr(item, "text", item) for item in parsed.sweep_iterator()] if parsed.is_sweep_override() else None
+    assert (values or parsed.value()) == value
 
 
 @pytest.mark.parametrize(

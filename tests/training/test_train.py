@@ -217,6 +217,9 @@ def test_missing_training_metric_is_reported_after_one_epoch(train):
     [
         (["trainer.val_check_interval=1000"], "val_check_interval"),
         (["data=backprop", "optimized_metric=null"], "data=backprop has no images"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "-m optimizer.lr="),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
