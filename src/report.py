@@ -14,12 +14,15 @@ def main() -> int:
     parser = Parser(prog="python -m src.report", description="Compare the runs below some folders.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or a folder of both")
     parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER, for several outputs/report")
+    averaged = "keys over which runs are averaged; default: those of the sweeps, else seed"
+    parser.add_argument("--average-over", type=lambda keys: keys.split(","), metavar="KEY,KEY", help=averaged)
     arguments = parser.parse_args()
 
     from src.sweeps.report import write_report
 
     default = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
-    return int(bool(write_report(arguments.folders, arguments.output or default).unreadable))
+    comparison = write_report(arguments.folders, arguments.output or default, arguments.average_over)
+    return int(any(run.state == "unreadable" for run in comparison.runs))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING
 
 from src.cli.hydra_main import hydra_main
@@ -19,26 +21,34 @@ def tune(cfg: DictConfig) -> None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from src.sweeps.optuna_study import count_trials, open_study, optimize, run_trial
-    from src.sweeps.progress import SweepProgress
+    from src.sweeps.optuna_study import open_study, optimize, run_trial
     from src.sweeps.report import write_report
     from src.training.console import silence_routine_output
-    from src.training.instantiate import instantiate_node
 
     if any(override.startswith("hydra.sweep.") for override in HydraConfig.get().overrides.hydra):
         raise UserError("hydra.sweep: is for src.train -m; set study_name=… or hydra.run.dir=… for a study")
     silence_routine_output()
-    if (processes := instantiate_node("trainer", cfg.trainer, logger=False).world_size) > 1:
-        raise UserError(f"trainer.devices: a trial trains on one device, not {processes}; set trainer.devices=1")
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder)
-    print(f"{count_trials(study)} of {cfg.n_trials} trials are done, ranked by {cfg.optimized_metric}")
-    with SweepProgress(folder, cfg.n_trials, HydraConfig.get().overrides.task):
-        optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials)
-    write_report([folder], folder)
+    optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials)
+    write_report([folder], folder, study=study)
 
 
-main = hydra_main("tune", tune)
+def accept_new_keys(override: str) -> list[str]:
+    """Return overrides that replace search, sampler or pruner, or a part of it, whichever keys it had before."""
+    key, _, value = override.partition("=")
+    if not re.fullmatch(r"(search|sampler|pruner)(\.[\w.]+)?", key) or (key == "search" and not value.startswith("{")):
+        return [override]
+    plus = "" if key in ("sampler", "pruner") else "++"
+    replaced = ["~search" if key == "search" else f"{plus}{key}=null"] if value.startswith("{") else []
+    return [*replaced, f"{plus}{override}"]
+
+
+def main() -> None:
+    """Run `tune` as a Hydra program."""
+    sys.argv[1:] = [word for override in sys.argv[1:] for word in accept_new_keys(override)]
+    hydra_main("tune", tune)()
+
 
 if __name__ == "__main__":
     main()

@@ -86,7 +86,7 @@ def validate_config(config: DictConfig) -> None:
     Only conf/train.yaml allows further packages, because evaluate, predict and resume read other configs as well.
     """
     plain: Any = OmegaConf.to_container(config)
-    packages = OmegaConf.load(CONF / "train.yaml").allowed_packages
+    packages = _load_allowed_packages(CONF / "train.yaml")
     nodes = [(key, node) for key, node in [("", plain), *iterate_items(plain)] if isinstance(node, dict)]
     for prefix, node in nodes:
         target = node.get("_target_")
@@ -108,6 +108,11 @@ def validate_config(config: DictConfig) -> None:
                 is_empty_root = value == os.environ.get("MNIST_ROOT") == ""
                 fix = "; MNIST_ROOT is empty: unset it, or set it to a folder" if is_empty_root else ""
                 raise UserError(f"{key}={value}: must be {constraint.description}{fix}")
+
+
+@cache  # a sweep validates each of its values
+def _load_allowed_packages(file: Path) -> list[str]:
+    return list(OmegaConf.load(file).allowed_packages)
 
 
 def iterate_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -101,22 +101,24 @@ def read_plain_config(file: Path) -> dict[str, Any]:
     return plain
 
 
-def write_config(config: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> None:
-    """Replace the config that Hydra wrote by the resolved one, in which the run folder is `${output_dir}`.
-
-    `overrides` are those of a run that was resumed with others.
-    """
+def make_portable(config: DictConfig) -> dict[str, Any]:
+    """Return the values of a resolved config, in which the run folder is `${output_dir}` wherever it lies."""
     output_dir = str(config.output_dir)
 
-    def make_portable(node: Any) -> Any:
+    def replace(node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: make_portable(value) for key, value in node.items()}
+            return {key: replace(value) for key, value in node.items()}
         if isinstance(node, list):
-            return [make_portable(value) for value in node]
+            return [replace(value) for value in node]
         is_inside = isinstance(node, str) and (node == output_dir or node.startswith(output_dir + os.sep))
         return "${output_dir}" + node[len(output_dir) :] if is_inside else node
 
-    plain = make_portable({**OmegaConf.to_container(config), "resume": None}) | {"output_dir": OUTPUT_DIR}  # type: ignore[dict-item]
+    return replace({**OmegaConf.to_container(config), "resume": None}) | {"output_dir": OUTPUT_DIR}  # type: ignore[dict-item]
+
+
+def write_config(config: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> None:
+    """Replace the config that Hydra wrote by the resolved one, and its overrides if the run was resumed with others."""
+    plain = make_portable(config)
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
     if overrides is not None:
         write_atomically(folder / ".hydra/overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True).encode())

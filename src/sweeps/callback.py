@@ -1,11 +1,10 @@
 """What happens around the jobs of a multirun: folder names, GPUs and threads, failures, the report at the end."""
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,15 +12,16 @@ from unittest.mock import patch
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.core.compat import get_basic_sweeper, use_sweeper
+from src.core.config import describe_unknown_key, infer_mode, list_keys
 from src.core.error_messages import exit_on_error
-from src.core.errors import UserError, print_error
+from src.core.errors import UserError, escape_control_characters, format_metric, print_error
+from src.core.files import exclusive_lock
 from src.core.process import count_cores, list_gpus
-from src.core.run_folder import STOP_FILE, read_yaml, reject_different_config
-from src.sweeps.grid import list_jobs_of_sweep
-from src.sweeps.progress import SweepProgress
+from src.core.run_folder import STOP_FILE, read_status, read_yaml, reject_different_config
+from src.sweeps import grid
 
 
 class SweepCallback(Callback):
@@ -32,23 +32,36 @@ class SweepCallback(Callback):
 
     Args:
         zip: Keys whose values change together instead of making a grid.
+        average_over: Keys over whose values the report averages.
         fail_fast: Whether no further job starts after one has failed.
     """
 
-    def __init__(self, zip: Sequence[str] = (), fail_fast: bool = False) -> None:
-        self.fail_fast = fail_fast
+    def __init__(
+        self, zip: Sequence[str] = (), average_over: Sequence[str] = ("seed",), fail_fast: bool = False
+    ) -> None:
+        self.average_over, self.fail_fast, self.n_jobs = average_over, fail_fast, 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
             use_sweeper(ReportingSweeper)
-            folder, jobs = Path(config.hydra.sweep.dir), list_jobs_of_sweep(config.hydra)
+            folder, jobs = Path(config.hydra.sweep.dir), grid.list_jobs_of_sweep(config.hydra)
             if not jobs:
                 raise UserError(f"{' '.join(config.hydra.overrides.task)}: a sweep without jobs; type a value per key")
+            known = [*list_keys(config), *(item.partition("=")[0].lstrip("+") for item in jobs[0])]
+            if unknown := [key for key in self.average_over if key not in known]:
+                raise UserError(f"hydra.callbacks.sweep.average_over: {describe_unknown_key(unknown[0], known)}")
+            jobs_before = []
             if (folder / "multirun.yaml").exists():
-                reject_different_config(read_yaml(folder / "multirun.yaml") or {}, config, f"the sweep in {folder}")
+                before = read_yaml(folder / "multirun.yaml") or {}
+                reject_different_config(before, config, f"the sweep in {folder}")
+                jobs_before = grid.list_jobs_of_sweep(before["hydra"]) if before else []
+            pattern: Any = OmegaConf.to_container(config.hydra.sweep)
+            grid.reject_shared_folders(pattern["subdir"], jobs, jobs_before)
+            grid.validate_jobs(config, jobs)
             (folder / STOP_FILE).unlink(missing_ok=True)
-            path, metric = os.path.relpath(folder), config.get("optimized_metric")
-            print(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}" if metric else ""))
+            path, metric, self.n_jobs = os.path.relpath(folder), config.optimized_metric, len(jobs)
+            order = "lowest" if (config.optimized_mode or infer_mode(metric)) == "min" else "highest"
+            print(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}, {order} first" if metric else ""))
             print(f"to continue an interrupted sweep, add hydra.sweep.dir={shlex.quote(path)} to the same command")
             # Each job's config is composed with these overrides of Hydra's own keys.
             shared = {item.partition("=")[0].lstrip("+~") for item in set.intersection(*map(set, jobs))}
@@ -65,52 +78,47 @@ class SweepCallback(Callback):
             config.hydra.overrides.hydra += job_overrides
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.runtime.output_dir)
+        if job_return.status == JobStatus.FAILED:
+            print_error(f"{folder.name}: {(read_status(folder) or {}).get('message')}")
             if self.fail_fast:
-                Path(config.hydra.sweep.dir, STOP_FILE).touch()
+                (folder.parent / STOP_FILE).touch()
             # Otherwise the sweeper would raise the first failure before the report.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from src.sweeps.report import report_ended_sweep  # Hydra imports this file for --cfg, too
-
-        with exit_on_error():
-            if code := report_ended_sweep(Path(config.hydra.sweep.dir)):
-                sys.exit(code)
+        elif (score := job_return.return_value) is not None:
+            line = f"{config.hydra.job.num + 1} of {self.n_jobs}  {folder.name}  "
+            print(escape_control_characters(line + format_metric(config.optimized_metric, score)), flush=True)
 
 
 class ReportingSweeper(get_basic_sweeper()):  # type: ignore[misc]
-    """Hydra's own sweeper with zipped keys and progress, which survives a dead worker process of the launcher."""
+    """Hydra's own sweeper with zipped keys and a report, which survives a dead worker process."""
 
     def split_arguments(self, overrides: Any, max_batch_size: int | None) -> list[list[list[str]]]:
-        return list(self.split_overrides_to_chunks(list_jobs_of_sweep(self.config.hydra), max_batch_size))
+        return list(self.split_overrides_to_chunks(grid.list_jobs_of_sweep(self.config.hydra), max_batch_size))
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose one job per combination of config groups: Hydra would compose each job twice."""
-        list_options = self.hydra_context.config_loader.get_group_options
-        is_group = {item: bool(list_options(re.split("[=@]", item.lstrip("+~"))[0])) for job in batch for item in job}
-        jobs = {tuple(filter(is_group.get, job)): job for job in batch}
-        try:
-            super().validate_batch_is_legal(list(jobs.values()))
-        except Exception:
-            folder = Path(self.config.hydra.sweep.dir)
-            if not any(folder.glob("*/.hydra")):  # no job has started
-                (folder / "multirun.yaml").unlink()
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-            raise
+        """Do nothing: SweepCallback has validated all jobs, where Hydra would compose each job twice."""
 
     def sweep(self, arguments: list[str]) -> None:
-        jobs = list_jobs_of_sweep(self.config.hydra)
-        progress = SweepProgress(Path(self.config.hydra.sweep.dir), len(jobs), set.intersection(*map(set, jobs)))
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
         tolerance = _tolerate_lost_jobs() if "submitit" in self.config.hydra.launcher._target_ else nullcontext()
         try:
-            with progress, tolerance:
+            with exclusive_lock(folder), tolerance:
                 super().sweep(arguments)
         except Exception as error:
+            reason = " ".join(str(error).split()).partition(". ")[0][:100]
+            if type(error).__module__.startswith("submitit") or "srun" in reason:
+                raise UserError(f"hydra/launcher: Slurm does not work here ({reason}); joblib needs none") from error
             if not type(error).__module__.startswith("joblib"):  # which kills all workers when one of them dies
                 raise
-            print_error(f"a worker process has died: {' '.join(str(error).split()).partition('. ')[0]}")
+            print_error(f"a worker process has died: {reason}")
+        from src.sweeps.report import report_ended_sweep  # Hydra imports this file for --cfg, too
+
+        if code := report_ended_sweep(folder):
+            sys.exit(code)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Confidence intervals, corrected p-values and required sample sizes over seeds. A sample has one score per seed."""
+"""Confidence intervals, corrected p-values and sample sizes. A sample has one score per averaged run."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -21,9 +21,8 @@ def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
 def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     """Return, for each sample but the first, the p-value that its mean equals that of the first.
 
-    Welch's t-test with Holm's correction (1979) over all pairs, not only those with the first: the first was chosen
-    for being best, which makes it look better than it is. (scipy.stats.tukey_hsd has as
-    much power, but takes 10 ms per pair.)
+    Welch's t-test with Holm's correction (1979) over all pairs, not only those with the first, which looks better than
+    it is because it was chosen for being best.
     """
     from scipy.stats import ttest_ind_from_stats
 

@@ -60,7 +60,7 @@ def get_launcher_name() -> str | None:
 
 
 def is_verbose() -> bool:
-    """Return whether this run prints: alone, or into a log of its own. src.sweeps.progress reports the others."""
+    """Return whether this run prints: alone, or into a log of its own. src.sweeps.callback reports the others."""
     return get_launcher_name() in (None, "SlurmLauncher", "LocalLauncher")
 
 

@@ -39,11 +39,11 @@ def test_zipped_keys_change_together(run_main, tmp_path):
 
 def test_fail_fast_starts_no_job_after_a_failure(run_main, tmp_path):
     arguments = "-m", *TINY, f"hydra.sweep.dir={tmp_path}", "hydra.callbacks.sweep.fail_fast=true"
-    result = run_main(*arguments, "seed=0,-1,1")
-    assert result.code == 2 and "not started, because another job has failed: seed=1" in result.out
+    result = run_main(*arguments, "data.val_size=9,99999,8")
+    assert result.code == 2 and "not started, because another job has failed: data.val_size=8" in result.out
     assert "1 finished, 1 failed, 1 unfinished" in result.out
-    result = run_main(*arguments, "seed=0,1")
-    assert "already finished: seed=0" in result.out and "2 finished, 1 failed" in result.out
+    result = run_main(*arguments, "data.val_size=9,8")
+    assert "already finished: data.val_size=9" in result.out and "2 finished, 1 failed" in result.out
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_parallel_jobs_get_one_gpu_by_their_number(monkeypatch, tmp_path, launch
 def test_lost_worker_is_reported_and_the_sweep_continues_bitwise(run_main, tmp_path, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     settings = [*TINY, "trainer.limit_train_batches=100", "callbacks.resume.every_steps=5"]
-    arguments = ["-m", *settings, "seed=0,1,-1", f"hydra.sweep.dir={tmp_path}"]
+    arguments = ["-m", *settings, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     parallel = [f"hydra/launcher={launcher}", *["hydra.launcher.n_jobs=2"] * (launcher == "joblib")]
     command = [sys.executable, "-m", "src.train", *arguments, *parallel]
     sweep = subprocess.Popen(command, cwd=CONF.parent, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -88,10 +88,10 @@ def test_lost_worker_is_reported_and_the_sweep_continues_bitwise(run_main, tmp_p
         time.sleep(0.05)
     os.kill(find_worker(tmp_path / "seed=1"), signal.SIGKILL)
     out, err = sweep.communicate(timeout=300)
-    assert sweep.returncode == 1 and "seed=1: its process has died" in out and "Traceback" not in err
+    assert sweep.returncode == 1 and "seed=1: unfinished" in out and "Traceback" not in err
     assert f"hydra.sweep.dir={tmp_path}" in out.partition("continue with")[2]
     result = run_main(*arguments)
-    assert result.code == 2 and "2 finished, 1 failed" in result.out
+    assert result.code == 0 and "2 runs: 2 finished" in result.out
     assert run_main("-m", *settings, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'whole'}").code == 0
     for job in "seed=0", "seed=1":
         assert read_scores(tmp_path / job) == read_scores(tmp_path / "whole" / job)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -48,10 +49,8 @@ def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tm
     scores = [float(row["val/acc"]) for row in read_csv(tmp_path) if row["state"] == "finished"]
     values = [trial.value for trial in load_trials(tmp_path) if trial.state.name == "COMPLETE"]
     assert sorted(scores) == pytest.approx(sorted(values))
-    for name in "optimization_history", "parallel_coordinate", "param_importances":
-        assert (
-            f"](tune_{name}.png)" in (tmp_path / "report.md").read_text() and (tmp_path / f"tune_{name}.png").exists()
-        )
+    for name in "history", "parameters":
+        assert f"]({name}.png)" in (tmp_path / "report.md").read_text() and (tmp_path / f"{name}.png").exists()
     result = run_main(*arguments, "n_trials=7", "optimizer.momentum=0.5", main=tune.main)
     assert result.code == 2 and "optimizer.momentum=0.5: the study in" in result.err.splitlines()[-1]
 
@@ -67,6 +66,8 @@ def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tm
         ("search.optimizer=3", "type a range as in conf/search/"),
         ("storage='postgresql+psycopg://nobody@/none?host=/nowhere'", "storage"),
         ("storage='postgresql+nodriver://x/y'", "storage"),
+        (f"storage={CONF / 'tune.yaml'}", "exists and is no journal of Optuna"),
+        ("pruner.foo=1", "unexpected keyword argument 'foo'"),
     ],
 )
 def test_mistake_in_a_study_prints_one_line(run_main, tmp_path, mistake, words):
@@ -79,6 +80,32 @@ def test_mistake_in_a_later_trial_keeps_the_trials_before(run_main, tmp_path):
     result = run_main(*TINY, *space, "n_trials=10", "seed=1", f"hydra.run.dir={study}", main=tune.main)
     assert result.code == 2 and "must be float > 0" in result.err and "trial 1: optimizer.lr=-" in result.out
     assert len(load_trials(study)) == 2 and len(list(study.glob("*/metrics.json"))) == 1
+
+
+def test_study_takes_new_keys_lists_and_null_and_continues_where_it_was_moved(run_main, tmp_path):
+    choices = "betas: {suggest: categorical, choices: [[0.9,0.99],[0.8,0.9]]}"
+    arguments = [*TINY[:2], *TINY[3:], "optimizer=adamw", f"search={{optimizer: {{{choices}}}}}", "sampler.seed=3"]
+    arguments += ["search.trainer.gradient_clip_val={suggest: categorical, choices: [null]}"]
+    arguments += ["pruner={_target_: optuna.pruners.HyperbandPruner, max_resource: 3}"]
+    result = run_main(*arguments, "n_trials=2", f"hydra.run.dir={tmp_path / 'here'}", main=tune.main)
+    assert result.code == 0, result.err
+    (tmp_path / "here").rename(tmp_path / "there")
+    result = run_main(*arguments, "n_trials=4", f"hydra.run.dir={tmp_path / 'there'}", main=tune.main)
+    assert result.code == 0 and "2 of 4 trials are done" in result.out, result.err
+    trials = load_trials(tmp_path / "there")
+    assert {trial.params["optimizer.betas"] for trial in trials} <= {"[0.9,0.99]", "[0.8,0.9]"} and len(trials) == 4
+    rows = read_csv(tmp_path / "there")
+    assert len(rows) == 4 and "Left out: 2" in result.out  # trials of the same choices are no seeds
+    assert all(f"optimizer.betas={row['optimizer.betas']}" in row["overrides"] for row in rows)
+    command = next(line for line in result.out.splitlines() if "python -m src.train" in line)
+    assert run_main(*shlex.split(command)[3:], f"hydra.run.dir={tmp_path / 'again'}").code == 0
+    assert read_scores(tmp_path / "again")["val/loss"] == float(rows[0]["val/loss"])
+
+
+def test_study_ends_if_no_score_is_a_number(run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "train", lambda *_: float("nan"))
+    result = run_main(*TINY, "n_trials=2", f"hydra.run.dir={tmp_path}", main=tune.main)
+    assert result.code == 0 and [trial.state.name for trial in load_trials(tmp_path)] == ["PRUNED"] * 2
 
 
 def test_diverged_trial_counts_as_pruned(run_main, tmp_path):

@@ -1,12 +1,12 @@
 """Sweeps: their report, their failures, and how they continue."""
 
 import csv
-import io
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +21,15 @@ import yaml
 from conftest import SMALL
 from matplotlib import pyplot as plt
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from src import report
 from src.core.config import CONF, infer_mode
+from src.core.files import exclusive_lock
 from src.core.run_folder import format_continue_command, read_status, write_status
-from src.sweeps import tables
 from src.sweeps.grid import list_jobs_of_sweep
-from src.sweeps.plots import plot_heat_map, plot_line
-from src.sweeps.report import write_report
-from src.sweeps.runs import compare_runs, format_train_command, read_runs
+from src.sweeps.plots import plot_heat_map
+from src.sweeps.report import format_report, write_report
+from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
 from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values, required_seeds
 
 TINY = (
@@ -62,6 +61,10 @@ def write_run(folder: Path, *overrides: str, metrics: dict | None = None, error:
         write_status(folder, "failed", error, "Traceback …" if error.startswith("ZeroDivisionError") else "")
 
 
+def compare(*folders: Path) -> Comparison:
+    return compare_runs(*read_runs(folders))
+
+
 def write_five_seeds(folder: Path) -> None:
     """Write a sweep of three learning rates of which 0.9 is worse by 0.003; the standard deviation is 0.0005."""
     draw = np.random.default_rng(0)
@@ -80,20 +83,38 @@ def test_sweep_writes_csv_report_and_plots(finished_sweep):
         results = json.loads((Path(row["folder"]) / "metrics.json").read_text())
         assert float(row["val/acc"]) == results["metrics"]["val/acc"] and row["parameters"] == "1788"
         assert float(row["seconds"]) == pytest.approx(sum(results["seconds"].values()))
-    for plot in "line.png", "losses.png":
+    for plot in "heatmap.png", "losses.png":
         assert f"]({plot})" in page and plt.imread(finished_sweep / plot).std() > 0.05
     means = {lr: fmean(float(row["val/acc"]) for row in rows if row["optimizer.lr"] == lr) for lr in ("0.05", "0.2")}
-    assert re.search(rf"\| 1 \| {max(means, key=means.get)} \| {100 * max(means.values()):.2f} ± ", page)
+    best = max(means, key=means.get)
+    assert re.search(rf"\| +1 \| +{best} \| +{100 * means[best]:.2f}% ± ", page)
 
 
-def test_printed_command_trains_the_best_setting_again_bitwise(finished_sweep, run_main, tmp_path):
-    best = compare_runs(read_runs([finished_sweep])).best.runs
-    words = shlex.split(format_train_command(best))
-    assert words[:4] == ["python", "-m", "src.train", "-m"] and words[-1] == "seed=0,1"
-    assert run_main(*words[3:], f"hydra.sweep.dir={tmp_path}").code == 0
-    for run in best:
-        assert read_scores(tmp_path / f"seed={run.seed}") == run.results["metrics"]
-    assert shlex.split(format_train_command(best[:1]))[3] != "-m"
+def test_printed_command_trains_the_best_setting_again_bitwise(run_main, tmp_path, monkeypatch):
+    """Also if a file of conf/sweep/ sets more than the grid, and some of its keys are zipped or averaged."""
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr("src.cli.hydra_main.CONF", tmp_path / "conf")
+    sweep = {"zip": ["optimizer.lr", "data.batch_size"], "average_over": ["seed", "data.seed"]}
+    params = {"optimizer.lr": "0.05,0.2", "data.batch_size": "16,32", "seed": "0,1", "data.seed": "5,6"}
+    hydra = {"mode": "MULTIRUN", "callbacks": {"sweep": sweep}, "sweeper": {"params": params}}
+    text = yaml.safe_dump({"trainer": {"max_epochs": 2}, "hydra": hydra})
+    (tmp_path / "conf/sweep/mine.yaml").write_text(f"# @package _global_\n{text}")
+    settings = *TINY[:2], "callbacks.tensorboard=null", "trainer.limit_train_batches=3"
+    result = run_main("sweep=mine", *settings, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    best = compare(tmp_path / "sweep").best
+    assert result.code == 0 and len(best.runs) == 4 and len(best.values) == 2, result.err
+    words = shlex.split(next(line for line in result.out.splitlines() if "python -m src.train" in line))
+    assert words[:4] == ["python", "-m", "src.train", "-m"]
+    assert run_main(*words[3:], f"hydra.sweep.dir={tmp_path / 'again'}").code == 0
+    again = compare(tmp_path / "again").best
+    assert [read_weights(run.folder) for run in again.runs] == [read_weights(run.folder) for run in best.runs]
+    assert {run.results["epochs"] for run in again.runs} == {2}
+    assert shlex.split(format_train_command(best.runs[:1], ["seed"]))[3] != "-m"
+
+
+def read_weights(folder: Path) -> dict[str, list]:
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return {name: tensor.tolist() for name, tensor in state.items()}
 
 
 def test_hparams_tab_has_every_swept_key_and_metric(finished_sweep):
@@ -135,7 +156,7 @@ def test_settings_are_averaged_over_seeds_and_ranked_by_validation(tmp_path):
             metrics = {"val/acc": score, "test/acc": test}
             write_run(tmp_path / f"{lr}_{seed}", f"optimizer.lr={lr}", f"seed={seed}", metrics=metrics)
     write_run(tmp_path / "nan", "optimizer.lr=9", "seed=0", metrics={"val/acc": math.nan, "test/acc": 1.0})
-    comparison = compare_runs(read_runs([tmp_path]))
+    comparison = compare(tmp_path)
     assert [setting.values for setting in comparison.settings] == [{"optimizer.lr": lr} for lr in ("0.3", "0.1", "9")]
     assert comparison.best.mean("val/acc") == pytest.approx(0.96)
     assert comparison.best.std("val/acc") == pytest.approx(0.0141421356)
@@ -146,22 +167,19 @@ def test_report_tests_significance_over_seeds(tmp_path, capsys):
     write_report([tmp_path], tmp_path)
     out, page = capsys.readouterr().out, (tmp_path / "report.md").read_text()
     for text in out, page:
-        assert "worse than the best: optimizer.lr=0.9\n" in text
-        assert re.search(r"tied with the best: optimizer.lr=0\.[13]\n", text)
-        assert re.search(r"finding the 0\.\d+ points to optimizer.lr=0.[13] with 80% power takes (about|more)", text)
-    verdicts = [row.split()[5] for row in out.splitlines() if re.match("  [123] ", row)]
-    assert verdicts == ["tied", "tied", "worse"]
+        verdicts = [row.split("|")[4].strip() for row in text.splitlines() if re.match(r"\| +[123] ", row)]
+        assert verdicts[::2] == ["best", "worse"] and re.fullmatch(r"tied \(n [=>] \d+\)", verdicts[1]), text
     for file in tmp_path.glob("*_[1-4]/metrics.json"):
         file.unlink()
     write_report([tmp_path], tmp_path)
-    assert "not tested (one seed per setting)" in capsys.readouterr().out
+    assert "Differences are not tested" in capsys.readouterr().out
 
 
 def test_sweep_over_seeds_has_mean_and_confidence_interval(tmp_path, capsys):
     for seed, score in enumerate((0.99, 0.98)):
         write_run(tmp_path / f"seed={seed}", f"seed={seed}", metrics={"val/acc": score})
     write_report([tmp_path], tmp_path)
-    assert re.search(r"1 +2 runs +98\.50 ± 0\.71 +92\.15 to 100\.00", capsys.readouterr().out)
+    assert re.search(r"1 \| 2 runs \| 98\.50% ± 0\.71% \| 92\.15% to 100\.00%", capsys.readouterr().out)
 
 
 def test_false_alarms_and_coverage_are_as_promised():
@@ -190,24 +208,23 @@ def test_required_seeds_have_the_promised_power():
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_table_fits_the_terminal(tmp_path, monkeypatch, width):
+def test_table_fits_the_terminal_and_has_own_metrics(tmp_path, width):
     write_five_seeds(tmp_path)
     overrides = "optimizer.lr=0.2", "model=separable_cnn", "model.dropout=0.25"
     for seed in range(5):
-        write_run(tmp_path / f"other_{seed}", *overrides, f"seed={seed}", metrics={"val/acc": 0.5 + seed / 1000})
-    out = io.StringIO()
-    monkeypatch.setattr(tables, "Console", lambda **how: Console(file=out, width=width, force_terminal=True, **how))
-    tables.print_comparison(compare_runs(read_runs([tmp_path])), "title")
-    table = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
-    assert max(map(len, table.splitlines())) <= width
-    assert all(words in table for words in ("separable_cnn", "0.25", " ± ", "worse", "99.30")), table
+        metrics = {"val/acc": 0.5 + seed / 1000, "test/rmse": 0.25}
+        write_run(tmp_path / f"other_{seed}", *overrides, f"seed={seed}", metrics=metrics)
+    whole = format_report(compare(tmp_path), "title")
+    rows = [line for line in format_report(compare(tmp_path), "title", width).splitlines() if line.startswith("|")]
+    assert max(map(len, rows)) <= width and "test/rmse" in whole and "0.2500 ± 0.0" in whole
+    assert all(words in "".join(rows) for words in ("separable_cnn", "0.25", " ± ", "worse", "99.30")), rows
 
 
 def test_edited_config_file_is_a_setting_of_its_own(tmp_path):
     for seed, decay in enumerate((0.1, 0.1, 0.2)):
         config = {"optimizer": {"weight_decay": decay}}
         write_run(tmp_path / str(seed), f"seed={seed}", metrics={"val/acc": 0.5 + decay}, **config)
-    settings = compare_runs(read_runs([tmp_path])).settings
+    settings = compare(tmp_path).settings
     assert [setting.values for setting in settings] == [{"optimizer.weight_decay": x} for x in ("0.2", "0.1")]
     assert [len(setting.runs) for setting in settings] == [1, 2]
 
@@ -215,21 +232,39 @@ def test_edited_config_file_is_a_setting_of_its_own(tmp_path):
 def test_default_option_of_a_swept_group_is_shown(tmp_path):
     write_run(tmp_path / "one", "experiment=baseline", metrics={"val/acc": 0.5})
     write_run(tmp_path / "two", metrics={"val/acc": 0.4})
-    settings = compare_runs(read_runs([tmp_path])).settings
+    settings = compare(tmp_path).settings
     assert [setting.values["experiment"] for setting in settings] == ["baseline", "null"]
 
 
-def test_the_same_seed_twice_counts_once(tmp_path):
-    for name in "ab":
-        write_run(tmp_path / name, "seed=0", metrics={"val/acc": 0.5})
-    assert compare_runs(read_runs([tmp_path])).best.scores("val/acc") == [0.5]
+def test_repeats_count_once_and_are_named(tmp_path, capsys):
+    for name, seed in ("a", 0), ("b", 0), ("c", 1_000_001), ("d", 1_000_002):
+        write_run(
+            tmp_path / name, f"seed={seed}", f"threads={len(name)}", metrics={"val/acc": 0.5}, data={"seed": seed}
+        )
+    comparison = write_report([tmp_path, tmp_path / "c"], tmp_path)  # c is read once
+    assert comparison.best.scores("val/acc") == [0.5] * 3
+    assert re.search(r"Left out: 1\n\n.*/b\n", capsys.readouterr().out)
+
+
+def test_only_keys_of_average_over_are_averaged(tmp_path):
+    """data.seed follows seed by default; named, it distinguishes settings unless it is averaged over."""
+    for number in range(4):
+        overrides = f"seed={number % 2}", f"data.seed={number // 2}"
+        write_run(tmp_path / str(number), *overrides, metrics={"val/acc": number / 10})
+    runs, average_over = read_runs([tmp_path])
+    assert average_over == ["seed"]
+    comparison = compare_runs(runs)
+    assert [setting.values for setting in comparison.settings] == [{"data.seed": "1"}, {"data.seed": "0"}]
+    assert [len(setting.runs) for setting in comparison.settings] == [2, 2]
+    (setting,) = compare_runs(runs, ["seed", "data.seed"]).settings
+    assert sorted(setting.scores("val/acc")) == [0, 0.1, 0.2, 0.3] and not setting.repeats
 
 
 def test_lower_loss_ranks_first(tmp_path):
     config = {"optimized_metric": "val/loss", "optimized_mode": "min"}
     for lr, loss in ("0.1", 0.5), ("0.2", 0.25):
         write_run(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/loss": loss}, **config)
-    assert compare_runs(read_runs([tmp_path])).best.values == {"optimizer.lr": "0.2"}
+    assert compare(tmp_path).best.values == {"optimizer.lr": "0.2"}
 
 
 def test_mode_is_inferred_from_the_metric_said_and_can_be_set(run_main, tmp_path):
@@ -254,7 +289,7 @@ def test_runs_are_not_ranked_by_test_scores(tmp_path, capsys, config):
     for lr in "0.1", "0.2":
         write_run(tmp_path / lr, f"optimizer.lr={lr}", metrics={"val/acc": 0.5, "test/acc": 0.5}, **config)
     write_report([tmp_path], tmp_path)
-    assert "not ranked" in capsys.readouterr().out and not (tmp_path / "line.png").exists()
+    assert "not ranked" in capsys.readouterr().out and not (tmp_path / "heatmap.png").exists()
 
 
 def test_report_lists_failed_unfinished_unreadable_and_missing_jobs(run_main, tmp_path):
@@ -268,7 +303,7 @@ def test_report_lists_failed_unfinished_unreadable_and_missing_jobs(run_main, tm
     (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     result = run_main(tmp_path, main=report.main)
     assert result.code == 0 and "1 finished, 1 failed, 2 unfinished, 1 not started" in result.out
-    assert "b: ZeroDivisionError: by nothing" in result.out
+    assert "b: failed: ZeroDivisionError: by nothing" in result.out
     command = "python -m src.train -m optimizer.lr=0.1,0.2,0.3,0.4 hydra/launcher=joblib"
     assert f"{command} hydra.sweep.dir={tmp_path}" in result.out
     states = sorted(row["state"] for row in read_csv(tmp_path))
@@ -276,7 +311,7 @@ def test_report_lists_failed_unfinished_unreadable_and_missing_jobs(run_main, tm
     write_run(tmp_path / "e", "optimizer.lr=0.5", metrics={"val/acc": 0.5})
     (tmp_path / "e/metrics.json").write_text("{")
     result = run_main(tmp_path, main=report.main)
-    assert result.code == 1 and "1 finished, 1 failed" in result.out and len(result.err.splitlines()) == 1
+    assert result.code == 1 and "1 not started, 1 unreadable" in result.out and len(result.err.splitlines()) == 1
     assert result.err.startswith(f"error: {tmp_path / 'e/metrics.json'}")
 
 
@@ -285,7 +320,7 @@ def test_report_compares_several_folders(run_main, tmp_path, monkeypatch):
     for name, epochs in ("one", 1), ("two", 2):
         write_run(tmp_path / name / "job", f"trainer.max_epochs={epochs}", metrics={"val/acc": epochs / 10})
     result = run_main("one", "two", main=report.main)
-    assert result.code == 0 and "trainer.max_epochs=2: val/acc 20.00%" in result.out
+    assert result.code == 0 and "trainer.max_epochs=2: highest val/acc, 20.00%" in result.out
     assert [row["trainer.max_epochs"] for row in read_csv(tmp_path / "outputs/report")] == ["2", "1"]
 
 
@@ -295,26 +330,29 @@ def test_report_without_runs_prints_one_line(run_main, tmp_path):
         assert result.code == 2 and len(result.err.splitlines()) == 1 and result.err.startswith("error: ")
 
 
-def test_heat_map_and_line_show_the_scores(tmp_path):
+def test_heat_map_shows_the_scores_over_one_key_or_two(tmp_path):
     for lr, dropout, score in ("0.1", "0", 0.9), ("0.1", "0.5", 0.8), ("1", "0", 0.1):
         overrides = f"optimizer.lr={lr}", f"model.dropout={dropout}"
         write_run(tmp_path / f"{lr}_{dropout}", *overrides, metrics={"val/acc": score})
     write_run(tmp_path / "failed", "optimizer.lr=1", "model.dropout=0.5", error="no")
-    axes = plot_heat_map(compare_runs(read_runs([tmp_path]))).axes[0]
-    assert {text.get_text() for text in axes.texts} == {"90.00", "80.00", "10.00", "failed"}
+    axes = plot_heat_map(compare(tmp_path)).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"90.00%", "80.00%", "10.00%"}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.1", "1"]
     assert axes.patches[0].get_xy() == (-0.5, -0.5)  # around the best
-    axes = plot_line(compare_runs(read_runs([tmp_path / "0.1_0", tmp_path / "1_0"]))).axes[0]
-    assert axes.get_xscale() == "log" and sorted(axes.lines[-1].get_ydata()) == pytest.approx([10, 90])
+    axes = plot_heat_map(compare(tmp_path / "0.1_0", tmp_path / "1_0")).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "0.1",
+        "1",
+    ] and axes.get_xlabel() == "optimizer.lr"
     plt.close("all")
 
 
 def test_failed_job_is_named_and_the_others_finish(run_main, tmp_path):
-    result = run_main("-m", *TINY, "optimizer.lr=0.1,-1,0.2", f"hydra.sweep.dir={tmp_path}")
+    result = run_main("-m", *TINY, "data.val_size=9,99999,8", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "Traceback" not in result.err and "2 finished, 1 failed" in result.out
-    assert "failed: optimizer.lr=-1: optimizer.lr=-1: must be float > 0" in result.err.splitlines()
-    status = {"state": "failed", "message": "optimizer.lr=-1: must be float > 0", "traceback": ""}
-    assert read_status(tmp_path / "optimizer.lr=-1") == status
+    message = "data.val_size=99999: digits has 1,437 training images; use fewer"
+    assert f"error: data.val_size=99999: {message}" in result.err.splitlines()
+    assert read_status(tmp_path / "data.val_size=99999") == {"state": "failed", "message": message, "traceback": ""}
 
 
 def test_bug_in_a_job_keeps_its_traceback(run_main, tmp_path, monkeypatch):
@@ -329,7 +367,7 @@ def test_bug_in_a_job_keeps_its_traceback(run_main, tmp_path, monkeypatch):
 
     monkeypatch.setattr(L.Trainer, "fit", fit_or_fail)
     result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    assert result.code == 1 and "failed: seed=1: ZeroDivisionError: a bug" in result.err
+    assert result.code == 1 and "error: seed=1: ZeroDivisionError: a bug" in result.err
     assert (
         "in fit_or_fail" in read_status(tmp_path / "seed=1")["traceback"]
         and (tmp_path / "seed=0/metrics.json").exists()
@@ -388,3 +426,40 @@ def test_killed_sweep_continues_to_bitwise_equal_weights(finished_sweep, run_mai
         files = file, tmp_path / file.relative_to(finished_sweep)
         expected, weights = (torch.load(file, weights_only=True)["state_dict"] for file in files)
         assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["optimizer.lr=0.1,oops"], "optimizer.lr=oops: must be float > 0"),
+        (["trainer.max_epochs=1,2", "+data.augment.x=1,2"], "data.augment.x: RandomAffine has no such"),
+        (["seed=0,1", "optimizer.momentum=2"], "optimizer.momentum=2: must be"),
+        (["optimizer=sgd,adamw", "optimizer.weight_decay=-1,0"], "optimizer.weight_decay=-1: must be"),
+        (["optimizer=glob(x*)"], "a sweep without jobs"),
+        (["hydra.callbacks.sweep.average_over=[seed,data.sed]"], "did you mean data.seed?"),
+        (
+            ["optimizer.lr=0.1,0.2", "hydra.sweep.subdir=${seed}"],
+            "jobs would share folders",
+        ),
+    ],
+)
+def test_sweep_with_a_mistake_trains_nothing(run_main, tmp_path, arguments, words):
+    result = run_main("-m", *TINY, *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err, result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_takes_globs_and_numbered_folders_and_refuses_other_jobs_in_them(run_main, tmp_path):
+    arguments = "-m", *TINY, f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra:job.num}"
+    assert run_main(*arguments, "scheduler=glob([co*,none])").code == 0
+    scores = {row["scheduler"]: row["val/acc"] for row in read_csv(tmp_path)}
+    result = run_main(*arguments, "scheduler=plateau,none")
+    assert result.code == 2 and "other jobs have these numbers already" in result.err
+    assert run_main(*arguments, "scheduler=cosine,none").code == 0
+    assert {row["scheduler"]: row["val/acc"] for row in read_csv(tmp_path)} == scores and len(scores) == 2
+
+
+def test_folder_in_use_by_another_sweep_is_refused(run_main, tmp_path):
+    with exclusive_lock(tmp_path):
+        result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and "another process is using" in result.err and not list(tmp_path.iterdir())

@@ -233,7 +233,7 @@ def test_precision_auto_is_the_fastest_of_this_processor(run_main, tmp_path, mon
 def test_study_on_several_devices_is_refused(run_main, tmp_path):
     several = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
     result = run_main(*TINY, *several, f"hydra.run.dir={tmp_path / 'study'}", main=tune.main)
-    assert result.code == 2 and "a trial trains on one device, not 2" in result.err.splitlines()[-1]
+    assert result.code == 2 and "a job of a sweep or study trains on one device" in result.err.splitlines()[-1]
 
 
 def test_fused_optimizer_that_cannot_clip_is_one_line():
