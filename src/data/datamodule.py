@@ -17,7 +17,7 @@ from src.core.value_types import NonEmptyStr, NonNegativeInt, PositiveFloat, Pos
 from src.data.augment import RandomAffine
 from src.data.datasets import DatasetSplits, LabeledImages, stratify
 from src.data.image_spec import ImageSpec
-from src.data.sampler import IndexBatchSampler, hash_seed
+from src.data.sampler import IndexBatchSampler, find_batch_sampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
 
@@ -56,6 +56,7 @@ class ImageDataModule(L.LightningDataModule):
         test_every_epoch: bool = False,
         val_split: Literal["stratified", "random", "last"] = "random",
         split_seed: Seed = 0,
+        sampler: Literal["shuffle", "weighted"] = "shuffle",
         folds: PositiveInt | None = None,
         fold: NonNegativeInt = 0,
         eval_batch_size: PositiveInt = 1000,
@@ -71,6 +72,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augment, self.soft_labels = augment, soft_labels
         self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
+        self.sampler = sampler
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
         self.class_indices: Tensor | None = None  # of the network, for each class of these images
         self.preprocess, self.mean, self.std = preprocess, mean, std
@@ -186,7 +188,12 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        return self._make_loader(self.splits.train, self.train_batch_size, None if is_overfitting else self.seed)
+        train: Any = self.splits.train
+        loader = self._make_loader(train, self.train_batch_size, None if is_overfitting else self.seed)
+        if self.sampler == "weighted" and (sampler := find_batch_sampler(loader)):
+            labels = train.labels.cpu()
+            sampler.weights = 1 / labels.bincount()[labels]  # draws each class equally often
+        return loader
 
     def val_dataloader(self) -> DataLoader | list:
         val: Any = self.splits.val

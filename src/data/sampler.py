@@ -28,8 +28,11 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
     """Yield indices that cover `range(size)` once per epoch, over all processes together; `batch_size` is per process.
 
     Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … Raises UserError
-    for fewer images than processes.
+    for fewer images than processes. With `weights`, [size], an epoch draws as many indices with replacement, in
+    proportion to their weights.
     """
+
+    weights: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -64,7 +67,10 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         order = torch.arange(self.size)
         if self.seed is not None:  # the generator is always the CPU's, so that every device gets the same order
-            order = torch.randperm(self.size, generator=make_generator(self.seed, self.epoch))
+            generator = make_generator(self.seed, self.epoch)
+            order = torch.randperm(self.size, generator=generator)
+            if self.weights is not None:
+                order = self.weights.multinomial(self.size, replacement=True, generator=generator)
         ends = [self.global_batch_size * number for number in range(1, len(self))]
         start, self.skipped = self.skipped, 0
         for batch in order.to(self.device).tensor_split(ends)[start:]:

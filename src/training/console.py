@@ -71,15 +71,18 @@ class LayerTable(Callback):
         if not trainer.is_global_zero:
             return
         example = trainer.precision_plugin.convert_input(pl_module.example_input_array)
-        table = torchinfo.summary(
-            cast(nn.Module, getattr(pl_module, "net", pl_module)),
-            input_data=example,
-            col_names=("num_params",) if example is None else ("output_size", "num_params"),
-            col_width=20,
-            row_settings=("var_names",),
-            device=pl_module.device,
-            verbose=0,
-        )
+        try:
+            table = torchinfo.summary(
+                cast(nn.Module, getattr(pl_module, "net", pl_module)),
+                input_data=example,
+                col_names=("num_params",) if example is None else ("output_size", "num_params"),
+                col_width=20,
+                row_settings=("var_names",),
+                device=pl_module.device,
+                verbose=0,
+            )
+        except RuntimeError as error:  # the network of another task may not take the module's example
+            return warnings.warn(f"no table of layers ({' '.join(str(error).split())})", stacklevel=1)
         text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # torchinfo prints the member of an Enum
         Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
         if is_verbose():

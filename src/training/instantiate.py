@@ -97,7 +97,8 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     task = instantiate_node("task", node, **parts)
     if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
         config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
-        task.save_hyperparameters({"config": OmegaConf.to_container(config, resolve=True)}, logger=False)
+        found = {"lr": lr} if (lr := OmegaConf.select(cfg, "optimizer.lr")) else {}  # for LearningRateFinder
+        task.save_hyperparameters({"config": OmegaConf.to_container(config, resolve=True), **found}, logger=False)
     return task
 
 

@@ -26,6 +26,15 @@ def test_sampler_with_fewer_images_than_processes_raises():
         IndexBatchSampler(3, 8, world_size=4)
 
 
+def test_weighted_sampler_draws_each_class_equally_often_and_skips_the_same_batches():
+    labels, sampler = (torch.arange(1000) < 100).long(), IndexBatchSampler(1000, 8, seed=1)
+    sampler.weights = 1 / labels.bincount()[labels]
+    order = torch.cat(list(sampler))
+    assert len(order) == 1000 and 450 < labels[order].sum() < 550
+    sampler.skip(3)
+    assert torch.equal(torch.cat(list(sampler)), order[24:])
+
+
 def test_sampler_order_depends_on_seed_and_epoch_alone():
     def draw_order(seed, epoch):
         sampler = IndexBatchSampler(100, 8, seed=seed)
