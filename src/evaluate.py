@@ -94,11 +94,11 @@ def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
     import lightning as L
 
     from src.training.console import silence_routine_output
-    from src.training.instantiate import instantiate_node
+    from src.training.instantiate import RUN_CONFIG, instantiate_node
 
     silence_routine_output()
     L.seed_everything(0, verbose=False)  # a test may draw random numbers
-    data = instantiate_node("data", module.hparams.config["data"] | ({"root": str(root)} if root else {}))
+    data = instantiate_node("data", module.hparams[RUN_CONFIG]["data"] | ({"root": str(root)} if root else {}))
     quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = L.Trainer(devices=1, **quiet)
     trainer.test(module, data, verbose=False)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from textwrap import shorten
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import lightning as L
 from torch import nn
@@ -21,6 +21,9 @@ class GroupedOptimizer(NamedTuple):
     factory: Callable[..., Optimizer]
     groups: Mapping[str, Mapping[str, Any]]
 
+    def __call__(self, params: Any) -> NoReturn:
+        raise UserError("optimizer.groups: needs names; the task must call src.optim.configure.configure_optimizers")
+
 
 class Scheduler(NamedTuple):
     """A partial scheduler, when it steps, and the metric that it monitors, if any."""
@@ -28,6 +31,9 @@ class Scheduler(NamedTuple):
     scheduler: Callable[..., LRScheduler]
     interval: Literal["step", "epoch"] | None = None  # None: "step" if it takes `total_steps`, otherwise "epoch"
     monitor: str | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> LRScheduler:
+        return self.scheduler(*arguments, **keywords)
 
 
 def compile_layer_pattern(text: str) -> re.Pattern[str]:

@@ -1,6 +1,7 @@
 """Read and write checkpoints, and start from the weights of another run."""
 
 import io
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -24,11 +25,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file, buffer = Path(path), io.BytesIO()
+        for key in "hyper_parameters", "datamodule_hyper_parameters":  # objects could not be loaded again
+            if values := checkpoint.get(key):
+                checkpoint[key] = {name: value for name, value in values.items() if _is_plain(value)}
         torch.save(checkpoint, buffer)
         if file.name == LAST and file.exists():
             file.with_name(PREVIOUS).write_bytes(file.read_bytes())
         file.with_suffix(".ood.pt").unlink(missing_ok=True)  # the detector was fitted to the weights before
         write_atomically(file, buffer.getbuffer())
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def load_weights_only(file: Path) -> Any:

@@ -19,6 +19,8 @@ from src.core.errors import UserError
 from src.models.classifier import Classifier
 from src.optim.configure import GroupedOptimizer, Scheduler
 
+RUN_CONFIG = "run_config"  # hyperparameter with the config of model, task and data
+
 
 def instantiate_node(key: str, node: Any, **arguments: Any) -> Any:
     """Instantiate the config node `key` with further arguments; None for an empty one.
@@ -97,8 +99,10 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     task = instantiate_node("task", node, **parts)
     if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
         config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
-        found = {"lr": lr} if (lr := OmegaConf.select(cfg, "optimizer.lr")) else {}  # for LearningRateFinder
-        task.save_hyperparameters({"config": OmegaConf.to_container(config, resolve=True), **found}, logger=False)
+        values = {RUN_CONFIG: OmegaConf.to_container(config, resolve=True)}
+        if "lr" not in task.hparams and not hasattr(task, "lr"):
+            values["lr"] = OmegaConf.select(cfg, "optimizer.lr")  # LearningRateFinder looks for it
+        task.save_hyperparameters(values, logger=False)
     return task
 
 

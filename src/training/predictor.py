@@ -18,7 +18,7 @@ from src.data.preprocess import preprocess_digit, resize_image
 from src.models.classifier import Classifier, are_log_probabilities
 from src.models.ood import OODDetector
 from src.training.checkpoints import is_finite, load_weights_only
-from src.training.instantiate import build_network, build_task, instantiate_node
+from src.training.instantiate import RUN_CONFIG, build_network, build_task, instantiate_node
 
 SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 
@@ -126,7 +126,7 @@ def _read_config(content: dict[str, Any], file: Path) -> DictConfig:
         saved = {"model": content["model"]}
     elif run_config.exists():
         saved = read_plain_config(run_config)
-    elif not (saved := content.get("hyper_parameters", {}).get("config")):
+    elif not (saved := content.get("hyper_parameters", {}).get(RUN_CONFIG)):
         raise UserError("it was trained without a config; load it by src.load(FILE, net=NETWORK)")
     config = resolve_config(OmegaConf.create({**saved, "output_dir": "."}))  # which Hydra knows only during a run
     config = OmegaConf.masked_copy(config, [key for key in ("model", "task", "data") if key in config])
