@@ -115,6 +115,11 @@ class RunProgressBar(ProgressBar):
         self.task = self.bar.add_task("", total=None if isinf(batches) else batches)
         self.bar.start()
 
+    def enable(self) -> None:
+        """Do nothing: what is printed depends on the process. LearningRateFinder and further processes call it."""
+
+    disable = enable
+
     def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
         self.bar.update(self.task, completed=trainer.fit_loop.total_batch_idx + 1)
 
