@@ -60,7 +60,10 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         is_image_classifier = isinstance(module, Classifier) and hasattr(data, "spec")
         programs = ("evaluate", "draw") if is_image_classifier else ("evaluate",) if cfg.test else ()
         print_results(results, folder, programs)
-    return run_record.get_optimized_metric(results, cfg.optimized_metric)
+    if cfg.optimized_metric is None:
+        return None
+    run_record.reject_missing_metric("optimized_metric", cfg.optimized_metric, results["metrics"])
+    return results["metrics"][cfg.optimized_metric]
 
 
 main = hydra_main("train", train)

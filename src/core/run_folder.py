@@ -30,8 +30,6 @@ from src.core.process import is_first_process
 CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "status.json"
 STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job starts
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
-# The interpolations that a saved config may hold: its own keys, and what conf/ itself looks up.
-OWN_REFERENCE = re.compile(r"(\$\{[\w.]+\}|\$\{hydra:runtime\.output_dir\}|\$\{oc\.env:MNIST_ROOT,data\}|[^$])*")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
 RESUME_OVERRIDES = re.compile(
     r"[+~]*(trainer\.(max_epochs|max_steps|max_time|accelerator|devices|strategy)|data\.(root|num_workers)|threads|test"
@@ -91,13 +89,10 @@ def read_strings(file: Path, *keys: str) -> list[str]:
 
 
 def read_plain_config(file: Path) -> dict[str, Any]:
-    """Read the saved config of a run. Raise UserError if it interpolates anything but its own keys."""
+    """Read the saved config of a run. Raise UserError if it is none."""
     plain = read_yaml(file)
     if not isinstance(plain, dict):
         raise UserError(f"{file}: not the config of a run; fix or remove it")
-    for key, value in iterate_items(plain):
-        if isinstance(value, str) and not OWN_REFERENCE.fullmatch(value):
-            raise UserError(f"{file}: {key}={value}: a saved config may only refer to its own keys; write the value")
     return plain
 
 
@@ -142,8 +137,9 @@ def load_resumed_config(config: DictConfig, overrides: Sequence[str]) -> DictCon
         key, known = override.key_or_group, list_keys(saved)
         if override.is_sweep_override():
             raise UserError(f"{override.input_line}: several values; resume continues one run")
-        if not override.is_add() and key not in known:
-            raise UserError(describe_unknown_key(key, known))
+        if (key in known) == override.is_add() and not override.is_force_add():
+            exists = f"{override.input_line}: the key exists; leave out the +"
+            raise UserError(exists if key in known else describe_unknown_key(key, known))
         is_group = (CONF / key).is_dir()
         value = config[key] if is_group else None if override.is_delete() else override.value()
         OmegaConf.update(saved, key, value, force_add=True)
@@ -151,16 +147,9 @@ def load_resumed_config(config: DictConfig, overrides: Sequence[str]) -> DictCon
 
 
 def merge_overrides(before: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """Return the overrides of a changed run: a change takes the place of those of its key and of keys below it."""
-    parse = OverridesParser.create().parse_overrides
-    merged = {override.key_or_group: str(override.input_line) for override in parse(list(before))}
-    for change in parse(list(changes)):
-        key, line = change.key_or_group, str(change.input_line)
-        is_added = merged.get(key, "").startswith("+")
-        merged = {name: item for name, item in merged.items() if not f"{name}.".startswith(f"{key}.")}
-        if not (is_added and change.is_delete()):
-            merged[key] = f"++{line.lstrip('+')}" if is_added else line
-    return list(merged.values())
+    """Return the overrides of a changed run: a change takes the place of an earlier one of its key, or follows it."""
+    changed = {change.partition("=")[0] for change in changes}
+    return [*(item for item in before if item.partition("=")[0] not in changed), *changes]
 
 
 def _add_missing(saved: Any, defaults: Any, prefix: str = "") -> list[str]:
@@ -201,25 +190,24 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
         yield
         return
     write_status(folder, "running")
-    state, message, trace = "finished", "", ""
+    status = "finished", "", ""
     try:
         yield
     except SystemExit:
-        state = "interrupted"
+        status = "interrupted", "", ""
         raise
     except Exception as error:
         stops_early = type(error).__name__ == "TrialPruned"  # by name: not every installation has Optuna
         line = "worse than earlier trials at this epoch" if stops_early else describe_error(error)
         is_pruned = stops_early or (is_trial and isinstance(error, DivergenceError))
-        state = "pruned" if is_pruned else "failed"
         trace = "" if line else "".join(traceback.format_exception(error))
         message = line or " ".join(f"{type(error).__name__}: {error}".split())
+        status = "pruned" if is_pruned else "failed", message, trace
         raise
     finally:
-        if (folder / METRICS_FILE).exists():  # also if a finished run could not be trained longer
-            state, message, trace = "finished", "", ""
+        has_finished = (folder / METRICS_FILE).exists()  # perhaps before, and could not be trained longer
         with suppress(OSError):  # a full disk must not hide the error
-            write_status(folder, state, message, trace)
+            write_status(folder, *(("finished",) if has_finished else status))
 
 
 def remove_if_untrained(folder: Path) -> None:
@@ -232,7 +220,8 @@ def remove_if_untrained(folder: Path) -> None:
 
 def print_continue_command(folder: Path, signal_name: str, changes: Sequence[str]) -> None:
     """Print the command that continues an interrupted run, with its changes, or an interrupted sweep."""
-    command = f"python -m src.train resume={shlex.quote(os.path.relpath(folder))} {shlex.join(changes)}".rstrip()
+    path = os.path.relpath(folder, HydraConfig.get().runtime.cwd)
+    command = f"python -m src.train resume={shlex.quote(path)} {shlex.join(changes)}".rstrip()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         command = format_continue_command(Path(HydraConfig.get().sweep.dir, "multirun.yaml"))
     print(f"\nstopped by {signal_name}; continue with: {command}", file=sys.stderr)

@@ -58,49 +58,42 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
 
     Names in the file may lack the attribute of the module that holds its network. Raises UserError.
     """
-    skip = [skip] if isinstance(skip, str) else skip
     file = Path(path, "checkpoints", LAST) if Path(path).is_dir() else Path(path)
+    patterns = [skip] if isinstance(skip, str) else skip
     try:
         if not file.is_file():
             raise UserError("no such file; name a run folder, a .ckpt or a .pt file")
         content = load_weights_only(file)
         content = content.get("state_dict", content)
-        patterns = [compile_layer_pattern(text) for text in skip]
+        is_skipped = compile_layer_pattern("|".join(patterns) or "$.").fullmatch
     except (UserError, AttributeError, re.error) as error:
         raise UserError(f"init_from={path}: {file}: {error}") from error
     own = module.state_dict()
     prefixes = ["", *(f"{name}." for name, _ in module.named_children())]
     prefix = max(prefixes, key=lambda prefix: sum(f"{prefix}{name}" in own for name in content))
     given = {f"{prefix}{name}": value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    loaded: dict[str, torch.Tensor] = {}
-    reasons: dict[str, list[str]] = {}
-    for name in own | given:
-        shapes = [list(tensors[name].shape) for tensors in (given, own) if name in tensors]
-        if name not in own:
-            reasons.setdefault("not in the network", []).append(name)
-        elif any(pattern.fullmatch(name) for pattern in patterns):
-            reasons.setdefault("skipped", []).append(name)
-        elif name not in given:
-            reasons.setdefault("not in the file", []).append(name)
-        elif shapes[0] != shapes[1]:
-            reasons.setdefault("other shape", []).append(f"{name} {shapes[0]}, not {shapes[1]}")
-        else:
-            loaded[name] = given[name]
-    record = {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **reasons}
-    line = f"init_from={path}: {record['loaded']} from {record['file']}"
+    skipped = [name for name in own if is_skipped(name)]
+    shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given and n not in skipped}
+    loaded = {name: given[name] for name, (shape, own_shape) in shapes.items() if shape == own_shape}
+    reasons = {
+        "skipped": skipped,
+        "not in the file": [name for name in own if name not in given and name not in skipped],
+        "not in the network": [name for name in given if name not in own],
+        "other shape": [f"{name} {shapes[name][0]}, not {shapes[name][1]}" for name in shapes if name not in loaded],
+    }
+    reasons = {reason: names for reason, names in reasons.items() if names}
+    line = f"init_from={path}: {len(loaded)} of {len(own)} tensors from {file}"
     for reason, names in reasons.items():
         line += f"; {reason}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    if unmatched := [
-        text for text, pattern in zip(skip, patterns, strict=True) if not any(map(pattern.fullmatch, own))
-    ]:
+    if patterns and not skipped:
         layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in own)
-        raise UserError(f"init_from.skip={unmatched}: no such layer or tensor; there are {', '.join(layers)}")
+        raise UserError(f"init_from.skip={patterns}: no such layer or tensor; there are {', '.join(layers)}")
     if not any(value.ndim for value in loaded.values()):
         raise UserError(line)
     module.load_state_dict(loaded, strict=False)
     if is_verbose():
         print(line)
-    return record
+    return {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **reasons}
 
 
 def find_best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:

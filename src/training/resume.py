@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device, rank_zero_warn
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
@@ -24,13 +30,13 @@ from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler, hash_seed
 from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
 
+INEXACT = ModelPruning, StochasticWeightAveraging
+
 
 def find_resume_checkpoint(trainer: Trainer) -> Path | None:
     """Return the newest undamaged checkpoint or None, and warn of damaged ones. Raise UserError if all are damaged."""
-    callback = next(
-        (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)), None
-    )
-    files = [callback.file, callback.file.with_name(PREVIOUS)] if callback else []
+    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
+    files = [callback.file.with_name(name) for callback in callbacks for name in (LAST, PREVIOUS)]
     files = [file for file in files if file.exists()]
     for file in files:
         try:
@@ -39,9 +45,7 @@ def find_resume_checkpoint(trainer: Trainer) -> Path | None:
         except UserError as error:
             print(f"warning: {file}: {error}", file=sys.stderr)
     if files:
-        raise UserError(
-            f"resume={trainer.default_root_dir}: all checkpoints are damaged; start the run again in another folder"
-        )
+        raise UserError(f"resume={files[0].parent}: all checkpoints are damaged; start again in another folder")
     return None
 
 
@@ -76,6 +80,9 @@ class ResumeCheckpoint(Checkpoint):
             if epoch.completed == epoch.ready:  # the run was finished, and trains longer
                 epoch_loop.restarting = False
                 epoch_loop.batch_progress.reset_on_run()
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):  # it acts where an epoch begins
+                    callback.on_train_epoch_start(trainer)
             batches = epoch_loop.batch_progress.current.completed
             if sampler := find_batch_sampler(trainer.train_dataloader):
                 sampler.set_epoch(trainer.current_epoch)
@@ -149,10 +156,21 @@ class ResumeCheckpoint(Checkpoint):
         if (processes := len(resumed["metrics"])) != trainer.world_size:
             raise UserError(f"trainer.devices: the run has {processes} processes; resume it with as many")
         self.saved_step = checkpoint["global_step"]
-        for callback in trainer.early_stopping_callbacks:  # whose state would undo a change of it
-            checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping):  # its state would undo a change of it
+                checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
+            if isinstance(callback, INEXACT):
+                rank_zero_warn(f"{type(callback).__name__}: results differ from those of a run that was not stopped")
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        checkpoint["callbacks"] = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
+        states = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
+        for key, state in [*states.items()]:  # those of ModelCheckpoint name files
+            try:
+                for file in {state.get("best_model_path"), *state.get("best_k_models", {})} - {None, ""}:
+                    load_weights_only(Path(file))
+            except UserError as error:
+                rank_zero_warn(f"{file}: {error}; the best of the remaining epochs takes its place")
+                del states[key]
+        checkpoint["callbacks"] = states
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         disable_requeue_and_broadcast(trainer)

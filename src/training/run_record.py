@@ -91,10 +91,8 @@ class RunRecorder(Callback):
             return  # nothing has been logged yet
         monitors = {type(callback).__name__: getattr(callback, "monitor", None) for callback in trainer.callbacks}  # type: ignore[attr-defined]
         for key, name in {"optimized_metric": self.metric, **monitors}.items():
-            is_due = name and (self.has_validated or name.startswith("train/"))
-            if is_due and name not in trainer.callback_metrics:
-                logged = ", ".join(sorted(trainer.callback_metrics))
-                raise UserError(f"{key}={name}: not logged, logged are {logged}; set one of them or null")
+            if name and (self.has_validated or name.startswith("train/")):
+                reject_missing_metric(key, name, trainer.callback_metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stop_clock("train")
@@ -104,16 +102,16 @@ class RunRecorder(Callback):
             self.samples = trainer.fit_loop.epoch_loop.batch_progress.total.completed * samples_per_batch
 
 
-def get_optimized_metric(results: dict[str, Any], name: str | None) -> float | None:
-    """Return the metric that a sweep ranks by, None if there is none. Raise UserError if the run has not logged it."""
-    if name is not None and name not in results["metrics"]:
-        logged = ", ".join(results["metrics"])
-        raise UserError(f"optimized_metric={name}: not logged, logged are {logged}; set one of them or null")
-    return float(results["metrics"][name]) if name is not None else None
+def reject_missing_metric(key: str, name: str, metrics: dict[str, Any]) -> None:
+    """Raise UserError, with the names that there are, if the metric that a key names is not among `metrics`."""
+    if name not in metrics:
+        raise UserError(f"{key}={name}: not logged, logged are {', '.join(sorted(metrics))}; set one of them or null")
 
 
 def _read_original_overrides(cfg: DictConfig) -> tuple[list[str], dict[str, Any]]:
     """Return the overrides and the chosen options that a run was started with, changed by those of its resumption."""
+    if not HydraConfig.initialized():  # in a notebook
+        return [], {}
     hydra, folder = HydraConfig.get(), Path(cfg.output_dir, ".hydra")
     overrides, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
     if cfg.resume and hydra.mode == RunMode.RUN and (folder / "hydra.yaml").is_file():

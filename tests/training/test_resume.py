@@ -27,7 +27,8 @@ TINY = (
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
     *("data.batch_size=8", "callbacks.resume.every_steps=5", "callbacks.model_summary=null"),
 )
-EARLY_STOPPING = "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9}"
+CALLBACKS = "lightning.pytorch.callbacks"
+EARLY_STOPPING = f"+callbacks.stop={{_target_:{CALLBACKS}.EarlyStopping,monitor:val/loss,min_delta:9}}"
 PLAIN = "callbacks.tensorboard=null"  # halves the time of so short a run
 OUTCOMES: dict[tuple, dict] = {}  # of uninterrupted runs, by their overrides
 
@@ -67,7 +68,11 @@ def kill(run_main, interrupt_at):
         ([8, 19], ("trainer.val_check_interval=5", PLAIN)),
         ([8, 19], ("trainer.accumulate_grad_batches=3", "callbacks.resume.every_steps=2", PLAIN)),
         ([8, 19], ("trainer.max_steps=20", PLAIN)),
-        ([8, 19], ("+callbacks.ema={_target_:lightning.pytorch.callbacks.EMAWeightAveraging,decay:0.9}", PLAIN)),
+        (
+            [8, 19],
+            (f"+callbacks.x={{_target_:{CALLBACKS}.GradientAccumulationScheduler,scheduling:{{0:1,1:3}}}}", PLAIN),
+        ),
+        ([8, 19], (f"+callbacks.ema={{_target_:{CALLBACKS}.EMAWeightAveraging,decay:0.9}}", PLAIN)),
         ([8, 19], ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1", PLAIN)),
     ],
 )
@@ -102,7 +107,7 @@ CONSTANT = PLAIN, "scheduler=none"
 def test_finished_run_trains_longer_as_if_it_had_not_stopped(
     run_main, tmp_path, interrupt_at, uninterrupted, overrides
 ):
-    folder, longer = tmp_path / "run", ("+trainer.max_epochs=2", "callbacks.resume.every_steps=4")
+    folder, longer = tmp_path / "run", ("trainer.max_epochs=2", "callbacks.resume.every_steps=4")
     assert run_main(*TINY, *overrides, "trainer.max_epochs=1", f"hydra.run.dir={folder}").code == 0
     assert "is finished" in run_main(f"resume={folder}").out
     interrupt_at(15, signal.SIGTERM)
@@ -113,7 +118,7 @@ def test_finished_run_trains_longer_as_if_it_had_not_stopped(
     assert read_outcome(folder) == uninterrupted(*overrides)
     changed = json.loads((folder / "metrics.json").read_text())["overrides"]
     assert changed == yaml.safe_load((folder / ".hydra/overrides.yaml").read_text())
-    assert changed[-2:] == [longer[1], longer[0]][::-1] and "trainer.max_epochs=1" not in changed
+    assert changed[-2:] == list(longer) and "trainer.max_epochs=1" not in changed
 
 
 @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
@@ -178,6 +183,7 @@ def test_stop_before_the_test_gives_identical_scores(run_main, tmp_path, monkeyp
     monkeypatch.setattr(L.Trainer, "test", terminate)
     assert run_main(*TINY, *noisy, f"hydra.run.dir={folder}").code == 143
     assert run_main(f"resume={folder}").code == 0
+    assert json.loads((folder / "metrics.json").read_text())["samples_per_second"] > 0  # of the part before
     assert read_outcome(folder) == expected
 
 
@@ -234,8 +240,17 @@ def test_without_an_undamaged_checkpoint_resume_prints_one_error(run_main, kille
     for file in (killed / "checkpoints").iterdir():
         file.write_bytes(b"")
     result = run_main(f"resume={killed}")
-    assert result.code == 2 and "all checkpoints are damaged; start the run again" in result.err.splitlines()[-1]
+    assert result.code == 2 and "all checkpoints are damaged; start again" in result.err.splitlines()[-1]
     assert not (killed / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b""), Path.unlink], ids=["empty", "missing"])
+def test_best_checkpoint_that_is_lost_is_replaced_by_a_later_one(run_main, killed, recwarn, damage):
+    damage(killed / "checkpoints/best.ckpt")
+    result = run_main(f"resume={killed}", "test=best")
+    assert result.code == 0 and any("the best of the remaining epochs" in str(warning.message) for warning in recwarn)
+    results = json.loads((killed / "metrics.json").read_text())
+    assert results["best_epoch"] == 2 and results["metrics"]["test/best/acc"] == results["metrics"]["test/acc"]
 
 
 def test_full_disk_leaves_the_last_checkpoint(run_main, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src import load
 from src.core.config import (
     CONF,
     LIBRARY_ARGUMENTS,
@@ -23,6 +24,7 @@ from src.core.config import (
     resolve_config,
     validate_config,
 )
+from src.training.predictor import load_test_data
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
 PLAIN = "callbacks.tensorboard=null", "trainer.limit_train_batches=12"
@@ -95,6 +97,26 @@ def test_logged_metrics_are_those_of_the_final_weights(train):
     assert metrics["test/acc"] == pytest.approx((log_probabilities.argmax(1) == labels).float().mean().item())
     expected = torch.nn.functional.nll_loss(log_probabilities, labels).item()
     assert metrics["test/loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_best_and_last_weights_are_tested(train, run_main):
+    stop = (
+        "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9,patience:1}"
+    )
+    result, folder = train("trainer.max_epochs=9", stop, "test=best", *PLAIN)
+    assert result.code == 0, result.err
+    results = json.loads((folder / "metrics.json").read_text())
+    assert results["epochs"] == 2 and results["best_epoch"] == 1
+    for name, key in ("last", "test/acc"), ("best", "test/best/acc"):
+        predictor = load(folder / f"checkpoints/{name}.ckpt")
+        ((images, labels),) = load_test_data(predictor).raw_batches("test")
+        accuracy = (predictor(images).argmax(1) == labels).float().mean().item()
+        assert results["metrics"][key] == pytest.approx(accuracy)
+    assert results["metrics"]["test/acc"] != results["metrics"]["test/best/acc"]
+    events = EventAccumulator(str(folder)).Reload()
+    assert [len(events.Scalars(f"{name} %")) for name in ("test/acc", "test/best/acc")] == [1, 1]
+    result, _ = train("test=best", "optimized_metric=null", *PLAIN, folder="other")
+    assert result.code == 2 and "test=best: no callback keeps the best weights" in result.err
 
 
 @pytest.mark.parametrize("seed", [0, 3])
