@@ -22,14 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from src.cli.argparse_main import get_version
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
-from src.core.config import (
-    CONF,
-    ROOT_KEYS,
-    describe_unknown_key,
-    find_closest,
-    list_keys,
-    resolve_and_validate,
-)
+from src.core.config import CONF, reject_misspelled_additions, resolve_and_validate
 from src.core.error_messages import describe_error, exit_on_error
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
@@ -49,14 +42,14 @@ class CheckCommand(Callback):
         folder = Path(config.hydra.run.dir)
         CheckCommand.is_new_folder = not folder.exists()
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
-            _check_added_keys(config)
+            reject_misspelled_additions(config)
             is_alone = "LOCAL_RANK" not in os.environ and _count_processes() == 1 and "study_name" not in config
             if not config.resume and is_alone and run_folder.holds_run(folder):
                 raise UserError(f"hydra.run.dir={folder}: holds a run; type resume={folder}, or another folder")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():
-            _check_added_keys(config)
+            reject_misspelled_additions(config)
             if Path(folder := config.hydra.sweep.dir, run_folder.CONFIG_FILE).exists():
                 raise UserError(f"hydra.sweep.dir={folder}: holds a single run; type another folder")
 
@@ -191,19 +184,3 @@ def _quote(override: str) -> str:
 
 def _quote_string(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def _check_added_keys(config: DictConfig) -> None:
-    """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
-    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in config.hydra.overrides.task]
-    added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
-    is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
-    keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]
-    sections = {key.partition(".")[0] for key in keys if "." in key} | {folder.name for folder in CONF.iterdir()}
-    keys = [key for key in keys if key.partition(".")[0] in sections or key in ROOT_KEYS]
-    for key, may_be_typo in added.items():
-        section = key.rpartition(".")[0]
-        siblings = [name for name in keys if name.rpartition(".")[0] == section and name != key]
-        is_unknown = re.split(r"[.@/]", key)[0] not in sections and key not in ROOT_KEYS
-        if is_unknown or (may_be_typo and find_closest(key, siblings, cutoff=0.9)):
-            raise UserError(describe_unknown_key(key, keys))

@@ -140,6 +140,22 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
     )
 
 
+def reject_misspelled_additions(config: DictConfig) -> None:
+    """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
+    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in config.hydra.overrides.task]
+    added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
+    is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
+    keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]
+    sections = {key.partition(".")[0] for key in keys if "." in key} | {folder.name for folder in CONF.iterdir()}
+    keys = [key for key in keys if key.partition(".")[0] in sections or key in ROOT_KEYS]
+    for key, may_be_typo in added.items():
+        section = key.rpartition(".")[0]
+        siblings = [name for name in keys if name.rpartition(".")[0] == section and name != key]
+        is_unknown = re.split(r"[.@/]", key)[0] not in sections and key not in ROOT_KEYS
+        if is_unknown or (may_be_typo and find_closest(key, siblings, cutoff=0.9)):
+            raise UserError(describe_unknown_key(key, keys))
+
+
 def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
     """Return the known key that `key` most likely meant; its last part alone, as in max_epochs, counts as well."""
 

@@ -24,10 +24,13 @@ FIXES = {
     "MPS framework doesn't support float64": "mps has no 64-bit floats; set trainer.accelerator=cpu",
     "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
     "checkpoint of the same run",
-    "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
-    "unable to allocate shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
+    **dict.fromkeys(
+        ("out of shared memory", "unable to allocate shared memory"),
+        "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
+    ),
     "surrogates not allowed": "a name has letters that this locale cannot encode; set PYTHONUTF8=1",
-    "Config group override must be": "a config group takes one of its options; type scheduler=none or logger=none",
+    "Config group override must be": "a config group takes the name of an option; --help GROUP lists them",
+    "Cannot instantiate config of type str": "needs an object; type {_target_: package.Class}, or null",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
 LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"

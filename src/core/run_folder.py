@@ -48,7 +48,9 @@ def holds_run(folder: Path) -> bool:
 
     Hydra's files do not count if they were cut short while they were written and nothing was trained.
     """
-    if any(any(folder.glob(name)) for name in (METRICS_FILE, "multirun.yaml", "study.db", "checkpoints/*")):
+    if any(
+        any(folder.glob(name)) for name in (METRICS_FILE, "multirun.yaml", "study.db", "scores.json", "checkpoints/*")
+    ):
         return True
     try:
         read_strings(folder / ".hydra/overrides.yaml")  # the last that Hydra writes
