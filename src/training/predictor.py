@@ -128,9 +128,11 @@ def _read_config(content: dict[str, Any], file: Path) -> DictConfig:
         saved = read_plain_config(run_config)
     elif not (saved := content.get("hyper_parameters", {}).get(RUN_CONFIG)):
         raise UserError("it was trained without a config; load it by src.load(FILE, net=NETWORK)")
+    elif "${" in str(saved):
+        raise UserError("its config refers to values outside")
     config = resolve_config(OmegaConf.create({**saved, "output_dir": "."}))  # which Hydra knows only during a run
     config = OmegaConf.masked_copy(config, [key for key in ("model", "task", "data") if key in config])
-    if model := config.model:
+    if model := config.get("model"):
         model._target_ = re.sub(r"^\.", f"{PACKAGE}.", model._target_)  # a name within this package
         for key in {"weights", "pretrained"} & model.keys() if not model._target_.startswith(f"{PACKAGE}.") else ():
             model[key] = None  # torchvision and timm would download what is replaced
