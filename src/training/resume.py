@@ -35,6 +35,11 @@ INEXACT = ModelPruning, StochasticWeightAveraging
 
 def find_resume_checkpoint(trainer: Trainer) -> Path | None:
     """Return the newest undamaged checkpoint or None, and warn of damaged ones. Raise UserError if all are damaged."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
+            rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+            # Lightning deletes the file when it begins an experiment, which it does before all hooks.
+            logger.experiment.metrics.extend({key: value for key, value in row.items() if value} for row in rows)
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
     files = [callback.file.with_name(name) for callback in callbacks for name in (LAST, PREVIOUS)]
     files = [file for file in files if file.exists()]
@@ -194,15 +199,10 @@ class ResumeCheckpoint(Checkpoint):
             if isinstance(logger, TensorBoardLogger):
                 for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
                     writer.add_event(Event(step=self.saved_step, session_log=SessionLog(status=SessionLog.START)))
-            elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
-                rows = [
-                    {k: v for k, v in row.items() if v}
-                    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-                ]
-                logger.experiment.metrics.extend(
-                    row for row in rows if int(row.get("step", self.saved_step)) < self.saved_step
-                )
-                logger.save()  # to the new file that Lightning begins
+            elif isinstance(logger, CSVLogger):
+                rows = logger.experiment.metrics
+                rows[:] = [row for row in rows if int(row.get("step", self.saved_step)) < self.saved_step]
+                logger.save()
 
     def _reject_fixed_schedules(self, trainer: Trainer, before: list[int]) -> None:
         """Raise UserError if a schedule was made for the number of epochs or steps that the run had before."""
