@@ -50,10 +50,11 @@ def list_jobs_of_sweep(hydra: Any) -> list[list[str]]:
 
 def reject_shared_folders(pattern: str, jobs: list[list[str]], jobs_before: list[list[str]]) -> None:
     """Raise UserError if hydra.sweep.subdir, not yet resolved, may put two jobs, of now or before, into one folder."""
-    swept = {item.partition("=")[0] for job in jobs for item in job if item not in jobs[0]}
-    is_numbered, is_named = "job.num" in pattern, "override_dirname" in pattern or all(key in pattern for key in swept)
+    swept = dict.fromkeys(item.partition("=")[0] for job in jobs for item in job if item not in jobs[0])
+    missing = [key for key in swept if not re.search(rf"({{|choices\.){re.escape(key)}}}", pattern)]
+    is_named, is_numbered = "override_dirname" in pattern or not missing, "job.num" in pattern
     if not is_named and not is_numbered:
-        reason = f"jobs would share folders, because it lacks {', '.join(sorted(swept))}"
+        reason = f"jobs would share folders, because it lacks {', '.join(missing)}"
         raise UserError(f"hydra.sweep.subdir={pattern}: {reason}; use ${{hydra.job.override_dirname}} in it")
     if not is_named and any(job != before for job, before in zip(jobs, jobs_before, strict=False)):
         raise UserError(f"hydra.sweep.subdir={pattern}: other jobs have these numbers already; choose another folder")

@@ -92,7 +92,8 @@ def format_report(comparison: Comparison, title: str, width: float = math.inf) -
     lines = [f"# {title}", "", f"{len(comparison.runs)} run{'s' * (len(comparison.runs) != 1)}: {states}", ""]
     if comparison.settings:
         columns = _make_columns(comparison)
-        note = f"Scores at the last epoch: mean ± standard deviation over {' and '.join(comparison.average_over)}."
+        averaged = " and ".join(comparison.average_over) or "nothing"
+        note = f"Scores at the last epoch: mean ± standard deviation over {averaged}."
         note += f" {STATISTICS}" if VERDICT in columns else " Differences are not tested: too few runs per setting."
         lines += [*_format_table(columns, width), "", note, ""]
     for heading, findings in _list_findings(comparison).items():
@@ -123,8 +124,8 @@ def _make_columns(comparison: Comparison) -> dict[str, list[str]]:
         columns["run"] = [setting.name for setting in settings]
     if metric:
         columns[metric] = [setting.format_mean(metric) for setting in settings]
-    if any(verdicts := _compare_with_best([setting.scores(metric) for setting in settings])):
-        columns[VERDICT] = verdicts
+    if verdicts := _compare_with_best([setting.scores(metric) for setting in settings]):
+        columns[VERDICT] = [verdicts.get(rank, "") for rank in range(len(settings))]
     if any(len(setting.runs) > 1 for setting in settings):
         columns["95% CI"] = [_format_interval(metric, setting.scores(metric)) for setting in settings]
         columns["n"] = [str(len(setting.runs)) for setting in settings]
@@ -143,20 +144,17 @@ def _format_interval(metric: str, scores: list[float]) -> str:
     return " to ".join(format_metric(metric, limit, digits=4) for limit in limits)
 
 
-def _compare_with_best(samples: list[list[float]]) -> list[str]:
-    """Return whether each sample is worse than the first; empty strings for those that cannot be tested."""
-    is_tested = [len(sample) > 1 and all(map(math.isfinite, sample)) for sample in samples]
-    tested = [sample for sample, is_in in zip(samples, is_tested, strict=True) if is_in]
-    if len(tested) < 2 or not is_tested[0]:
-        return [""] * len(samples)
-    verdicts = ["best"]
-    for sample, p in zip(tested[1:], stats.corrected_p_values(tested), strict=True):
+def _compare_with_best(samples: list[list[float]]) -> dict[int, str]:
+    """Return by rank whether a setting is worse than the best; empty if the best cannot be tested."""
+    tested = {rank: one for rank, one in enumerate(samples) if len(one) > 1 and all(map(math.isfinite, one))}
+    if len(tested) < 2 or 0 not in tested:
+        return {}
+    verdicts, p_values = {0: "best"}, stats.corrected_p_values([*tested.values()])
+    for (rank, sample), p in zip([*tested.items()][1:], p_values, strict=True):
         seeds = stats.required_seeds(tested[0], sample, len(tested))
-        verdicts.append(
-            "worse" if p <= stats.LEVEL else f"tied (n {f'= {seeds}' if seeds else f'> {stats.MAX_SEEDS}'})"
-        )
-    remaining = iter(verdicts)
-    return [next(remaining) if is_in else "" for is_in in is_tested]
+        tied = f"tied (n = {seeds})" if seeds else f"tied (n > {stats.MAX_SEEDS})"
+        verdicts[rank] = "worse" if p <= stats.LEVEL else tied
+    return verdicts
 
 
 def _list_findings(comparison: Comparison) -> dict[str, list[str]]:

@@ -165,18 +165,19 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         for file in sorted(folder.rglob(".hydra")):
             runs.setdefault(file.parent.resolve(), read_run(file.parent))
     started = {frozenset(map(_parse_override, run.overrides)) for run in runs.values()}
-    average_over: list[str] = []
+    average_over: list[str] | None = None
     for file in (file for folder in folders for file in folder.rglob("multirun.yaml")):
         with suppress(UserError, HydraException, TypeError, KeyError, AttributeError):  # cut short while it was written
             hydra = run_folder.read_yaml(file)["hydra"]
-            average_over += hydra["callbacks"]["sweep"].get("average_over", [])
+            averaged = hydra["callbacks"]["sweep"].get("average_over", ["seed"])  # that of a sweep before it was a key
+            average_over = list(dict.fromkeys([*(average_over or []), *averaged]))
             for overrides in list_jobs_of_sweep(hydra):
                 if (named := frozenset(map(_parse_override, overrides))) not in started:
                     path = file.parent / " ".join(overrides).replace("/", "-")
                     runs[path] = Run(path, "not started", overrides, dict(named))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")
-    return list(runs.values()), list(dict.fromkeys(average_over)) or ["seed"]
+    return list(runs.values()), ["seed"] if average_over is None else average_over
 
 
 def compare_runs(runs: list[Run], average_over: Sequence[str] = ("seed",)) -> Comparison:
