@@ -26,7 +26,7 @@ from src.sweeps.optuna_study import COUNTED, open_storage, open_study, optimize 
 PG_CTL = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 CFG = {
     **{"name": "study", "study_name": "shared", "n_trials": 24, "heartbeat": 1, "seed": 0},
-    **{"optimized_metric": "val/acc", "optimized_mode": "max"},
+    **{"optimized_metric": "val/acc", "optimized_mode": "max", "output_dir": "here"},
     "sampler": {"_target_": "optuna.samplers.RandomSampler"},
     "pruner": {"_target_": "optuna.pruners.NopPruner"},
 }
