@@ -36,11 +36,10 @@ class Batch(NamedTuple):
 class ImageDataModule(L.LightningDataModule):
     """Serve the images of a class of src.data.datasets, normalised and, for training, augmented.
 
-    Unless the data set has validation images of its own, `val_size` training images are held out: by `val_split`, with
-    each class in its proportion, at random, or the last ones, which in MNIST come from other writers. With `folds`, the
-    validation images are those of `fold`, counted from 0. A smaller `train_size` trains on a subset of a larger one.
-    `seed` keys order and augmentation; `soft_labels`, of src.distillation, has its own. conf/data/images.yaml has units
-    and defaults.
+    `val_size` training images are held out: stratified, at random, or the last ones, which in MNIST are of other
+    writers. `val_size` None means the data set's own validation images, if it has any. With `folds`, those of `fold`
+    are held out instead. A smaller `train_size` trains on a subset of a larger one. `seed` keys order and augmentation;
+    `soft_labels`, of src.distillation, has its own. conf/data/images.yaml has units and defaults.
     """
 
     def __init__(
@@ -102,34 +101,27 @@ class ImageDataModule(L.LightningDataModule):
         train, test, val = loaded if self.num_workers else [split and split.read() for split in loaded]
         if val and self.folds:
             train, val = train.append(val), None
-        count = len(train.labels)
-        order = self._order(train.labels)
+        count, order = len(train.labels), self._order(train.labels)
         if self.folds:
             if not max(2, self.fold + 1) <= self.folds <= count:
-                raise UserError(
-                    f"data.folds={self.folds}: must be from 2 to {count:,}, and more than data.fold={self.fold}"
-                )
+                raise UserError(f"data.folds={self.folds}: must be 2 to {count:,}, and above data.fold={self.fold}")
             parts = list(order.tensor_split(self.folds))
             held_out, order = parts.pop(self.fold), torch.cat(parts)
-        elif val and self.val_size is None:
-            held_out = order[:0]
-        elif val:
-            raise UserError(f"data.val_size={self.val_size}: {name} has its own validation images; leave it out")
         else:
-            val_size = min(count // 10, 5000) if self.val_size is None else self.val_size
+            val = None if self.val_size is not None else val
+            val_size = self.val_size or (0 if val or self.val_size == 0 else min(count // 10, 5000))
             if val_size >= count:
                 raise UserError(f"data.val_size={val_size}: {name} has {count:,} training images; use fewer")
             held_out, order = order[:val_size], order[val_size:]
         if self.train_size and self.train_size > len(order):
             raise UserError(f"data.train_size={self.train_size}: {len(order):,} images are not held out; use fewer")
         val = test if self.test_every_epoch else val or train.select(held_out)
-        splits = {"train": train.select(order[: self.train_size].sort().values), "test": test, "val": val}
-        for part, split in splits.items():
-            missing = sorted({*range(len(classes))} - {*split.labels.tolist()})
-            if missing and len(split.labels):
-                some = shorten(", ".join(classes[label] for label in missing), 100)
-                rank_zero_warn(f"{name}: the {part} split has no image of {some}")
-        return DatasetSplits(name, classes, **splits)
+        splits = DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
+        for part in "train", "val", "test":
+            found = {*getattr(splits, part).labels.tolist()}
+            if missing := [name for label, name in enumerate(classes) if found and label not in found]:
+                rank_zero_warn(f"{name}: the {part} split has no image of {shorten(', '.join(missing), 100)}")
+        return splits
 
     def _order(self, labels: Tensor) -> Tensor:
         """Return the order in which training images are held out, then trained on."""
@@ -179,12 +171,9 @@ class ImageDataModule(L.LightningDataModule):
         indices: Any = torch.arange(sampler.size, device=device)
         if not self.num_workers:
             return DataLoader(indices, sampler=sampler, batch_size=None)
-        options: Any = {
-            "num_workers": self.num_workers,
-            "persistent_workers": True,
-            "collate_fn": partial(_read, split),
-        }
-        return DataLoader(indices, batch_sampler=sampler, pin_memory=torch.cuda.is_available(), **options)
+        options: Any = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        read = partial(_read, split)
+        return DataLoader(indices, batch_sampler=sampler, collate_fn=read, persistent_workers=True, **options)
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]

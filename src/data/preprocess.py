@@ -6,7 +6,6 @@ proportions, and centred them by mass, in whole pixels, in 28×28. Their strokes
 
 import os
 import re
-import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -29,6 +28,7 @@ WORKING_SIZE = 400  # pixels per side that larger images are reduced to first, s
 EVEN_BORDER = 0.75  # share of the border that is of one colour if it is paper in even light
 MIN_SHEET = 0.15  # of the image's area
 MIN_CONTRAST = 16  # of 255; less is an empty page
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead
 Pixels = NDArray[np.floating]
 
 
@@ -111,8 +111,7 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE, white: int |
             source = source.read_bytes()
         if not source:
             raise UserError("empty")
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # checked below
-            image: Image.Image = Image.open(BytesIO(source), formats=FORMATS)  # reads only the header
+        image: Image.Image = Image.open(BytesIO(source), formats=FORMATS)  # reads only the header
         if image.width * image.height > MAX_PIXELS:
             raise UserError(f"{image.width:,} × {image.height:,} pixels; at most {MAX_PIXELS:,} are read")
         image.draft("RGB", size)  # a JPEG is decoded small at once
@@ -129,8 +128,6 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE, white: int |
         return image
     except (UserError, MemoryError):
         raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"too large; at most {MAX_PIXELS:,} pixels are read") from error
     except Image.UnidentifiedImageError as error:
         raise UserError(f"not an image that can be read ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise almost anything for damaged bytes
@@ -150,8 +147,7 @@ def extract_strokes(image: Image.Image) -> NDArray[np.float32]:
         distance = from_nearby
     if distance.max() < MIN_CONTRAST:
         raise UserError("nothing on it: all of one colour")
-    threshold = _compute_otsu_threshold(distance)
-    is_stroke = distance > threshold
+    is_stroke = distance > _compute_otsu_threshold(distance)
     if is_stroke.all():
         raise UserError("nothing stands out from its border")
     drawing = _select_drawing(is_stroke)
@@ -193,18 +189,18 @@ def _crop_to_sheet(pixels: Pixels) -> Pixels:
     """Return the inside of a sheet of paper, if there is one with a drawing on it, or all of the [H, W, 3] pixels."""
     distance, _ = _compare_with_border(pixels)
     labels, _ = label(binary_fill_holes(distance > _compute_otsu_threshold(distance)))
-    area, largest = max((area, -number) for number, area in enumerate(np.bincount(labels.ravel(), minlength=2)[1:]))
-    if area < MIN_SHEET * labels.size:
+    areas = np.bincount(labels.ravel(), minlength=2)[1:]
+    sheet = 1 + areas.argmax()
+    if areas.max() < MIN_SHEET * labels.size:
         return pixels
-    box = find_objects(labels)[-largest]
-    points, angles = np.argwhere(labels == 1 - largest), np.deg2rad(np.arange(0, 90, 3))
+    box, points, angles = find_objects(labels)[sheet - 1], np.argwhere(labels == sheet), np.deg2rad(np.arange(0, 90, 3))
     axes = [np.stack([np.cos(angle), np.sin(angle)]) for angle in (angles, angles + np.pi / 2)]
     rectangle = np.prod([np.ptp(points @ axis, axis=0) + 1 for axis in axes], axis=0).min()
     touched_sides = sum((x.start == 0) + (x.stop == side) for x, side in zip(box, labels.shape, strict=True))
     margins = [(x.stop - x.start) // 20 for x in box]
     inside = pixels[tuple(slice(x.start + margin, x.stop - margin) for x, margin in zip(box, margins, strict=True))]
     is_drawn_on = np.abs(inside - np.median(inside, axis=(0, 1))).max() > 0.3 * distance.max()
-    return inside if area > 0.85 * rectangle and touched_sides < 2 and is_drawn_on else pixels
+    return inside if areas.max() > 0.85 * rectangle and touched_sides < 2 and is_drawn_on else pixels
 
 
 def _select_drawing(is_stroke: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
@@ -213,18 +209,17 @@ def _select_drawing(is_stroke: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     Left out are shadows and edges, which touch the border, frames around the drawing, and crumbs.
     """
     labels, _ = label(is_stroke, np.ones((3, 3)))
-    areas = np.bincount(labels.ravel())[1:]
-    boxes = np.array([[(x.start, x.stop) for x in box] for box in find_objects(labels)])  # [components, axes, ends]
+    areas, found = np.bincount(labels.ravel())[1:], find_objects(labels)
+    largest = areas.argsort()[::-1][:30]
+    boxes = np.array([[(x.start, x.stop) for x in found[i]] for i in largest])  # [components, axes, ends]
     sides = np.ptp(boxes, axis=2).max(1)
-    is_inner = ((boxes[..., 0] > 0) & (boxes[..., 1] < is_stroke.shape)).all(1)
     around = (boxes[:, None, :, 0] < boxes[..., 0]) & (boxes[:, None, :, 1] > boxes[..., 1])
     is_frame = (around.all(2) & (sides > 0.3 * sides[:, None])).any(1)
-    is_candidate = is_inner & ~is_frame
-    main = (areas * is_candidate).argmax()
-    if not is_candidate.any() or areas[main] < 0.1 * areas.sum():
+    is_candidate = ((boxes[..., 0] > 0) & (boxes[..., 1] < is_stroke.shape)).all(1) & ~is_frame
+    main = is_candidate.argmax()  # the largest
+    if not is_candidate.any() or areas[largest[main]] < 0.1 * areas.sum():
         return None
-    is_kept = is_candidate & (sides > 0.15 * sides[main])
-    return np.append(False, is_kept)[labels]
+    return np.isin(labels, 1 + largest[is_candidate & (sides > 0.15 * sides[main])])
 
 
 def _compute_otsu_threshold(values: NDArray[np.float32]) -> float:

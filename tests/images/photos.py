@@ -11,215 +11,158 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from scipy.ndimage import distance_transform_edt, maximum_filter
 
-Array = NDArray[np.floating]
 HEIGHT, WIDTH = 480, 640  # of a photo in pixels
-INK = 0.25  # of the paper's brightness
+INK = 0.25  # of the paper's brightness, which is 1
 
 
-def draw_digit(image: NDArray[np.uint8], height: int, pen: float = 0) -> Array:
-    """Enlarge a [28, 28] digit, so that its strokes are `height` pixels high, as a [H, W] mask from 0 to 1.
+def draw_digit(image, height: int, pen: float) -> np.ndarray:
+    """Enlarge a [28, 28] digit to strokes `height` pixels high, as a mask from 0 to 1.
 
-    `pen` changes the half width of the strokes, as a fraction of the height.
+    `pen` is added to the half width of the strokes; if it is negative, it is that of all strokes. Both are fractions of
+    the height.
     """
     rows, columns = (np.flatnonzero(image.max(axis) > 50) for axis in (1, 0))
     strokes = Image.fromarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    width = max(1, round(strokes.width * height / strokes.height))
-    margin = round(0.15 * height)
+    width, margin = max(1, round(strokes.width * height / strokes.height)), round(0.15 * height)
     canvas = Image.new("L", (width + 2 * margin, height + 2 * margin))
     canvas.paste(strokes.resize((width, height), Image.Resampling.BICUBIC), (margin, margin))
-    smooth = np.asarray(canvas.filter(ImageFilter.GaussianBlur(height / 50))) > 110
-    outside = distance_transform_edt(~smooth) - distance_transform_edt(smooth)
-    if pen < 0:  # keep the middle of the strokes, whatever their width
-        ridge = -outside > 0.7 * maximum_filter(-outside, round(0.05 * height))
-        outside = distance_transform_edt(~(ridge & smooth))
-        pen += 0.06
-    return (0.5 + pen * height - outside).clip(0, 1)
+    is_stroke = np.asarray(canvas.filter(ImageFilter.GaussianBlur(height / 50))) > 110
+    depth = distance_transform_edt(is_stroke)
+    if pen < 0:
+        is_stroke &= depth > 0.7 * maximum_filter(depth, round(0.05 * height))  # the middle of the strokes
+        depth = np.zeros_like(depth)
+    return (0.5 + abs(pen) * height - distance_transform_edt(~is_stroke) + depth).clip(0, 1)
 
 
-def make_page(image: NDArray[np.uint8], random: np.random.Generator, size: float = 0.5, pen: float = 0) -> Array:
-    """Draw a digit of `size`, a fraction of the page's height, anywhere on a [HEIGHT, WIDTH] page of brightness 1."""
+def draw_page(image, random, size: float, pen: float) -> np.ndarray:
+    """Draw a digit of `size`, a fraction of the page's height, anywhere on a page."""
     digit = draw_digit(image, round(size * HEIGHT), pen)
-    height, width = digit.shape
-    top = random.integers(20, HEIGHT - height - 20)
-    left = random.integers(20, WIDTH - width - 20)
-    page = np.ones((HEIGHT, WIDTH))
+    (height, width), page = digit.shape, np.ones((HEIGHT, WIDTH))
+    top, left = random.integers(20, HEIGHT - height - 20), random.integers(20, WIDTH - width - 20)
     page[top : top + height, left : left + width] = 1 - (1 - INK) * digit
     return page
 
 
-def find_box(page: Array) -> tuple[int, int, int, int]:
-    """Return left, top, right and bottom of the ink."""
+def print_lines(page, random, gap: int = 40, ink: float = 0.72, rows: bool = True, columns: bool = False):
+    y, x = np.mgrid[:HEIGHT, :WIDTH] % gap // 2 == gap // 4
+    return np.where((rows & y) | (columns & x), np.minimum(page, ink), page)
+
+
+def print_dots(page, random):
+    y, x = np.mgrid[:HEIGHT, :WIDTH] % 26 // 3 == 4
+    return np.where(y & x, np.minimum(page, 0.65), page)
+
+
+def print_frame(page, random, shape: str = "rectangle", gap: float = 0.08):
     rows, columns = (np.flatnonzero((page < 0.6).any(axis)) for axis in (1, 0))
-    return columns[0], rows[0], columns[-1], rows[-1]
-
-
-def rule(page: Array, gap: int, grid: bool = False, ink: float = 0.72, width: int = 2) -> Array:
-    page = page.copy()
-    for start in range(width):
-        page[gap // 2 + start :: gap] = np.minimum(page[gap // 2 + start :: gap], ink)
-        if grid:
-            page[:, gap // 2 + start :: gap] = np.minimum(page[:, gap // 2 + start :: gap], ink)
-    return page
-
-
-def add_margin(page: Array) -> Array:
-    page = page.copy()
-    page[:, 90:93] = np.minimum(page[:, 90:93], 0.6)
-    return page
-
-
-def dot(page: Array, gap: int = 26) -> Array:
-    page = page.copy()
-    for y in range(3):
-        for x in range(3):
-            page[13 + y :: gap, 13 + x :: gap] = np.minimum(page[13 + y :: gap, 13 + x :: gap], 0.65)
-    return page
-
-
-def box(page: Array, ellipse: bool = False) -> Array:
-    """Print a box, or a circle, around the digit."""
-    left, top, right, bottom = find_box(page)
-    margin = 18 if not ellipse else int(0.25 * (bottom - top))
+    margin = 10 + gap * np.ptp(rows)
     frame = Image.new("L", (WIDTH, HEIGHT))
-    draw = ImageDraw.Draw(frame).ellipse if ellipse else ImageDraw.Draw(frame).rectangle
-    draw((left - margin, top - margin, right + margin, bottom + margin), outline=255, width=3)
+    corners = columns[0] - margin, rows[0] - margin, columns[-1] + margin, rows[-1] + margin
+    getattr(ImageDraw.Draw(frame), shape)(corners, outline=255, width=3)
     return np.minimum(page, 1 - 0.8 * np.asarray(frame) / 255)
 
 
-def crumble(page: Array, random: np.random.Generator, count: int = 30) -> Array:
-    page = page.copy()
-    for _ in range(count):
-        y, x, size = random.integers(HEIGHT - 6), random.integers(WIDTH - 6), random.integers(2, 6)
+def add_crumbs(page, random):
+    for _ in range(30):
+        y, x, size = random.integers(HEIGHT), random.integers(WIDTH), random.integers(2, 6)
         page[y : y + size, x : x + size] = 0.3
     return page
 
 
-def crease(page: Array, random: np.random.Generator) -> Array:
-    line = Image.new("L", (WIDTH, HEIGHT))
-    y = random.integers(40, HEIGHT - 40)
-    ImageDraw.Draw(line).line((0, int(y), WIDTH, int(y + random.integers(-30, 30))), fill=255, width=3)
+def fold(page, random):
+    line, y = Image.new("L", (WIDTH, HEIGHT)), int(random.integers(40, HEIGHT - 40))
+    ImageDraw.Draw(line).line((0, y, WIDTH, y + int(random.integers(-30, 30))), fill=255, width=3)
     return page * (1 - 0.35 * np.asarray(line) / 255)
 
 
-def put_on_desk(page: Array, random: np.random.Generator, degrees: float = 0) -> Array:
-    """Show a sheet with the digit on a dark desk, which covers 8 to 15 % of the photo's sides."""
-    sheet = Image.fromarray((255 * page).astype(np.uint8))
-    scale = 1 - 2 * random.uniform(0.08, 0.15) if not degrees else 0.72
+def put_on_desk(page, random, degrees: float = 0, gap: int = 0):
+    """Show a sheet on a dark desk, of which 8 to 15% of the photo's sides are left, with a grid of `gap` on it."""
+    page = print_lines(page, random, gap, columns=True) if gap else page
+    scale = 0.72 if degrees else 1 - 2 * random.uniform(0.08, 0.15)
+    sheet, desk = Image.fromarray((255 * page).astype(np.uint8)), Image.new("L", (WIDTH, HEIGHT), 60)
     sheet = sheet.resize((round(WIDTH * scale), round(HEIGHT * scale)), Image.Resampling.BICUBIC)
-    photo = Image.new("L", (WIDTH, HEIGHT), 60)
-    offset = (WIDTH - sheet.width) // 2, (HEIGHT - sheet.height) // 2
-    photo.paste(sheet, offset)
-    if degrees:
-        photo = photo.rotate(random.choice([-degrees, degrees]), Image.Resampling.BICUBIC, fillcolor=60)
-    return np.asarray(photo) / 255
+    desk.paste(sheet, ((WIDTH - sheet.width) // 2, (HEIGHT - sheet.height) // 2))
+    angle = random.choice([-degrees, degrees])
+    return np.asarray(desk.rotate(angle, Image.Resampling.BICUBIC, fillcolor=60)) / 255
 
 
-def put_grid_on_desk(page: Array, random: np.random.Generator) -> Array:
-    return put_on_desk(rule(page, 25, grid=True), random)
-
-
-def light(random: np.random.Generator, kind: str, lowest: float = 0.45) -> Array:
-    """Return how bright each pixel is: falling across the page, to its corners, in a shadow, or with a glare."""
+def light_page(random, kind: str) -> np.ndarray:
+    """Return how bright each pixel of the paper is."""
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j]
     angle = random.uniform(0, 2 * np.pi)
     across = np.cos(angle) * x + np.sin(angle) * y
-    if kind == "across":
-        across = (across - across.min()) / (across.max() - across.min())
-        return 1 - (1 - lowest) * across
-    if kind == "vignette":
-        return 1 - (1 - lowest) * (x**2 + y**2) / 2
-    if kind == "shadow":
-        return 1 - 0.4 / (1 + np.exp(-100 * (across - random.uniform(-0.5, 0.5))))
-    if kind == "glare":
-        far = (x - random.uniform(-0.5, 0.5)) ** 2 + (y - random.uniform(-0.5, 0.5)) ** 2
-        return 0.6 + 0.4 * np.exp(-4 * far)
-    return np.ones_like(x)
-
-
-def photograph(page: Array, light: Array, random: np.random.Generator) -> bytes:
-    """Return a JPEG of a page in this light, slightly blurred, with the noise of a sensor."""
-    pixels = 225 * page * light
-    photo = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
-    noisy = np.asarray(photo) + random.normal(0, 3, page.shape)
-    warm = np.stack([noisy, noisy * 0.97, noisy * 0.9], axis=2)
-    buffer = BytesIO()
-    Image.fromarray(warm.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    far = (x - random.uniform(-0.5, 0.5)) ** 2 + (y - random.uniform(-0.5, 0.5)) ** 2
+    kinds = {
+        "even": np.ones_like(x),
+        "across": 1 - 0.55 * (across - across.min()) / np.ptp(across),
+        "vignette": 1 - 0.55 * (x**2 + y**2) / 2,
+        "shadow": 1 - 0.4 / (1 + np.exp(-100 * (across - random.uniform(-0.5, 0.5)))),
+        "glare": 0.6 + 0.4 * np.exp(-4 * far),
+    }
+    return kinds[kind]
 
 
 def make_photo(image, random, change=lambda page, random: page, kind="even", size=None, pen=0.0) -> bytes:
-    size = random.uniform(0.3, 0.7) if size is None else size
-    return photograph(change(make_page(image, random, size, pen), random), light(random, kind), random)
+    """Return a JPEG of a page: grey ink on cream paper, slightly blurred, with the noise of a sensor."""
+    page = change(draw_page(image, random, random.uniform(0.3, 0.7) if size is None else size, pen), random)
+    pixels = (225 * page * light_page(random, kind)).clip(0, 255).astype(np.uint8)
+    pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.8)))
+    pixels = (pixels + random.normal(0, 3, page.shape))[..., None] * (1, 0.97, 0.9)
+    buffer = BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
+GRID = partial(print_lines, gap=25, columns=True)
 PHOTOS: dict[str, Callable[..., bytes]] = {
     "even light": make_photo,
-    "lined paper": partial(make_photo, change=lambda page, random: rule(page, 40)),
-    "grid paper": partial(make_photo, change=lambda page, random: rule(page, 25, grid=True)),
+    "lined paper": partial(make_photo, change=print_lines),
+    "grid paper": partial(make_photo, change=GRID),
     "light falling across the page to 45%": partial(make_photo, kind="across"),
     "vignette to 45%": partial(make_photo, kind="vignette"),
-    "sheet on a dark desk": partial(make_photo, change=put_on_desk),
-    "printed box": partial(make_photo, change=lambda page, random: box(page)),
-    "thin pen": partial(make_photo, pen=-0.05),
-    "very thick pen": partial(make_photo, pen=0.05),
-    "a tenth of the page, uneven light": partial(make_photo, kind="across", size=0.1),
-}
-FURTHER: dict[str, Callable[..., bytes]] = {
-    "very thin pen": partial(make_photo, pen=-0.056),
-    "a shadow's edge": partial(make_photo, kind="shadow"),
-    "notebook with margin": partial(make_photo, change=lambda page, random: add_margin(rule(page, 40))),
-    "dark rules": partial(make_photo, change=lambda page, random: rule(page, 40, ink=0.45)),
-    "lined paper, light falling": partial(make_photo, change=lambda page, random: rule(page, 40), kind="across"),
-    "grid paper on a desk, vignette": partial(make_photo, change=put_grid_on_desk, kind="vignette"),
-    "thin pen, small, light falling": partial(make_photo, pen=-0.05, size=0.15, kind="across"),
-    "box, light falling": partial(make_photo, change=lambda page, random: box(page), kind="across"),
-    "dotted paper": partial(make_photo, change=lambda page, random: dot(page)),
-    "chalk, vignette": partial(make_photo, change=lambda page, random: 1.15 - page, kind="vignette"),
-    "sheet turned by 8 degrees": partial(make_photo, change=partial(put_on_desk, degrees=8)),
+    "a sheet on a dark desk": partial(make_photo, change=put_on_desk),
+    "in a printed box": partial(make_photo, change=print_frame),
+    "thin pen": partial(make_photo, pen=-0.01),
+    "very thick pen": partial(make_photo, pen=0.04),
+    "a tenth of the page high, light falling": partial(make_photo, kind="across", size=0.1),
+    "lined paper, light falling": partial(make_photo, change=print_lines, kind="across"),
+    "lines almost as dark as the ink": partial(make_photo, change=partial(print_lines, ink=0.45)),
+    "dotted paper": partial(make_photo, change=print_dots),
+    "grid paper on a desk, vignette": partial(make_photo, change=partial(put_on_desk, gap=25), kind="vignette"),
+    "a sheet turned by 8 degrees": partial(make_photo, change=partial(put_on_desk, degrees=8)),
+    "in a box, light falling": partial(make_photo, change=print_frame, kind="across"),
+    "in a printed circle": partial(make_photo, change=partial(print_frame, shape="ellipse", gap=0.25), size=0.45),
+    "thin pen, small, light falling": partial(make_photo, pen=-0.01, size=0.15, kind="across"),
+    "the edge of a shadow": partial(make_photo, kind="shadow"),
     "glare": partial(make_photo, kind="glare"),
-    "crease": partial(make_photo, change=crease),
-    "crumbs": partial(make_photo, change=crumble),
-    "printed circle": partial(make_photo, change=lambda page, random: box(page, ellipse=True), size=0.45),
+    "fold": partial(make_photo, change=fold),
+    "crumbs": partial(make_photo, change=add_crumbs),
+    "chalk, vignette": partial(make_photo, change=lambda page, random: 1.15 - page, kind="vignette"),
 }
 
 
-def score(name: str, make: Callable[..., bytes], count: int, predictor, split) -> tuple[int, int, int, int]:
-    """Return how many photos are sure and right, sure and wrong, not sure, and right whether sure or not."""
+def score(name: str, count: int, predictor, split) -> tuple[int, int, int]:
+    """Return how many of `count` photos are sure and right, not sure or refused, and sure and wrong."""
     from src.core.errors import UserError
 
-    sure_right = sure_wrong = unsure = right = 0
+    counts = [0, 0, 0]
     for index in range(count):
-        random = np.random.default_rng([index, *name.encode()])
-        content = make(split.images[index, 0].numpy(), random)
+        photo = PHOTOS[name](split.images[index, 0].numpy(), np.random.default_rng([index, *name.encode()]))
         try:
-            answer = predictor.predict_file(content)
+            answer = predictor.predict_file(photo)
         except UserError:
-            unsure += 1
-            continue
-        is_right = answer["digit"] == int(split.labels[index])
-        right += is_right
-        if answer["sure"]:
-            sure_right += is_right
-            sure_wrong += not is_right
-        else:
-            unsure += 1
-    return sure_right, sure_wrong, unsure, right
-
-
-def main() -> None:
-    import src
-    from src.data.datasets import MNIST
-
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-    predictor, split = src.load(), MNIST().load(Path(os.environ["MNIST_ROOT"])).test
-    for name, make in (PHOTOS | FURTHER).items():
-        sure_right, sure_wrong, unsure, right = score(name, make, count, predictor, split)
-        print(f"| {name} | {sure_right} | {unsure} | {sure_wrong} | {right} |", flush=True)
+            answer = {"sure": False}
+        counts[(0 if answer["digit"] == int(split.labels[index]) else 2) if answer["sure"] else 1] += 1
+    return tuple(counts)
 
 
 if __name__ == "__main__":
-    main()
+    import src
+    from src.data.datasets import MNIST
+
+    predictor, split = src.load(), MNIST().load(Path(os.environ["MNIST_ROOT"])).test
+    for photo in PHOTOS:
+        print(f"| {photo} | {' | '.join(map(str, score(photo, int(sys.argv[1]), predictor, split)))} |", flush=True)
