@@ -94,9 +94,6 @@ REFUSED_ARGUMENTS: dict[str, dict[str, Any]] = {
     "lightning.pytorch.callbacks.BatchSizeFinder": {
         "_target_": _left_out("it takes steps of the run's schedule; -m data.batch_size=64,128 compares sizes"),
     },
-    "lightning.pytorch.callbacks.LearningRateFinder": {
-        "_target_": _left_out("the optimizer is made from the config; -m optimizer.lr=0.03,0.1 compares rates"),
-    },
 }
 SIMPLE_TYPES = {
     bool: Constraint("true or false", lambda x: type(x) is bool),

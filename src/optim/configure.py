@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import lightning as L
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -65,6 +66,8 @@ def configure_optimizers(
             raise UserError(f"optimizer.groups.{name}.{unknown}: no such setting; did you mean {hint}?")
     if scheduler is None:
         return {"optimizer": built}
+    if any(isinstance(callback, LearningRateFinder) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError("LearningRateFinder: a scheduler would not use the rate that it finds; set scheduler=none")
     partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
     takes_steps = "total_steps" in signature(partial).parameters
     steps = int(module.trainer.estimated_stepping_batches) if takes_steps else None

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelPruning,
     StochasticWeightAveraging,
 )
@@ -40,12 +41,15 @@ def find_resume_checkpoint(trainer: Trainer) -> Path | None:
             rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
             # Lightning deletes the file when it begins an experiment, which it does before all hooks.
             logger.experiment.metrics.extend({key: value for key, value in row.items() if value} for row in rows)
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
-    files = [callback.file.with_name(name) for callback in callbacks for name in (LAST, PREVIOUS)]
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
+    files = [callback.file.with_name(name) for callback in checkpoints for name in (LAST, PREVIOUS)]
     files = [file for file in files if file.exists()]
     for file in files:
         try:
             load_weights_only(file)
+            callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+            # The state of the optimizer has the rate that was found.
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateFinder)]
             return file
         except UserError as error:
             print(f"warning: {file}: {error}", file=sys.stderr)
