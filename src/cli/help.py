@@ -16,6 +16,7 @@ from src.core.errors import UserError
 from src.core.value_types import ROOT_KEYS, to_constraint
 
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+HIDDEN_KEYS = re.compile(r"^hydra\b|\.\d+(\.|$)|\._\w+_$")  # Hydra's, items of lists, _target_ and the like
 
 
 def print_help(config_name: str, words: Sequence[str]) -> None:
@@ -28,7 +29,8 @@ def print_help(config_name: str, words: Sequence[str]) -> None:
     comments = {key: comment for file in roots for key, comment in _read_comments(file).items()}
     in_groups = {group: _read_group_comments(group, chosen[group]) for group in groups}
     known = {key: comment for part in (comments, *in_groups.values()) for key, comment in part.items() if comment}
-    rows = {key: _make_row(config, key, value, known.get(key, "")) for key, value in _list_items(config)}
+    items = [item for item in iterate_items(OmegaConf.to_container(config)) if not HIDDEN_KEYS.search(item[0])]
+    rows = {key: _make_row(config, key, value, known.get(key, "")) for key, value in items}
     if not (words := [word for word in words if "=" not in word]):
         for line in _read_head(roots[-1]):
             print(*reversed(re.split("  +", line)), sep="\n    ")  # an example's description before its command
@@ -50,11 +52,6 @@ def print_help(config_name: str, words: Sequence[str]) -> None:
             match = find_closest(word, [*groups, *rows])
             raise UserError(f"--help {word}: no such group or key" + (f"; did you mean {match}?" if match else ""))
         _print_table("KEY=VALUE (current)", [rows[key] for key in keys])
-
-
-def _list_items(config: Any) -> list[tuple[str, Any]]:
-    items = iterate_items(OmegaConf.to_container(config))
-    return [item for item in items if not re.search(r"^hydra\b|\.\d+(\.|$)|\._\w+_$", item[0])]
 
 
 def _read_head(file: Path) -> list[str]:

@@ -179,8 +179,6 @@ def _quote(override: str) -> str:
         return override
     is_path = re.search(r"[^\w./+:%@-]", value) and (key in PATH_KEYS or Path(value).expanduser().exists())
     string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`])[^,\[\]{}'\"]*"
-    return f"{key}=" + re.sub(string, lambda match: _quote_string(os.path.expanduser(match[0])), value)
-
-
-def _quote_string(text: str) -> str:
-    return QuotedString(text, Quote.single).with_quotes()
+    return f"{key}=" + re.sub(
+        string, lambda match: QuotedString(os.path.expanduser(match[0]), Quote.single).with_quotes(), value
+    )

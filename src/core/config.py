@@ -103,6 +103,8 @@ def validate_config(config: DictConfig) -> None:
                 match = find_closest(str(name), list(annotations))
                 hint = f"did you mean {match}?" if match else f"it has {', '.join(annotations) or 'none'}"
                 raise UserError(f"{key}: {target.rpartition('.')[2]} has no such argument; {hint}")
+            if fix := REFUSED_ARGUMENTS.get((target, name)):
+                raise UserError(f"{key}: leave it out; {fix}")
             constraint = to_constraint(annotations.get(name))
             if constraint and not constraint.is_satisfied_by(value):
                 is_empty_root = value == os.environ.get("MNIST_ROOT") == ""
@@ -210,8 +212,7 @@ def get_annotations(target: str) -> dict[str, Any]:
         methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
         definition = next((method for method in methods if method.name == "__init__"), None)
     if definition is None:
-        rules = LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}
-        return rules | REFUSED_ARGUMENTS.get(target, {}) | {"**": Any}
+        return (LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}) | {"**": Any}
     arguments = definition.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}

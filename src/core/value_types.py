@@ -79,21 +79,11 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "check_val_every_n_epoch": PositiveInt | None,
     },
 }
-
-
-def _left_out(fix: str) -> Any:
-    return Annotated[Any, Constraint(f"left out; {fix}", lambda x: False)]
-
-
-# Arguments, and classes as a whole, that would be ignored or fail during the training.
-REFUSED_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "lightning.Trainer": {
-        "callbacks": _left_out("+callbacks.NAME={_target_: …} adds one"),
-        "logger": _left_out("logger=NAME sets it"),
-    },
-    "lightning.pytorch.callbacks.BatchSizeFinder": {
-        "_target_": _left_out("it takes steps of the run's schedule; -m data.batch_size=64,128 compares sizes"),
-    },
+# Arguments, and classes as a whole, that would be ignored or fail during the training, with what to type instead.
+REFUSED_ARGUMENTS: dict[Any, str] = {
+    ("lightning.Trainer", "callbacks"): "+callbacks.NAME={_target_: …} adds one",
+    ("lightning.Trainer", "logger"): "logger=NAME sets it",
+    ("lightning.pytorch.callbacks.BatchSizeFinder", "_target_"): "-m data.batch_size=64,128 compares sizes",
 }
 SIMPLE_TYPES = {
     bool: Constraint("true or false", lambda x: type(x) is bool),

@@ -104,11 +104,9 @@ class RunProgressBar(ProgressBar):
         self.is_printing = trainer.is_global_zero and is_verbose()
         if self.is_printing:
             print(_describe_run(trainer), flush=True)
-        limits = (
-            [trainer.max_epochs or -1, trainer.num_training_batches],
-            [trainer.max_steps, trainer.accumulate_grad_batches],
-        )
-        batches = min((count * batches for count, batches in limits if count > 0), default=inf)
+        by_epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
+        by_steps = trainer.max_steps * trainer.accumulate_grad_batches
+        batches = min((limit for limit in (by_epochs, by_steps) if limit > 0), default=inf)  # -1 is no limit
         columns = "{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "left"
         is_shown = self.is_printing and sys.stdout.isatty() and get_launcher_name() is None
         self.bar = Progress(*columns, transient=True, disable=not is_shown)
@@ -171,9 +169,10 @@ def print_results(results: dict[str, Any], folder: Path, programs: Sequence[str]
         return
     scores = {name: value for name, value in results["metrics"].items() if "/" in name and not name.endswith("_step")}
     path = shlex.quote(os.path.relpath(folder))
-    next_command = f"python -m src.{programs[0]} {path}" if programs else f"tensorboard --logdir {path}"
+    commands = [f"python -m src.{program} {path}" for program in programs]
+    commands += [f"tensorboard --logdir {path}"] if any(folder.glob("events.out.tfevents.*")) else []
     rows = {name: format_metric(name, value, digits=4) for name, value in scores.items()}
     rows |= {"time": f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"}
-    rows |= {"folder": path, "next": next_command}
+    rows |= {"folder": path} | dict(zip(["next"], commands, strict=False))
     print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
     print(*(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), sep="\n", flush=True)
