@@ -50,7 +50,7 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
         monkeypatch.setattr(config, "ALLOWED_TARGETS", re.compile("timm.create_model"))
     images, labels = np.random.default_rng(0).integers(256, size=(24, 32, 32, 3), dtype="uint8"), np.arange(24) % 4
     np.savez(tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    spec = ImageSpec("npz", (3, 32, 32), tuple("abcd"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
+    spec = ImageSpec("npz", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
     net = build_network("model", model, spec)
     torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")
     result = run_main(tmp_path / "net.pt", "--root", tmp_path / "own.npz", "--output", tmp_path, main=export.main)
