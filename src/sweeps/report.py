@@ -41,9 +41,10 @@ def write_report(
     write_csv(comparison, output / "sweep.csv")
     images = plot_comparison(comparison, study, output)
     links = "".join(f"\n![{caption}]({file})\n" for file, caption in images.items())
-    markdown = format_report(comparison, title) + links
+    columns = make_columns(comparison)
+    markdown = format_report(comparison, title, columns) + links
     write_atomically(output / "report.md", markdown.encode(errors="backslashreplace"))
-    print(format_report(comparison, title, shutil.get_terminal_size((200, 0)).columns))
+    print(format_report(comparison, title, columns, shutil.get_terminal_size((200, 0)).columns))
     print(f"report in {os.path.relpath(output)}: report.md sweep.csv {' '.join(images)}", flush=True)
     for run in runs:
         if run.state == "unreadable":
@@ -85,13 +86,12 @@ def write_csv(comparison: Comparison, file: Path) -> None:
     write_atomically(file, stream.getvalue().encode(errors="backslashreplace"))
 
 
-def format_report(comparison: Comparison, title: str, width: float = math.inf) -> str:
+def format_report(comparison: Comparison, title: str, columns: dict[str, list[str]], width: float = math.inf) -> str:
     """Return the report as Markdown. Columns at the right are left out of a table that is wider than `width`."""
     counts = Counter(run.state for run in comparison.runs)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     lines = [f"# {title}", "", f"{len(comparison.runs)} run{'s' * (len(comparison.runs) != 1)}: {states}", ""]
     if comparison.settings:
-        columns = _make_columns(comparison)
         averaged = " and ".join(comparison.average_over) or "nothing"
         note = f"Scores at the last epoch: mean ± standard deviation over {averaged}."
         note += f" {STATISTICS}" if VERDICT in columns else " Differences are not tested: too few runs per setting."
@@ -112,7 +112,7 @@ def _format_table(columns: dict[str, list[str]], width: float) -> list[str]:
     return [f"| {' | '.join(map(str.rjust, row, sizes))} |" for row in cells]
 
 
-def _make_columns(comparison: Comparison) -> dict[str, list[str]]:
+def make_columns(comparison: Comparison) -> dict[str, list[str]]:
     """Return the columns by their heads, the most important ones first: one cell per setting, best setting first."""
     settings, metric = comparison.settings, comparison.metric
     columns = {"rank": [str(rank) if setting.scores(metric) else "" for rank, setting in enumerate(settings, 1)]}
@@ -151,9 +151,10 @@ def _compare_with_best(samples: list[list[float]]) -> dict[int, str]:
         return {}
     verdicts, p_values = {0: "best"}, stats.corrected_p_values([*tested.values()])
     for (rank, sample), p in zip([*tested.items()][1:], p_values, strict=True):
-        seeds = stats.required_seeds(tested[0], sample, len(tested))
-        tied = f"tied (n = {seeds})" if seeds else f"tied (n > {stats.MAX_SEEDS})"
-        verdicts[rank] = "worse" if p <= stats.LEVEL else tied
+        verdicts[rank] = "worse"
+        if p > stats.LEVEL:
+            seeds = stats.required_seeds(tested[0], sample, len(tested))
+            verdicts[rank] = f"tied (n = {seeds})" if seeds else f"tied (n > {stats.MAX_SEEDS})"
     return verdicts
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
+from sys import intern
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -143,7 +144,7 @@ def read_run(folder: Path) -> Run:
         run.named = run.results.get("choices", {}) | dict(map(_parse_override, run.overrides))
         for key, value in iterate_items(run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)):
             if not isinstance(value, dict) and not key.rpartition(".")[2].isdigit():  # a list counts as one value
-                run.config[key] = format_setting(value)
+                run.config[intern(key)] = intern(format_setting(value))  # ten thousand runs have few different ones
         if "data.seed" not in run.named and run.get("data.seed") == run.get("seed"):
             run.config.pop("data.seed", None)  # it follows the seed by default
         run.config |= {"data set": run.results["data"]} if "data" in run.results else {}  # data=auto may be one of two

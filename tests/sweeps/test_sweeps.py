@@ -28,7 +28,7 @@ from src.core.files import exclusive_lock
 from src.core.run_folder import format_continue_command, read_status, write_status
 from src.sweeps.grid import list_jobs_of_sweep
 from src.sweeps.plots import plot_heat_map
-from src.sweeps.report import format_report, write_report
+from src.sweeps.report import format_report, make_columns, write_report
 from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
 from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values, required_seeds
 
@@ -214,8 +214,10 @@ def test_table_fits_the_terminal_and_has_own_metrics(tmp_path, width):
     for seed in range(5):
         metrics = {"val/acc": 0.5 + seed / 1000, "test/rmse": 0.25}
         write_run(tmp_path / f"other_{seed}", *overrides, f"seed={seed}", metrics=metrics)
-    whole = format_report(compare(tmp_path), "title")
-    rows = [line for line in format_report(compare(tmp_path), "title", width).splitlines() if line.startswith("|")]
+    comparison = compare(tmp_path)
+    columns = make_columns(comparison)
+    whole, fitting = (format_report(comparison, "title", columns, limit) for limit in (1000, width))
+    rows = [line for line in fitting.splitlines() if line.startswith("|")]
     assert max(map(len, rows)) <= width and "test/rmse" in whole and "0.2500 ± 0.0" in whole
     assert all(words in "".join(rows) for words in ("separable_cnn", "0.25", " ± ", "worse", "99.30")), rows
 
