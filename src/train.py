@@ -60,10 +60,9 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         is_image_classifier = isinstance(module, Classifier) and hasattr(data, "spec")
         programs = ("evaluate", "draw") if is_image_classifier else ("evaluate",) if cfg.test else ()
         print_results(results, folder, programs)
-    if cfg.optimized_metric is None:
-        return None
-    run_record.reject_missing_metric("optimized_metric", cfg.optimized_metric, results["metrics"])
-    return results["metrics"][cfg.optimized_metric]
+    if cfg.optimized_metric is not None:
+        run_record.reject_missing_metric("optimized_metric", cfg.optimized_metric, results["metrics"])
+    return results["metrics"].get(cfg.optimized_metric)
 
 
 main = hydra_main("train", train)

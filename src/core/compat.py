@@ -129,6 +129,11 @@ def get_limits(trainer: "L.Trainer") -> list[Any]:
     return [trainer.max_epochs, trainer.max_steps, patience, durations]
 
 
+def get_log_step(trainer: "L.Trainer") -> int:
+    """Return the step that loggers get, which counts batches, not steps, if a module has several optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def disable_requeue_and_broadcast(trainer: "L.Trainer") -> None:
     """Disable Lightning's requeueing on Slurm, and the broadcast before every step of whether SIGTERM was received."""
     trainer._accelerator_connector.cluster_environment.auto_requeue = False  # type: ignore[attr-defined]

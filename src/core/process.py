@@ -145,7 +145,8 @@ def reject_subprocesses_in_multirun(trainer: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    strategy, is_multirun = trainer.strategy, HydraConfig.get().mode == RunMode.MULTIRUN
+    strategy = trainer.strategy
+    is_multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_multirun and strategy.launcher and not strategy.cluster_environment.creates_processes_externally:
         raise UserError(
             f"trainer.devices={trainer.num_devices}: a job of a sweep or study trains on one device; leave out -m, or "

@@ -25,7 +25,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
 
-from src.core.compat import disable_requeue_and_broadcast, get_limits, get_loader_states, restart_at_next_batch
+from src.core.compat import (
+    disable_requeue_and_broadcast,
+    get_limits,
+    get_loader_states,
+    get_log_step,
+    restart_at_next_batch,
+)
 from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler, hash_seed
@@ -156,7 +162,7 @@ class ResumeCheckpoint(Checkpoint):
             torch.distributed.all_gather_object(metrics, states)
         checkpoint["resume"] = {"metrics": metrics, "callback_metrics": dict(trainer.callback_metrics)}
         checkpoint["resume"] |= {"should_stop": trainer.should_stop, "run_folder": str(self.file.parents[1])}
-        checkpoint["resume"]["limits"] = get_limits(trainer)
+        checkpoint["resume"] |= {"limits": get_limits(trainer), "log_step": get_log_step(trainer)}
         if self.loader_states:  # those in the checkpoint are one batch ahead
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self.loader_states
 
@@ -199,13 +205,14 @@ class ResumeCheckpoint(Checkpoint):
 
     def _drop_later_records(self, trainer: Trainer) -> None:
         """Remove from the loggers' files what will be logged again."""
+        step = (self.resumed or {}).get("log_step", self.saved_step)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, TensorBoardLogger):
                 for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
-                    writer.add_event(Event(step=self.saved_step, session_log=SessionLog(status=SessionLog.START)))
+                    writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
             elif isinstance(logger, CSVLogger):
                 rows = logger.experiment.metrics
-                rows[:] = [row for row in rows if int(row.get("step", self.saved_step)) < self.saved_step]
+                rows[:] = [row for row in rows if int(row.get("step", step)) < step]
                 logger.save()
 
     def _reject_fixed_schedules(self, trainer: Trainer, before: list[int]) -> None:

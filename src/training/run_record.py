@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sized
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +24,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from src.core.compat import add_summary, continue_logger_run
+from src.core.compat import add_summary, continue_logger_run, get_log_step
 from src.core.config import iterate_items
 from src.core.errors import UserError
 from src.core.files import write_atomically
@@ -179,21 +180,21 @@ def test(trainer: L.Trainer, module: L.LightningModule, data: Any, weights: str 
     """Test the last weights and, for "best", those of the best epoch; return all scores, those as test/best/NAME."""
     trainer.test(module, data, verbose=False)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    best = find_best_checkpoint(trainer)
-    if weights == "best" and not (best and best.best_model_path):
+    if weights != "best":
+        return metrics
+    if not (best := find_best_checkpoint(trainer)) or not best.best_model_path:
         rank_zero_warn("test=best: no validation has ended, so only the last weights were tested")
-    elif weights == "best" and best:
-        # Not by the trainer, which would load the states of the callbacks as well.
-        state = load_weights_only(Path(best.best_model_path))["state_dict"]
-        module.load_state_dict(state, strict=module.strict_loading)
-        loggers, trainer.loggers = trainer.loggers, []  # they have these names from the last weights
-        trainer.test(module, data, verbose=False)
-        trainer.loggers = loggers
-        scores = {f"test/best/{k.removeprefix('test/')}": float(x) for k, x in trainer.callback_metrics.items()}
-        for logger in loggers:
-            logger.log_metrics(scores, trainer.global_step)
-        metrics |= scores
-    return metrics
+        return metrics
+    # Not by trainer.test(ckpt_path=…), which would load the states of the callbacks as well.
+    state = load_weights_only(Path(best.best_model_path))["state_dict"]
+    module.load_state_dict(state, strict=module.strict_loading)
+    loggers, trainer.loggers = trainer.loggers, []  # they have these names from the last weights
+    trainer.test(module, data, verbose=False)
+    trainer.loggers = loggers
+    scores = {f"test/best/{name.removeprefix('test/')}": float(x) for name, x in trainer.callback_metrics.items()}
+    for logger in loggers:
+        logger.log_metrics(scores, get_log_step(trainer))
+    return metrics | scores
 
 
 def write_results(
@@ -238,21 +239,19 @@ def get_device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"{torch.backends.mps.get_name()}, mps"
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name
-        processor = platform.processor() or platform.machine()
-    return f"{processor}, {torch.get_num_threads()} threads"
+    file = Path("/proc/cpuinfo")  # on Linux
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = (line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor() or platform.machine())}, {torch.get_num_threads()} threads"
 
 
 def _get_git_commit() -> str | None:
     """Return the commit of the project, followed by "-dirty" if files have changed since; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    with suppress(OSError):  # no git here
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() or None
+    return None
 
 
 GIT_COMMIT = _get_git_commit()  # at the start of the run, because the checkout may change before it ends

@@ -73,6 +73,7 @@ def kill(run_main, interrupt_at):
             (f"+callbacks.x={{_target_:{CALLBACKS}.GradientAccumulationScheduler,scheduling:{{0:1,1:3}}}}", PLAIN),
         ),
         ([8, 19], (f"+callbacks.ema={{_target_:{CALLBACKS}.EMAWeightAveraging,decay:0.9}}", PLAIN)),
+        ([8, 19], ("trainer.plugins=[]", "name='a$b'", "callbacks.resume.dirpath=${output_dir}/kept", PLAIN)),
         ([8, 19], ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1", PLAIN)),
     ],
 )
@@ -82,6 +83,7 @@ def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, k
         kill(batch, *([f"resume={folder}"] if folder.exists() else [*TINY, f"hydra.run.dir={folder}", *overrides]))
     result = run_main(f"resume={folder}")
     assert result.code == 0 and not result.err, result.err
+    assert ("epoch 1/" in result.out) == (batches[-1] < 12)  # it was not begun again
     assert read_outcome(folder) == uninterrupted(*overrides)
 
 

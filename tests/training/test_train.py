@@ -100,10 +100,9 @@ def test_logged_metrics_are_those_of_the_final_weights(train):
 
 
 def test_best_and_last_weights_are_tested(train, run_main):
-    stop = (
-        "+callbacks.stop={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9,patience:1}"
-    )
-    result, folder = train("trainer.max_epochs=9", stop, "test=best", *PLAIN)
+    stop = "_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9,patience:1"
+    worst = "callbacks.best.mode=min"  # so that the best epoch is not the last
+    result, folder = train("trainer.max_epochs=9", f"+callbacks.stop={{{stop}}}", "test=best", worst, *PLAIN)
     assert result.code == 0, result.err
     results = json.loads((folder / "metrics.json").read_text())
     assert results["epochs"] == 2 and results["best_epoch"] == 1
