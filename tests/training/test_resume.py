@@ -128,7 +128,7 @@ def test_finished_run_trains_longer_as_if_it_had_not_stopped(
 def test_schedule_of_fixed_length_is_not_trained_longer(
     run_main, tmp_path, interrupt_at, uninterrupted, scheduler, is_finished
 ):
-    folder, arguments = tmp_path / "run", (PLAIN, f"scheduler={scheduler}")
+    folder, arguments = tmp_path / "run", (PLAIN, f"scheduler={scheduler}", "logger=[tensorboard,csv]")
     if not is_finished:
         interrupt_at(7, signal.SIGTERM)
     run_main(*TINY, *arguments, f"hydra.run.dir={folder}")
