@@ -221,8 +221,6 @@ class ResumeCheckpoint(Checkpoint):
             for schedule in [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]:
                 if hasattr(schedule, "total_steps") or hasattr(schedule, "T_max"):
                     name = "epochs" if before[0] != trainer.max_epochs else "steps"
-                    for logger in trainer.loggers:
-                        logger.save()  # the rows of a CSV file
                     raise UserError(
                         f"trainer.max_{name}={getattr(trainer, f'max_{name}')}: the run's {type(schedule).__name__} is "
                         f"made for {before[name == 'steps']} {name}; leave it out, or start a new run with a schedule "

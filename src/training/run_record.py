@@ -170,8 +170,9 @@ def continue_logger_runs(loggers: list[Any], folder: Path, is_resumed: bool) -> 
 
 
 def finish_loggers(trainer: L.Trainer) -> None:
-    """End the run of W&B, of which a process has one at a time, before the next job of a multirun begins its own."""
+    """Save what was logged, also if the start was refused; end the run of W&B, of which a process has one at a time."""
     for logger in trainer.loggers:
+        logger.save()
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
             logger.experiment.finish()
 
