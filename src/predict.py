@@ -37,7 +37,7 @@ def predict_files(predictor: Any, files: list[Path]) -> Iterator[tuple[dict[str,
 def main() -> int:
     """Predict the digit or class of each image."""
     parser = Parser(prog="python -m src.predict", description=main.__doc__)
-    images_help = "PNG, JPEG, BMP, GIF or WebP files, folders of them, or - for stdin"
+    images_help = "PNG, JPEG, BMP, GIF, WebP or TIFF files, folders of them, or - for stdin"
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help=images_help)
     parser.add_argument("--weights", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
     parser.add_argument("--json", action="store_true", help="print a JSON list")

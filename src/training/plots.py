@@ -30,7 +30,8 @@ def plot_image_grid(images: Sequence[Tensor], captions: Sequence[str], columns: 
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.2 / rows, hspace=0.3)
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         axes: Any = figure.add_subplot(rows, columns, index + 1)
-        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        shown = image[:1] if len(image) == 2 else image  # two channels are no colours
+        axes.imshow(shown.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(caption, fontsize=8)
         axes.axis("off")
     return figure

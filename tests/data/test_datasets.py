@@ -131,15 +131,51 @@ def test_image_folder_is_described_by_its_files(image_folder):
     assert torch.equal(data.spec.denormalize(data.spec.normalize(train.images)), train.images)
 
 
-def test_image_folder_with_a_test_folder_keeps_the_split(image_folder):
+@pytest.mark.parametrize("parts", [("train", "test"), ("Training", "VALID"), ("train", "val", "Testing")])
+def test_image_folder_keeps_its_splits_and_leaves_out_what_is_hidden(image_folder, parts):
     for name in CLASSES:
-        (image_folder / "test" / name).mkdir(parents=True)
-        (image_folder / "train" / name).mkdir(parents=True)
-        for i, file in enumerate(list((image_folder / name).iterdir())):
-            file.rename(image_folder / ("test" if i < 4 else "train") / name / file.name)
+        for i, file in enumerate(sorted((image_folder / name).iterdir())):
+            target = image_folder / parts[i % len(parts)] / name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
         (image_folder / name).rmdir()
-    splits = ImageFolder().load(image_folder)
-    assert (len(splits.train.labels), len(splits.test.labels)) == (24, 12) and splits.classes == CLASSES
+    for hidden in ".ipynb_checkpoints/a.png", "__MACOSX/red/a.png", f"{parts[0]}/red/._x.png", f"{parts[0]}/red/a.heic":
+        (image_folder / hidden).parent.mkdir(parents=True, exist_ok=True)
+        (image_folder / hidden).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"left out 1 \.heic; files that are read: \.png"):
+        splits = ImageFolder().load(image_folder)
+    counts = [len(split.labels) for split in (splits.train, splits.val, splits.test) if split]
+    assert (
+        splits.classes == CLASSES and sum(counts) == 36 and len(counts) == 1 + ("VALID" in parts or len(parts) == 3) + 1
+    )
+    (image_folder / parts[0]).rename(image_folder / "test2")
+    with pytest.raises(UserError, match=r"train/"):
+        ImageFolder().load(image_folder)
+
+
+def test_splits_and_folds_are_stratified_and_a_missing_class_is_a_warning(image_folder):
+    data = make_module(ImageFolder(), image_folder, folds=4, fold=1)
+    counts = [split.labels.bincount().tolist() for split in (data.splits.train, data.splits.val, data.splits.test)]
+    assert sorted(counts[2]) == [2, 2, 3] and max(counts[1]) - min(counts[1]) <= 1
+    folds = [make_module(ImageFolder(), image_folder, folds=4, fold=i).splits.val.images for i in range(4)]
+    assert len({image.numpy().tobytes() for fold in folds for image in fold}) == 29
+    with pytest.raises(UserError, match=r"data\.folds=4: must be 2 to 29, and above data\.fold=4"):
+        make_module(ImageFolder(), image_folder, folds=4, fold=4)
+    with pytest.warns(UserWarning, match="the val split has no image of"):
+        make_module(ImageFolder(), image_folder, val_size=2, val_split="stratified")
+
+
+def test_transparent_and_16_bit_images_are_converted_as_in_predict(tmp_path):
+    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    assert resize_image(drawing, (1, 8, 8))[0, ::7, ::7].tolist() == [[255, 255], [255, 255]]
+    levels = []
+    for level in 1000, 60_000:
+        Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / "a.tif")
+        levels.append(int(resize_image(tmp_path / "a.tif", (1, 8, 8))[0, 0, 0]))
+    assert levels == [3, 233]
+    with pytest.raises(UserError, match="takes 4 channels"):
+        resize_image(drawing, (4, 8, 8))
 
 
 def test_image_of_the_right_size_is_not_resampled():
@@ -150,15 +186,17 @@ def test_image_of_the_right_size_is_not_resampled():
         assert torch.equal(resize_image(Image.fromarray(array), (3, 8, 8)).permute(1, 2, 0), torch.from_numpy(pixels))
 
 
-@pytest.mark.parametrize("damage", [b"", b"GIF89a", None])
-def test_run_on_a_damaged_image_folder_fails_in_one_line(run_main, image_folder, tmp_path, damage):
+@pytest.mark.parametrize("damage, workers", [(b"", "null"), (b"GIF89a", "2"), (None, "null")])
+def test_run_on_a_damaged_image_folder_fails_in_one_line(run_main, image_folder, tmp_path, damage, workers):
     if damage is None:
         for name in CLASSES[1:]:
             (image_folder / name).rename(tmp_path / name)
     else:
         (image_folder / "red/0.png").write_bytes(damage)
-    result = run_main(*TINY, "data=folder", f"data.root={image_folder}", f"hydra.run.dir={tmp_path / 'run'}")
-    assert result.code == 2 and len(result.err.splitlines()) == 1
+    options = f"data.root={image_folder}", f"data.num_workers={workers}", f"hydra.run.dir={tmp_path / 'run'}"
+    result = run_main(*TINY, "data=folder", *options)
+    errors = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
+    assert result.code == 2 and len(errors) == 1, result.err
     assert ("two classes" if damage is None else "red/0.png: ") in result.err
 
 
@@ -177,17 +215,30 @@ def test_npz_file_is_described_by_its_arrays(tmp_path):
     assert data.spec.name == "fruit" and len(data.splits.train.labels) == 12
 
 
-def test_invalid_npz_file_raises(tmp_path):
-    images = np.zeros((15, 10, 12, 3)), np.zeros((15, 9, 9), np.uint8)
-    labels = None, np.arange(15) - 1, np.arange(14), np.array([{}] * 15)
-    changes = [
-        *({"train_images": x} for x in images),
-        *({"train_labels": x} for x in labels),
+def test_npz_file_may_have_its_own_validation_images_channels_first(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 10, 12), dtype=np.uint8)
+    changes = {f"{part}_{kind}": x for part in ("train", "val", "test") for kind, x in (("images", images),)}
+    labels = {f"{part}_labels": (np.arange(9) % 3)[:, None] for part in ("train", "val", "test")}
+    data = make_module(NpzFile(), write_npz(tmp_path / "a.npz", **changes, **labels))
+    assert data.spec.shape == (3, 10, 12) and [len(split.labels) for split in data.splits[2:]] == [9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"train_images": x} for x in (np.zeros((15, 10, 12, 3)), np.zeros((15, 9, 9), np.uint8))),
+        *(
+            {"train_labels": x}
+            for x in (None, np.arange(15) - 1, np.arange(14), np.array([{}] * 15), np.arange(15) * 1.0)
+        ),
+        *({"train_labels": x} for x in (np.eye(15, 3, dtype=int), 5 + np.arange(15) % 2, np.arange(15) % 3 * 10**9)),
         {"classes": np.array(["x"])},
-    ]
-    for change in changes:
-        with pytest.raises(UserError, match=r"a\.npz: .*; it needs train_images, .* uint8 images"):
-            NpzFile().load(write_npz(tmp_path / "a.npz", **change))
+        {f"{part}_images": np.zeros((n, 28, 28, 28), np.uint8) for part, n in (("train", 15), ("test", 5))},
+    ],
+)
+def test_invalid_npz_file_raises(tmp_path, change):
+    with pytest.raises(UserError, match=r"a\.npz: .*; it needs train_images, .* uint8 images"):
+        NpzFile().load(write_npz(tmp_path / "a.npz", **change))
 
 
 def test_torchvision_dataset_without_splits_raises():
