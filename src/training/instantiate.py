@@ -92,6 +92,9 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
         parts["scheduler"] = factory and Scheduler(factory, *settings)
     if OmegaConf.is_dict(node.get("loss")):
         tensors = {name: torch.tensor(x, dtype=torch.float) for name, x in node.loss.items() if OmegaConf.is_list(x)}
+        count = len(spec.classes) if spec else None
+        if count and len(tensors.get("weight", spec.classes)) != count:
+            raise UserError(f"task.loss.weight={node.loss.weight}: needs one number for each of {count} classes")
         parts["loss"] = instantiate_node("task.loss", node.loss, **tensors)
     if OmegaConf.is_dict(node.get("metrics")):
         metrics = {name: metric for name, metric in node.metrics.items() if metric}
