@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import SMALL
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -20,15 +21,6 @@ from src import train, tune
 from src.cli.hydra_main import _quote
 from src.core.compat import parse_hydra_arguments
 from src.core.config import CONF, ROOT, ROOT_KEYS
-
-TINY = (
-    "data=digits",
-    "model.channels=[4,4,4,4,4,4]",
-    "trainer.accelerator=cpu",
-    "trainer.limit_train_batches=8",
-    "trainer.max_epochs=2",
-    "callbacks.tensorboard=null",
-)
 
 
 class Terminal(io.StringIO):
@@ -55,7 +47,7 @@ def terminal(run_main, monkeypatch):
 
 
 def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_path):
-    lines = terminal(*TINY, f"hydra.run.dir={tmp_path / 'run'}")
+    lines = terminal(*SMALL, f"hydra.run.dir={tmp_path / 'run'}")
     scores = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]
     assert re.match("digits: 1,287 training, 150 validation; 1 × cpu, 1 thread, 32-true; seed 0; .*/run$", lines[0])
     assert sum("Sequential (conv" in line for line in lines) == 3 and not any("Conv2d: 2" in line for line in lines)
@@ -73,7 +65,7 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
 
 
 def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
-    lines = terminal("-m", *TINY, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}", columns=45)
+    lines = terminal("-m", *SMALL, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}", columns=45)
     jobs = [line for line in lines if re.match(r"\d of 2  optimizer.lr=0.\d  \d+.\d\d%$", line)]
     assert [line[0] for line in jobs] == ["1", "2"]
     assert not any(line.startswith(("epoch", "next", "Layer")) for line in lines)
@@ -87,11 +79,9 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["optimizer.lr=0.1,0.2"], "add -m for one run per value"),
         (["model.channels=[16,", "16]"], "quote a list with spaces"),
         (["+trainer.foo=1"], "trainer.foo: lightning.Trainer has no such argument"),
-        (["+optimizer.momentun=1"], "did you mean optimizer.momentum?"),
         (["~optimizer.momentun"], "--help lists all keys"),
         (["model@net=cnn"], "did you mean model?"),
         (["optimizer.lr=[0.1"], "quote a list with spaces"),
-        (["++optimzer.lr=0.5"], "did you mean optimizer.lr?"),
         (["+foo.bar=1"], "foo.bar: no such key"),
         (["logger=[tensorboard,foo]"], "logger=foo: no such option; there are csv"),
         (["--config-name=foo"], "--config-name=foo: no such option; there are train, tune"),
@@ -101,7 +91,7 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
     ],
 )
 def test_typo_prints_one_line_that_names_the_fix(run_main, tmp_path, arguments, words):
-    result = run_main(*TINY, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
+    result = run_main(*SMALL, *arguments, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and result.err.startswith("error: ") and words in result.err
     assert len(result.err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
@@ -150,16 +140,11 @@ def test_paths_and_names_are_taken_as_typed(override, value):
         (["-m", "model=cnn,cn"], "model=cn: no such option; did you mean cnn?"),
     ],
 )
-def test_parts_that_do_not_fit_print_one_line_and_leave_no_folder(run_main, tmp_path, arguments, words):
+def test_parts_that_do_not_fit_print_one_line_and_change_no_folder(run_main, tmp_path, arguments, words):
+    (tmp_path / "sweep/mine").mkdir(parents=True)
     result = run_main(*arguments, f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_sweep_that_cannot_start_removes_nothing(run_main, tmp_path):
-    (tmp_path / "mine").mkdir()
-    assert run_main("-m", "model=cnn,cn", f"hydra.sweep.dir={tmp_path}").code == 2
-    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+    assert [*tmp_path.rglob("*")] == [tmp_path / "sweep", tmp_path / "sweep/mine"]
 
 
 def test_study_refuses_a_sweep_folder(run_main, tmp_path):

@@ -1,6 +1,5 @@
 import http.client
 import json
-import runpy
 import threading
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import pytest
 
 from src import draw
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
+from tests.images.strokes import STROKES, smooth
 
 IMAGES = Path(__file__).parents[1] / "images"
-DRAWING = runpy.run_path(str(IMAGES / "draw.py"))
 
 
 @pytest.fixture
@@ -83,9 +82,9 @@ def page(browser, start_server):
 
 def draw_digit(page, digit, answer) -> None:
     box = page.locator("#page").bounding_box()
-    for stroke in DRAWING["STROKES"][digit]:
-        points = [box["x"] + box["width"] * (0.3 + 0.6 * x) for x, _ in DRAWING["smooth"](stroke)[::4]]
-        rows = [box["y"] + box["height"] * (0.2 + 0.65 * y) for _, y in DRAWING["smooth"](stroke)[::4]]
+    for stroke in STROKES[digit]:
+        points = [box["x"] + box["width"] * (0.3 + 0.6 * x) for x, _ in smooth(stroke)[::4]]
+        rows = [box["y"] + box["height"] * (0.2 + 0.65 * y) for _, y in smooth(stroke)[::4]]
         page.mouse.move(points[0], rows[0])
         page.mouse.down()
         for x, y in zip(points, rows, strict=True):

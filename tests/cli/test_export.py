@@ -56,10 +56,7 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
     result = run_main(tmp_path / "net.pt", "--root", tmp_path / "own.npz", "--output", tmp_path, main=export.main)
     assert result.code == 0, result.err
     assert {file.name for file in tmp_path.iterdir()} >= {"own.onnx", "own.pt2"}
-    assert load_predictor(tmp_path / "net.pt")(torch.zeros(1, 3, 32, 32)).shape == (
-        1,
-        4,
-    )  # no fake tensor is left
+    assert load_predictor(tmp_path / "net.pt")(torch.zeros(1, 3, 32, 32)).shape == (1, 4)  # no fake tensor left
 
 
 @pytest.mark.mnist

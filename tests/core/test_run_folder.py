@@ -43,12 +43,15 @@ def test_status_records_how_a_run_ended(tmp_path, error, is_trial, state):
     assert ("ZeroDivisionError" in status["traceback"]) == isinstance(error, ZeroDivisionError)
 
 
-def test_folder_of_a_run_is_not_used_again_whatever_its_name_is_made_of(run_main, finished_run, tmp_path):
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_folder_of_a_run_is_not_used_again(run_main, finished_run, tmp_path, is_finished):
     folder = shutil.copytree(finished_run, tmp_path / "small_s0")
-    before = (folder / "metrics.json").read_bytes()
+    if not is_finished:
+        (folder / "metrics.json").unlink()
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     result = run_main(*SMALL, "name=small", f"hydra.run.dir={tmp_path}/${{name}}_s${{seed}}")
     assert result.code == 2 and f"resume={folder}" in result.err and len(result.err.splitlines()) == 1
-    assert (folder / "metrics.json").read_bytes() == before
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("files", [{"config": "trainer: {max_ep"}, {"config": "seed: 0"}, {"config": "", "hydra": ""}])

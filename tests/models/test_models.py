@@ -4,26 +4,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from src.core.errors import UserError
 from src.data.datamodule import Batch
-from src.models.classifier import Classifier, LossAndAccuracy
+from src.models.classifier import Classifier
 from src.models.cnn import CNN, blur
 from src.models.separable_cnn import SeparableCNN
 from src.optim.muon import Muon, orthogonalize
 
 
-def test_cnn_has_the_parameters_of_the_table():
+def test_cnn_has_the_parameters_and_shapes_of_the_table():
     counts = [sum(p.numel() for p in layer.parameters()) for layer in CNN().modules() if not list(layer.children())]
     first, second, third = (160, 32, 2320, 32), (2320, 32, 2320, 32), (2320, 32, 4640, 64)
     assert [count for count in counts if count] == [*first, *second, *third, 330, 910]
-    assert sum(counts) == 15_544
     variant = CNN(activation="gelu", bn_before_activation=True, antialias=True)
-    assert sum(p.numel() for p in variant.parameters()) == 15_544
-
-
-def test_cnn_has_the_shapes_of_the_table():
+    assert sum(counts) == sum(p.numel() for p in variant.parameters()) == 15_544
     shapes, net = {}, CNN()
     for name, layer in net.named_children():
         layer.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
@@ -32,13 +27,6 @@ def test_cnn_has_the_shapes_of_the_table():
     assert shapes == {**blocks, "gap": (10, 3, 3), "fc": (10,)}
     torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(2))
     assert CNN(channels=(4, 5, 6, 7, 8, 9))(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_dropout_acts_only_in_training(dropout):
-    net, images = CNN(dropout=dropout), torch.randn(2, 1, 28, 28)
-    assert torch.equal(net.train()(images), net(images)) == (dropout == 0)
-    assert torch.equal(net.eval()(images), net(images))
 
 
 def test_separable_cnn_has_the_parameters_of_its_stages():
@@ -86,19 +74,6 @@ def test_muon_weight_decay_is_separate_from_the_direction():
     kernel.grad, bias.grad = torch.zeros_like(kernel), torch.zeros_like(bias)
     Muon([kernel, bias], lr=0.1, weight_decay=0.5, sgd_lr_ratio=0.2).step()
     assert torch.allclose(kernel, torch.tensor(0.95)) and torch.allclose(bias, torch.tensor(0.99))
-
-
-def test_metrics_are_means_over_images_not_batches():
-    log_probabilities, labels = torch.randn(12, 10).log_softmax(1), torch.arange(12) % 10
-    metric = LossAndAccuracy()
-    for part in slice(0, 9), slice(9, 12):
-        metric.update(nll_loss(log_probabilities[part], labels[part]), log_probabilities[part], labels[part])
-    values = metric.compute()
-    torch.testing.assert_close(values["loss"], nll_loss(log_probabilities, labels))
-    torch.testing.assert_close(values["acc"], multiclass_accuracy(log_probabilities, labels, 10, average="micro"))
-    metric.reset()
-    metric.update(torch.tensor(3.0), log_probabilities[:1], labels[:1])
-    assert metric.compute()["loss"] == 3
 
 
 def make_classifier(net: nn.Module, **settings) -> Classifier:

@@ -1,9 +1,7 @@
 """Letters, scribbles, two digits and dots are out-of-distribution; MNIST's test images and drawn digits are not."""
 
 import json
-import runpy
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,8 @@ from src import evaluate, predict
 from src.core.errors import UserError
 from src.models.ood import IN_DISTRIBUTION, compute_distances, extract_features, fit_ood_detector
 from src.training.predictor import load_predictor, load_test_data
+from tests.images.strokes import STROKES, smooth
 
-DRAWING = runpy.run_path(str(Path(__file__).parents[1] / "images/draw.py"))
 LETTERS = "ACDEFGHJKLMNPQRTUVWXYacdefhkmnprtuvwxy"  # those that resemble no digit
 
 
@@ -41,14 +39,14 @@ def draw_letter(random: np.random.Generator) -> Image.Image:
 
 def draw_scribble(random: np.random.Generator) -> Image.Image:
     points = random.uniform(30, 250, (random.integers(6, 16), 2))
-    return draw_strokes([DRAWING["smooth"]([tuple(point) for point in points])], random.uniform(8, 24))
+    return draw_strokes([smooth([tuple(point) for point in points])], random.uniform(8, 24))
 
 
 def draw_two_digits(random: np.random.Generator) -> Image.Image:
     strokes = [
-        DRAWING["smooth"](stroke) * [110, 150] + [30 + 130 * position, 60]
+        smooth(stroke) * [110, 150] + [30 + 130 * position, 60]
         for position, digit in enumerate(random.integers(0, 10, 2))
-        for stroke in DRAWING["STROKES"][digit]
+        for stroke in STROKES[digit]
     ]
     return draw_strokes(strokes, random.uniform(8, 20))
 
