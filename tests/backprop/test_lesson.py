@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
-import lightning as L
 import pytest
+from test_backprop import train
 
-from src.backprop.datamodule import OneSampleDataModule
 from src.backprop.formulas import format_worked_step
-from src.backprop.network import INPUTS, TARGETS, WEIGHTS, BackpropModule, BackpropNet, GradientDescent
+from src.backprop.network import INPUTS, TARGETS, WEIGHTS, BackpropNet
 
 pytestmark = pytest.mark.browser
 DOCS = Path(__file__).parents[2] / "docs"
@@ -59,14 +58,11 @@ def draw_settings(count):
         yield {name: generator.uniform(*ranges[name[0]]) for name in NAMES}, 10 ** generator.uniform(-1, 1)
 
 
-def train(settings, lr, gradients, bias=0):
+def train_as_on_page(settings, lr, gradients, bias=0):
     """Train 100 steps with the page's choice of biases (0 none, 1 fixed, 2 learned); return the rows."""
     numbers = list(settings.values())
     net = BackpropNet(numbers[4:], [0.35, 0.6] if bias else None, bias == 2)
-    module = BackpropModule(net, lambda p: GradientDescent(p, lr=lr), gradients=gradients)
-    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-    L.Trainer(max_epochs=100, accelerator="cpu", **off).fit(module, OneSampleDataModule(numbers[:2], numbers[2:4]))
-    return module.rows
+    return train(gradients, lr, net, numbers[:2], numbers[2:4])
 
 
 # Everything that the page displays of one step: the exact values, the three columns, the texts of the drawing.
@@ -102,7 +98,7 @@ def test_every_number_equals_the_trace(lesson, bug):
     page = lesson()
     for number, (settings, lr) in enumerate(((WORKED, 0.5), *draw_settings(5))):
         bias = number % 3
-        rows = train(settings, lr, gradients, bias)
+        rows = train_as_on_page(settings, lr, gradients, bias)
         page.goto(f"{PAGE.as_uri()}#{make_url_hash(settings, eta=lr, bug=bug, bias=bias)}")
         page.wait_for_function("lr => Number(document.getElementById('η').value) === lr", arg=lr)
         assert page.evaluate(FIELDS, list(settings)) == list(settings.values())
@@ -262,7 +258,7 @@ def test_play_trains_and_two_learning_rates_are_compared(lesson):
     page.click("#play")
     step = int(page.locator("#loss").text_content().removeprefix("loss "))
     cells = page.locator("#compared tr >> nth=1").locator("td").all_text_contents()
-    losses = [train(WORKED, lr, "equations")[step - 1]["E_total"] for lr in (0.5, 2)]
+    losses = [train_as_on_page(WORKED, lr, "equations")[step - 1]["E_total"] for lr in (0.5, 2)]
     assert cells == [f"{loss:.4g}" for loss in losses]
     assert page.locator("polyline.second").count() == 2
 

@@ -19,7 +19,6 @@ from src.core.config import (
     CONF,
     LIBRARY_ARGUMENTS,
     ROOT_KEYS,
-    find_closest,
     iterate_items,
     resolve_config,
     validate_config,
@@ -62,7 +61,6 @@ def test_run_writes_every_file_into_its_folder(train, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["data"] == "digits" and metrics["epochs"] == 2 and metrics["seed"] == 0
-    assert metrics["samples_per_second"] > 0
     assert metrics["parameters"] == 1_788 and metrics["best_epoch"] in (1, 2)
     assert {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "acc")} <= set(
         metrics["metrics"]
@@ -75,7 +73,6 @@ def test_run_writes_every_file_into_its_folder(train, tmp_path):
     assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == metrics["best_epoch"] - 1
     events = EventAccumulator(str(folder)).Reload()
     assert len(events.Scalars("val/acc %")) == 2
-    assert events.Scalars("val/acc %")[-1].value == pytest.approx(100 * metrics["metrics"]["val/acc"])
     assert {"train/loss", "train/acc %", "train/loss_step", "lr"} <= set(events.Tags()["scalars"])
 
 
@@ -147,13 +144,9 @@ def test_multirun_names_each_job_folder_by_its_swept_keys(run_main, tmp_path):
         ("max_epochs=3", "did you mean trainer.max_epochs?"),
         ("optimiser.lr=3", "did you mean optimizer.lr?"),
         ("optimzer=sgd", "did you mean optimizer?"),
-        ("+nonsense=3", "no such key"),
         ("+data.nonsense=3", "nonsense"),
-        ("+trainer.nonsense=3", "nonsense"),
         ("model=cn", "did you mean cnn?"),
         ("model", "model"),
-        ("optimizer.lr=[", "optimizer.lr"),
-        ("optimizer.lr=0.1,0.2", "-m"),
         ("optimizer.lr=???", "optimizer.lr"),
         ("seed=abc", "must be 0 ≤ int < 4294967296"),
         ("seed=null", "must be 0 ≤ int < 4294967296"),
@@ -180,31 +173,30 @@ def test_multirun_names_each_job_folder_by_its_swept_keys(run_main, tmp_path):
     ],
 )
 def test_mistake_prints_one_line_and_removes_the_new_folder(train, mistake, words):
-    result, folder = train("trainer.max_epochs=1", mistake)
-    assert result.code == 2
+    result, folder = train("trainer.max_epochs=50", mistake)
+    assert result.code == 2 and "epoch 2/50" not in result.out
     assert len(result.err.splitlines()) == 1 and result.err.startswith("error: ") and words in result.err
     assert not folder.exists()
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "steps"),
     [
-        ["+optimizer.maximize=false"],
-        ["logger=none"],
-        ["logger=[tensorboard,csv]", "scheduler=plateau"],
-        ["trainer.profiler=simple"],
-        ["callbacks=default", "callbacks.best=null"],
-        ["debug=default"],
+        (["debug=default"], 1),
+        (["+optimizer.maximize=false", "trainer.limit_train_batches=1"], 1),  # of a one-cycle schedule
+        (["logger=none", "trainer.limit_train_batches=5"], 5),
+        (["logger=[tensorboard,csv]", "scheduler=plateau", "trainer.limit_train_batches=6"], 6),
+        (["trainer.profiler=simple", "trainer.limit_train_batches=6"], 6),
+        (["callbacks=default", "callbacks.best=null", "trainer.limit_train_batches=6"], 6),
+        (["trainer.check_val_every_n_epoch=2", "trainer.max_epochs=2", "trainer.limit_train_batches=6"], 12),
+        (["trainer.overfit_batches=2", "trainer.max_epochs=2"], 4),
     ],
 )
-def test_common_overrides_train(train, more):
-    few = [] if "debug=default" in more else ["trainer.limit_train_batches=6"]
-    result, folder = train(*few, *more)
+def test_common_overrides_train(train, more, steps):
+    result, folder = train(*more)
     assert result.code == 0, result.err
-    assert (folder / "metrics.json").exists()
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == steps
     assert ("FIT Profiler Report" in result.out + result.err) == ("trainer.profiler=simple" in more)
-    if "debug=default" in more:
-        assert json.loads((folder / "metrics.json").read_text())["steps"] == 1
 
 
 def test_max_time_ends_a_run(train):
@@ -218,13 +210,6 @@ def test_cosine_schedule_steps_per_epoch(train):
     with (folder / "metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
-
-
-@pytest.mark.parametrize("monitor", ["optimized_metric", "callbacks.best.monitor"])
-def test_missing_validation_metric_is_reported_after_the_first_validation(train, monitor):
-    result, _ = train("trainer.max_epochs=50", "trainer.limit_train_batches=6", f"{monitor}=val/accuracy")
-    assert result.code == 2 and "val/accuracy" in result.err and "val/acc" in result.err
-    assert "epoch 2/50" not in result.out
 
 
 def test_missing_training_metric_is_reported_after_one_epoch(train):
@@ -254,29 +239,11 @@ def test_mistake_found_at_training_start_prints_one_line(run_main, tmp_path, mis
     assert result.err.splitlines()[-1].startswith("error: ") and words in result.err.splitlines()[-1]
 
 
-def test_validation_every_other_epoch_trains(train):
-    rarely = "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=2", "trainer.limit_train_batches=6"
-    result, _ = train(*rarely)
-    assert result.code == 0, result.err
-
-
 @pytest.mark.parametrize("override", ["data.val_size=0", "trainer.max_steps=1", "trainer.check_val_every_n_epoch=9"])
 def test_run_without_validation_is_recorded_and_names_what_it_has_logged(train, override):
     result, folder = train("trainer.limit_train_batches=6", override, "callbacks.best=null", "scheduler=none")
     assert result.code == 2 and "optimized_metric=val/acc: not logged" in result.err
     assert "test/acc" in json.loads((folder / "metrics.json").read_text())["metrics"]
-
-
-def test_overfit_batches_trains_on_those_batches(train):
-    result, folder = train("trainer.overfit_batches=2", "trainer.max_epochs=2")
-    assert result.code == 0, result.err
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
-
-
-@pytest.mark.parametrize("steps", [1, 5])
-def test_one_cycle_copes_with_few_steps(train, steps):
-    result, folder = train("trainer.max_epochs=1", f"trainer.limit_train_batches={steps}")
-    assert result.code == 0 and (folder / "metrics.json").exists(), result.err
 
 
 def test_bug_raises_its_traceback(train, monkeypatch):
@@ -338,10 +305,6 @@ def test_every_rule_is_for_an_argument_of_some_config():
                 read |= {(name, key) for key in node for name in (target, module)} if target else set()
     assert {("", key) for key in ROOT_KEYS} <= read
     assert {(target, key) for target, rules in LIBRARY_ARGUMENTS.items() for key in rules} <= read
-
-
-def test_no_suggestion_for_an_unrelated_key():
-    assert find_closest("zzz", ["trainer.max_epochs", "seed"]) is None
 
 
 @pytest.mark.gpu
