@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -220,17 +219,11 @@ def interrupt_at(monkeypatch):
 
 
 def run_with_processes(number: int, *arguments: str) -> None:
-    """Train, or resume, with `number` processes, started as torchrun does."""
+    """Train, or resume, with `number` processes of torchrun."""
     devices = [] if arguments[0].startswith("resume=") else ["trainer=ddp", f"trainer.devices={number}"]
-    command = [sys.executable, "-m", "src.train", *arguments, *devices]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    shared = os.environ | {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": f"{number}", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": f"{port}"}
-    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number))
-    root = Path(__file__).parents[1]
-    processes = [subprocess.Popen(command, cwd=root, env=shared | rank) for rank in ranks]
-    assert [process.wait(300) for process in processes] == [0] * number
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    command = [sys.executable, "-m", *torchrun, "-m", "src.train", *arguments, *devices]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=300)
 
 
 def read_outcome(folder: Path) -> dict:

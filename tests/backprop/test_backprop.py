@@ -265,7 +265,6 @@ def test_sweep_over_two_keys_names_losses_by_run(run, tmp_path):
         ("optimizer.lr=0", "optimizer.lr=0: must be"),
         ("optimizer.lr=fast", "optimizer.lr=fast: must be"),
         ("model.weights=[0.1,0.2]", "model.weights=[0.1, 0.2]: must be 8 finite numbers"),
-        ("model.weights=12345678x", "model.weights=12345678x: must be 8 finite numbers"),
         ("model.weights=[1,2,3,4,5,6,7,nan]", "must be 8 finite numbers (w1, w2, "),
         ("model.bias=[0.1]", "model.bias=[0.1]: must be 2 finite numbers (b1, b2)"),
         ("data.inputs=[1,2,3]", "data.inputs=[1, 2, 3]: must be 2 finite numbers (i1, i2)"),

@@ -418,47 +418,13 @@ def test_losses_past_two_stay_on_the_charts(lesson):
     assert page.locator("polyline.live").count() == 2 and page.locator("#charts polyline").count() == 14
 
 
-# Compute WCAG's contrast of every text with its background, and of highlighted lines with the page.
-CONTRAST = """() => {
-    const context = Object.assign(document.createElement("canvas"), {width: 1, height: 1}).getContext("2d")
-    const light = colour => {
-        context.fillStyle = colour
-        context.fillRect(0, 0, 1, 1)
-        const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map(
-            c => c / 255 <= .04045 ? c / 255 / 12.92 : ((c / 255 + .055) / 1.055) ** 2.4)
-        return .2126 * r + .7152 * g + .0722 * b
-    }
-    const ratio = (a, b) => (Math.max(light(a), light(b)) + .05) / (Math.min(light(a), light(b)) + .05)
-    const under = e => {
-        const fill = e.closest(".node")?.querySelector(".box")
-        if (fill) return getComputedStyle(fill).fill
-        for (; e; e = e.parentElement) {
-            const colour = getComputedStyle(e).backgroundColor
-            if (!colour.endsWith(", 0)")) return colour
-        }
-    }
-    const texts = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() &&
-        (e.matches("input") || [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())))
-    const ofText = texts.map(e => [ratio(e instanceof SVGElement ? getComputedStyle(e).fill : getComputedStyle(e).color,
-        under(e)), e.textContent.slice(0, 40)])
-    const lines = [...document.querySelectorAll("polyline.live, .arrow, button:not([title])")].map(e =>
-        [ratio(e.matches("button") ? getComputedStyle(e).borderTopColor : getComputedStyle(e).stroke,
-         getComputedStyle(document.querySelector(".card")).backgroundColor), "line"])
-    return [ofText.sort((a, b) => a[0] - b[0])[0], lines.sort((a, b) => a[0] - b[0])[0], ofText.length]
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 1280])
-def test_contrast_is_readable_and_page_does_not_scroll_sideways(lesson, scheme, width):
+def test_page_does_not_scroll_sideways(lesson, width):
     for state in ("row=17", "w1=-0.123456789&w7=-987.654321&t2=-0.3333&eta=123.456&step=7&row=22&bug=1&nonsense=1"):
-        page = lesson(state, width, color_scheme=scheme, reduced_motion="reduce")
+        page = lesson(state, width, reduced_motion="reduce")
         page.fill("#w2", "wrong")
         page.locator("td button").evaluate_all("buttons => buttons.forEach(button => button.click())")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        (text, which), (line, _), count = page.evaluate(CONTRAST)
-        assert count > 150 and text >= 4.5, which
-        assert line >= 3
         assert page.evaluate("getComputedStyle(document.querySelector('.edge line')).transitionDuration") == "0s"
 
 
