@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -119,9 +120,11 @@ def finished_sweep(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def mnist_root(tmp_path) -> Path:
-    """A folder in MNIST's layout with 40 training and 20 test images of noise."""
+def mnist_root(tmp_path, monkeypatch) -> Path:
+    """A folder in MNIST's layout with 40 training and 20 test images of noise, whose checksums are the known ones."""
     import torch
+
+    from src.data import datasets
 
     raw = tmp_path / "mnist/MNIST/raw"
     raw.mkdir(parents=True)
@@ -136,6 +139,8 @@ def mnist_root(tmp_path) -> Path:
         files[f"{split}-labels-idx1-ubyte"] = b"".join(header) + labels.numpy().tobytes()
     for name, content in files.items():
         (raw / name).write_bytes(content)
+    known = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(datasets, "MNIST_FILES", known)
     return tmp_path / "mnist"
 
 

@@ -30,6 +30,8 @@ from src.core.process import is_first_process
 CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "status.json"
 STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job starts
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
+# An interpolation that is neither of the config's own keys nor one that conf/ itself has.
+FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
 RESUME_OVERRIDES = re.compile(
     r"[+~]*(trainer\.(max_epochs|max_steps|max_time|accelerator|devices|strategy)|data\.(root|num_workers)|threads|test"
@@ -91,10 +93,13 @@ def read_strings(file: Path, *keys: str) -> list[str]:
 
 
 def read_plain_config(file: Path) -> dict[str, Any]:
-    """Read the saved config of a run. Raise UserError if it is none."""
+    """Read the saved config of a run. Raise UserError if it is none, or interpolates anything but its own keys."""
     plain = read_yaml(file)
     if not isinstance(plain, dict):
         raise UserError(f"{file}: not the config of a run; fix or remove it")
+    for key, value in iterate_items(plain):
+        if isinstance(value, str) and FOREIGN_REFERENCE.search(value):
+            raise UserError(f"{file}: {key}={value}: a saved config may only refer to its own keys; write the value")
     return plain
 
 

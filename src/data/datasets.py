@@ -1,5 +1,6 @@
 """Data sets, each with `download(root)`, which fetches what is missing or raises UserError, and `load(root)`."""
 
+import hashlib
 import socket
 import warnings
 from collections import Counter
@@ -22,6 +23,12 @@ from src.core.errors import UserError
 from src.core.value_types import NonEmptyStr, PositiveInt, Probability
 from src.data.preprocess import SUFFIXES, count_channels, list_files, list_folders, resize_image
 
+MNIST_FILES = {  # in root/MNIST/raw, with their SHA-256
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 TIMEOUT = 10.0  # seconds without an answer after which a download fails
 SPLIT_FOLDERS = {  # in any capitals
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
@@ -130,7 +137,7 @@ class TorchvisionDataset:
 
 
 class MNIST(TorchvisionDataset):
-    """The official 60,000 training and 10,000 test images."""
+    """The official 60,000 training and 10,000 test images, verified by their checksums."""
 
     fix = "set data.root or MNIST_ROOT to a folder that has MNIST/raw/, or train on data=digits"
 
@@ -138,6 +145,11 @@ class MNIST(TorchvisionDataset):
         super().__init__("MNIST")
 
     def load(self, root: Path) -> DatasetSplits:
+        for name, checksum in MNIST_FILES.items():
+            file = root / "MNIST/raw" / name
+            if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+                others = "for other images of this format use data=fashion or data=kmnist"
+                raise UserError(f"{file}: damaged or not MNIST's (its SHA-256 differs); delete it to download it; {others}")
         return super().load(root)._replace(classes=tuple("0123456789"))
 
 
@@ -270,7 +282,7 @@ def stratify(labels: Tensor, seed: int) -> Tensor:
 
 def has_mnist(root: Path) -> bool:
     """Return whether MNIST's four files exist."""
-    return len([*(root / "MNIST/raw").glob("*-ubyte")]) == 4
+    return all((root / "MNIST/raw" / name).is_file() for name in MNIST_FILES)
 
 
 def _warn_of_other_files(root: Path, files: list[Path]) -> None:

@@ -122,6 +122,13 @@ def test_cpu_quota_of_the_cgroup_counts_as_cores(monkeypatch, tmp_path):
     assert count_cores() == 1
 
 
+def test_saved_config_must_not_use_resolvers(run_main, unfinished_run):
+    file = unfinished_run / ".hydra/config.yaml"
+    file.write_text(file.read_text().replace("name: small", "name: ${oc.env:HOME}"))
+    result = run_main(f"resume={unfinished_run}")
+    assert result.code == 2 and "name=${oc.env:HOME}" in result.err and len(result.err.splitlines()) == 1
+
+
 def test_threads_default_to_the_cores_and_are_kept_in_the_config(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

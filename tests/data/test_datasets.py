@@ -112,10 +112,11 @@ def test_auto_with_mnist_on_disk_loads_mnist(mnist_root):
         assert make_module(MNISTOrDigits(), mnist_root, val_size=0).spec.name == "mnist"
 
 
-def test_truncated_mnist_file_is_one_line(mnist_root, no_network):
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-1] + b"?"])
+def test_damaged_mnist_file_is_named(mnist_root, no_network, damage):
     file = mnist_root / "MNIST/raw/t10k-images-idx3-ubyte"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"MNIST is not in .*, or damaged"):
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"MNIST is not in .*, or damaged|t10k-images-idx3-ubyte: .*SHA-256 differs"):
         make_module(MNIST(), mnist_root)
 
 
