@@ -148,8 +148,8 @@ class MNIST(TorchvisionDataset):
         for name, checksum in MNIST_FILES.items():
             file = root / "MNIST/raw" / name
             if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
-                others = "for other images of this format use data=fashion or data=kmnist"
-                raise UserError(f"{file}: damaged or not MNIST's (its SHA-256 differs); delete it to download it; {others}")
+                fix = "delete it to download it; for other images of this format use data=fashion or data=kmnist"
+                raise UserError(f"{file}: damaged or not MNIST's (its SHA-256 differs); {fix}")
         return super().load(root)._replace(classes=tuple("0123456789"))
 
 
