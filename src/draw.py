@@ -1,6 +1,9 @@
 """Serve a page to draw a digit on and see the prediction: python -m src.draw. Only for this machine's own browser."""
 
 import json
+import os
+import sys
+import webbrowser
 from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +13,7 @@ from typing import Any
 
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
-from src.core.process import import_lightning, open_in_browser
+from src.core.process import import_lightning
 from src.core.run_folder import METRICS_FILE, read_metrics
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -92,7 +95,8 @@ def main() -> None:
     with serve(load_predictor(arguments.weights), arguments.port) as server, suppress(KeyboardInterrupt, SystemExit):
         url = f"http://{HOST}:{server.server_port}"
         print(f"Draw at {url} (Ctrl-C stops it)", flush=True)
-        open_in_browser(url)
+        if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+            webbrowser.open(url)
         server.serve_forever()
 
 

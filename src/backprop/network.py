@@ -11,6 +11,7 @@ For one sample, every quantity is a float64 scalar tensor, so that it can be com
 
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -97,9 +98,8 @@ def is_learned(weight: Any) -> bool:
     return isinstance(weight, Tensor) and weight.requires_grad
 
 
-def spreadsheet(w: Weights, a: Activations, inputs: Tensor, targets: Tensor) -> Weights:
-    """Compute the gradients with the bug of the published spreadsheet, and so reproduce its losses bitwise."""
-    return equations(w, a, inputs, targets, has_bug=True)
+# The bug of the published spreadsheet, to reproduce its losses bitwise.
+spreadsheet = partial(equations, has_bug=True)
 
 
 def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor) -> dict[str, float]:

@@ -213,10 +213,8 @@ def print_time_to(target: float, overrides: list[str], seeds: int) -> None:
 def run(chosen: argparse.Namespace) -> None:
     """Run the benchmark that the command line has chosen."""
     if chosen.time_to:
-        has_experiment = any(override.startswith("experiment=") for override in chosen.overrides)
-        return print_time_to(
-            chosen.time_to, ["experiment=fast"] * (not has_experiment) + chosen.overrides, chosen.seeds
-        )
+        # An experiment that the command names comes later, and Hydra takes the last.
+        return print_time_to(chosen.time_to, ["experiment=fast", *chosen.overrides], chosen.seeds)
     if "soft_labels" in compose(chosen.overrides).data:
         raise UserError("data.soft_labels: the bare loop has no distillation; add data=mnist")
     if print_throughput(chosen.overrides, chosen.batches, chosen.rounds) == "cuda":

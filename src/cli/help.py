@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from src.core.config import CONF, find_closest, get_annotations, iterate_items
 from src.core.errors import UserError
+from src.core.run_folder import YAML_LOADER
 from src.core.value_types import ROOT_KEYS, to_constraint
 
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 HIDDEN_KEYS = re.compile(r"^hydra\b|\.\d+(\.|$)|\._\w+_$")  # Hydra's, items of lists, _target_ and the like
 
 

@@ -152,11 +152,3 @@ def reject_subprocesses_in_multirun(trainer: Any) -> None:
             f"trainer.devices={trainer.num_devices}: a job of a sweep or study trains on one device; leave out -m, or "
             "let Slurm start the processes (hydra/launcher=submitit_slurm)"
         )
-
-
-def open_in_browser(url: str) -> None:
-    """Open a page in the browser if there is a display."""
-    if sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        import webbrowser
-
-        webbrowser.open(url)

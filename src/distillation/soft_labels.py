@@ -1,4 +1,7 @@
-"""Teachers' outputs for augmented training images, cached for all runs (https://arxiv.org/abs/2303.08983)."""
+"""Teachers' outputs for augmented training images, cached for all runs (https://arxiv.org/abs/2303.08983).
+
+The distillation loss is computed in src.models.classifier.
+"""
 
 import hashlib
 import io

@@ -47,9 +47,8 @@ class LossAndAccuracy(Metric):
             self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        return super()._apply(
-            lambda state: fn(state).to(state.dtype), exclude_state
-        )  # sums outgrow a bf16 network's type
+        # A bfloat16 network moves its metrics as well, but sums outgrow that type.
+        return super()._apply(lambda state: fn(state).to(state.dtype), exclude_state)
 
     def update(self, loss: Tensor, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, [N, classes] log-probabilities and [N] labels."""
@@ -65,9 +64,9 @@ class LossAndAccuracy(Metric):
 class Classifier(L.LightningModule):
     """Train `net`, which maps images to logits or log-probabilities; log loss and accuracy, a fraction, once per epoch.
 
-    Loss = (1 − w) · label-smoothed NLL + w · T² · KL(teacher ‖ student), with w = `distill_weight`, T = `temperature`
-    (https://arxiv.org/abs/1503.02531); w = 0 for batches without soft labels. The loss that is logged is the NLL of the
-    labels alone. `loss`, of log-probabilities and labels, replaces the NLL. `metrics` of probabilities and labels are
+    Loss = (1 − w) · label-smoothed NLL + w · T² · KL(teacher at T ‖ student at T), with w = `distill_weight`. "At T"
+    means the softmax of log-probabilities / T, T = `temperature` (https://arxiv.org/abs/1503.02531); w = 0 for batches
+    without soft labels. The loss that is logged is the NLL of the labels alone. `loss`, of log-probabilities and labels, replaces the NLL. `metrics` of probabilities and labels are
     logged with the validation and the test, one value per class if they return several. `optimizer` and `scheduler` are
     partial; see src.optim.configure.
     """
@@ -123,12 +122,13 @@ class Classifier(L.LightningModule):
     def compute_loss(self, batch: Any) -> Tensor:
         """Return the training loss of (images, labels) or (images, labels, teacher log-probabilities)."""
         loss, log_probabilities = self.score_batch(batch, "train")
-        _, _, *teacher_log_probs = batch
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
-        for teacher in teacher_log_probs:
-            student, soft = ((x.float() / self.temperature).log_softmax(dim=1) for x in (log_probabilities, teacher))
-            divergence = self.temperature**2 * kl_div(student, soft, log_target=True, reduction="batchmean")
+        if len(batch) == 3:
+            student, teacher = (
+                (x.float() / self.temperature).log_softmax(dim=1) for x in (log_probabilities, batch[2])
+            )
+            divergence = self.temperature**2 * kl_div(student, teacher, log_target=True, reduction="batchmean")
             loss = (1 - self.distill_weight) * loss + self.distill_weight * divergence
         return loss
 

@@ -70,8 +70,7 @@ def configure_optimizers(
         raise UserError("LearningRateFinder: a scheduler would not use the rate that it finds; set scheduler=none")
     partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
     takes_steps = "total_steps" in signature(partial).parameters
-    steps = int(module.trainer.estimated_stepping_batches) if takes_steps else None
-    arguments: dict[str, Any] = {"total_steps": steps} if takes_steps else {}
+    arguments: dict[str, Any] = {"total_steps": int(module.trainer.estimated_stepping_batches)} if takes_steps else {}
     peak = getattr(partial, "keywords", {}).get("max_lr")
     if groups and isinstance(peak, float | int):  # one number would give all groups the same peak
         arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
@@ -79,7 +78,7 @@ def configure_optimizers(
         try:
             schedule = partial(built, **arguments)
         except ZeroDivisionError:  # OneCycleLR divides by the length of its first phase
-            schedule = partial(built, **arguments | {"total_steps": (steps or 0) + 1})
+            schedule = partial(built, **arguments | {"total_steps": arguments.get("total_steps", 0) + 1})
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
     settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}

@@ -91,11 +91,6 @@ class LayerTable(Callback):
             print(header + layers + totals.partition("\n")[0], flush=True)
 
 
-def make_progress_bar() -> ProgressBar:
-    """Return the progress callback of conf/callbacks/default.yaml."""
-    return RunProgressBar()
-
-
 class RunProgressBar(ProgressBar):
     """Print what a run is about to do and a line per epoch; on a terminal, show a bar of the run with the time left."""
 

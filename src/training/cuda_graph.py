@@ -21,7 +21,6 @@ class CUDAGraphStrategy(SingleDeviceStrategy):
     step. Each epoch is captured anew, because metrics are reset. Raises UserError for what a graph cannot do.
     """
 
-    strategy_name = "cuda_graph"
     wants_indices = True  # a graph makes the batch itself
     parallel_devices: Sequence[torch.device] = ()  # set by Lightning
     graph: Any = None

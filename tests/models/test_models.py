@@ -38,7 +38,7 @@ def test_separable_cnn_has_the_parameters_of_its_stages():
         SeparableCNN(stages=[[8], [8]])
 
 
-@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (3, 10, 32)])
+@pytest.mark.parametrize("shape", [(1, 16, 144), (1, 144, 16), (3, 10, 32)])
 def test_orthogonalized_matrices_have_similar_singular_values(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
