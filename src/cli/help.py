@@ -35,14 +35,11 @@ def print_help(config_name: str, words: Sequence[str]) -> None:
         for line in _read_head(roots[-1]):
             print(*reversed(re.split("  +", line)), sep="\n    ")  # an example's description before its command
         _print_table("experiment=NAME", _list_options("experiment", is_short=True))
-        marked = {
-            g: " ".join("*" * (n in chosen[g]) + n for n, _ in _list_options(g)) for g in groups if g != "experiment"
-        }
-        _print_table("GROUP=NAME, * is chosen; --help GROUP describes one", marked.items())
-        _print_table(
-            "KEY=VALUE (current); --help KEY describes one, --cfg job prints all",
-            [rows[key] for key in rows if key in comments],
-        )
+        options = {group: [name for name, _ in _list_options(group)] for group in groups if group != "experiment"}
+        marked = [(g, " ".join("*" * (name in chosen[g]) + name for name in names)) for g, names in options.items()]
+        _print_table("GROUP=NAME, * is chosen; --help GROUP describes one", marked)
+        title = "KEY=VALUE (current); --help KEY describes one, --cfg job prints all"
+        _print_table(title, [rows[key] for key in rows if key in comments])
     for word in words:
         keys = [key for key in rows if re.search(rf"(^|\.){re.escape(word)}($|\.)", key)]
         if word in groups:
@@ -78,9 +75,8 @@ def _read_group_comments(group: str, names: Iterable[str]) -> dict[str, str]:
         if file.is_file():
             defaults = (yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}).get("defaults", [])
             bases = _read_group_comments(group, [item for item in defaults if isinstance(item, str)])
-            comments |= bases | {
-                key: comment for key, comment in _read_comments(file).items() if comment or key not in bases
-            }
+            own = _read_comments(file)
+            comments |= bases | {key: comment for key, comment in own.items() if comment or key not in bases}
     return comments
 
 

@@ -64,11 +64,11 @@ class LossAndAccuracy(Metric):
 class Classifier(L.LightningModule):
     """Train `net`, which maps images to logits or log-probabilities; log loss and accuracy, a fraction, once per epoch.
 
-    Loss = (1 − w) · label-smoothed NLL + w · T² · KL(teacher at T ‖ student at T), with w = `distill_weight`. "At T"
-    means the softmax of log-probabilities / T, T = `temperature` (https://arxiv.org/abs/1503.02531); w = 0 for batches
-    without soft labels. The loss that is logged is the NLL of the labels alone. `loss`, of log-probabilities and labels, replaces the NLL. `metrics` of probabilities and labels are
-    logged with the validation and the test, one value per class if they return several. `optimizer` and `scheduler` are
-    partial; see src.optim.configure.
+    Loss = (1 − w) · label-smoothed NLL + w · T² · KL(teacher ‖ student), both softened: softmax(log-probabilities / T),
+    with w = `distill_weight`, T = `temperature` (https://arxiv.org/abs/1503.02531); w = 0 for batches without soft
+    labels. The loss that is logged is the NLL of the labels alone. `loss`, of log-probabilities and labels, replaces
+    the NLL. `metrics` of probabilities and labels are logged with the validation and the test, one value per class if
+    they return several. `optimizer` and `scheduler` are partial; see src.optim.configure.
     """
 
     def __init__(
@@ -124,10 +124,10 @@ class Classifier(L.LightningModule):
         loss, log_probabilities = self.score_batch(batch, "train")
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
-        if len(batch) == 3:
-            student, teacher = (
-                (x.float() / self.temperature).log_softmax(dim=1) for x in (log_probabilities, batch[2])
-            )
+        _, _, *teacher_log_probs = batch
+        if teacher_log_probs:
+            outputs = log_probabilities, *teacher_log_probs
+            student, teacher = ((x.float() / self.temperature).log_softmax(dim=1) for x in outputs)
             divergence = self.temperature**2 * kl_div(student, teacher, log_target=True, reduction="batchmean")
             loss = (1 - self.distill_weight) * loss + self.distill_weight * divergence
         return loss

@@ -1,7 +1,6 @@
 """A CNN of depthwise-separable convolutions, a 3×3 kernel per channel and then a 1×1 mix, for the fewest parameters."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +47,10 @@ class SeparableCNN(nn.Module):
         first, last = stages[0][0], stages[-1][-1]
         stem = nn.Conv2d(inputs[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first, affine=False)
         self.stem = nn.Sequential(*stem, ChannelBias(first), nn.ReLU())
-        blocks = iter(_separable(*pair) for pair in pairwise(channels for stage in stages for channels in stage))
-        counts = len(stages[0]) - 1, len(stages[1]), len(stages[2])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(next(blocks) for _ in range(count)), nn.MaxPool2d(2)) for count in counts
-        )
+        self.stages, widths = nn.ModuleList(), [first]
+        for outputs in stages[0][1:], *stages[1:]:
+            widths = [widths[-1], *outputs]
+            self.stages.append(nn.Sequential(*map(_separable, widths, outputs), nn.MaxPool2d(2)))
         self.spatial_weights = nn.Conv2d(last, last, (inputs[1] // 8, inputs[2] // 8), groups=last, bias=False)
         self.fc = nn.Linear(last, classes)
         # Convolutions on a CPU are 1.2 to 1.6 times as fast in this memory layout.

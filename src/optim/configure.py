@@ -82,7 +82,7 @@ def configure_optimizers(
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
     settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, **{k: x for k, x in settings.items() if x}}}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, **settings}}
 
 
 def _group_parameters(module: nn.Module, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
