@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from src.core.config import CONF, find_closest, get_annotations, iterate_items
 from src.core.errors import UserError
-from src.core.run_folder import YAML_LOADER
+from src.core.run_folder import YAML_LOADER, read_yaml
 from src.core.value_types import ROOT_KEYS, to_constraint
 
 HIDDEN_KEYS = re.compile(r"^hydra\b|\.\d+(\.|$)|\._\w+_$")  # Hydra's, items of lists, _target_ and the like
@@ -53,8 +54,8 @@ def print_help(config_name: str, words: Sequence[str]) -> None:
 
 def _read_head(file: Path) -> list[str]:
     """Return the lines of the comment at the top of a file."""
-    head = re.match(r"(#.*\n)*", file.read_text(encoding="utf-8"))
-    return [line[2:] for line in head[0].splitlines() if "@package" not in line] if head else []
+    lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    return [line[2:] for line in lines if "@package" not in line]
 
 
 def _list_options(group: str, is_short: bool = False) -> list[tuple[str, str]]:
@@ -73,7 +74,7 @@ def _read_group_comments(group: str, names: Iterable[str]) -> dict[str, str]:
     comments: dict[str, str] = {}
     for file in (CONF / group / f"{name}.yaml" for name in names):
         if file.is_file():
-            defaults = (yaml.load(file.read_text(encoding="utf-8"), Loader=YAML_LOADER) or {}).get("defaults", [])
+            defaults = (read_yaml(file) or {}).get("defaults", [])
             bases = _read_group_comments(group, [item for item in defaults if isinstance(item, str)])
             own = _read_comments(file)
             comments |= bases | {key: comment for key, comment in own.items() if comment or key not in bases}

@@ -72,7 +72,6 @@ class SoftLabels:
         settings = self.ensemble.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
         key = hashlib.sha256(images.cpu().numpy().tobytes() + repr(settings).encode()).hexdigest()[:16]
         file = self.folder / f"{key}{_format_device(images.device)}.pt"
-        self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):  # one of several concurrent runs computes
             if not file.exists():
                 print(f"computing teacher outputs, epoch {epoch + 1} (cached in {self.folder})", file=sys.stderr)
