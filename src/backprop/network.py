@@ -99,7 +99,7 @@ def is_learned(weight: Any) -> bool:
 
 
 # The bug of the published spreadsheet, to reproduce its losses bitwise.
-spreadsheet = partial(equations, has_bug=True)
+spreadsheet: Callable[..., Weights] = partial(equations, has_bug=True)
 
 
 def make_row(w: Weights, a: Activations, gradients: Weights, inputs: Tensor, targets: Tensor) -> dict[str, float]:
