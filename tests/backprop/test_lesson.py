@@ -409,15 +409,6 @@ def test_finite_difference_is_wrong_for_too_large_and_too_small_h(lesson):
     assert float(page.locator(".difference").all_text_contents()[6].split()[-1]) == pytest.approx(9.2e-8, rel=0.02)
 
 
-def test_losses_past_two_stay_on_the_charts(lesson):
-    page = lesson("eta=1500")
-    page.click("#run100")
-    inside = """[...document.querySelectorAll("#charts svg")].every(svg => [...svg.children].every(e => {
-        const box = e.getBBox(); return box.y > -20 && box.y + box.height < 290 }))"""
-    assert page.evaluate(inside)
-    assert page.locator("polyline.live").count() == 2 and page.locator("#charts polyline").count() == 14
-
-
 @pytest.mark.parametrize("width", [320, 1280])
 def test_page_does_not_scroll_sideways(lesson, width):
     for state in ("row=17", "w1=-0.123456789&w7=-987.654321&t2=-0.3333&eta=123.456&step=7&row=22&bug=1&nonsense=1"):

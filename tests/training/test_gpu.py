@@ -21,7 +21,6 @@ from src.models.classifier import move_to_device
 from src.models.cnn import CNN
 from src.models.separable_cnn import SeparableCNN
 from src.training.cuda_graph import CUDAGraphStrategy
-from src.training.resume import ResumeCheckpoint
 from src.training.run_record import get_device_name
 
 TINY = (
@@ -241,22 +240,6 @@ def test_fused_optimizer_that_cannot_clip_is_one_line():
     with pytest.raises(RuntimeError) as caught:
         MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu")).clip_gradients(optimizer, 1.0)
     assert describe_error(caught.value).startswith("a fused optimizer cannot clip with trainer.precision=16-mixed")
-
-
-@pytest.mark.parametrize("signal", [0, 15])
-def test_processes_agree_every_log_every_n_steps(signal):
-    callback, compared, saved, stopped = ResumeCheckpoint("."), [], [], None
-    callback.signal, callback._seed_generators = signal, lambda *_: None
-    callback._save = lambda trainer: saved.append(trainer.global_step)
-    callback._find_highest = lambda trainer, request: compared.append(trainer.global_step) or request
-    trainer = SimpleNamespace(world_size=2, log_every_n_steps=10, accumulate_grad_batches=1)
-    for trainer.global_step in range(1, 31):
-        try:
-            callback.on_train_batch_start(trainer, None, None, 0)
-        except SystemExit as stop:
-            stopped = stop.code
-            break
-    assert (compared, saved, stopped) == (([10], [10], 143) if signal else ([10, 20, 30], [], None))
 
 
 def test_mps_is_supported(monkeypatch):
