@@ -1,7 +1,4 @@
-"""Teachers' outputs for augmented training images, cached for all runs (https://arxiv.org/abs/2303.08983).
-
-The distillation loss is computed in src.models.classifier.
-"""
+"""Cache teacher outputs for augmented images (https://arxiv.org/abs/2303.08983); src.models.classifier has the loss."""
 
 import hashlib
 import io

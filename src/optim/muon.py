@@ -17,8 +17,7 @@ MAX_BATCHED_SIZE = 2**16  # numbers per kernel: above, arithmetic takes longer t
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Return about the nearest [N, rows, columns] matrices with singular values of 0.7 to 1.2; zeros stay zeros.
 
-    Newton-Schulz iteration with the coefficients of https://kellerjordan.github.io/posts/muon/; it takes the least
-    time if there are no more rows than columns.
+    Newton-Schulz iteration (https://kellerjordan.github.io/posts/muon/), faster with fewer rows than columns.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
