@@ -148,7 +148,5 @@ def reject_subprocesses_in_multirun(trainer: Any) -> None:
     strategy = trainer.strategy
     is_multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if is_multirun and strategy.launcher and not strategy.cluster_environment.creates_processes_externally:
-        raise UserError(
-            f"trainer.devices={trainer.num_devices}: a job of a sweep or study trains on one device; leave out -m, or "
-            "let Slurm start the processes (hydra/launcher=submitit_slurm)"
-        )
+        fix = "leave out -m, or let Slurm start the processes (hydra/launcher=submitit_slurm)"
+        raise UserError(f"trainer.devices={trainer.num_devices}: a job of a sweep or study trains on one device; {fix}")
