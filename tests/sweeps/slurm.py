@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, in a folder of its own: python -m tests.slurm FOLDER, and Ctrl-C ends it."""
+"""A Slurm of two nodes on this machine, in a folder of its own."""
 
 import os
 import secrets
@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -143,10 +142,3 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         for name in "slurmctld.pid", "munged.pid":
             with suppress(FileNotFoundError, ProcessLookupError):
                 os.kill(int((folder / name).read_text()), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with cluster(Path(sys.argv[1]).resolve()) as up, suppress(KeyboardInterrupt):
-        print(f"export SLURM_CONF={up.environment['SLURM_CONF']} MASTER_ADDR=127.0.0.1", flush=True)
-        signal.pause()

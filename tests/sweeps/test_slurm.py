@@ -14,12 +14,7 @@ from test_sweeps import TINY
 from src.core.config import CONF
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-LONG = [
-    *TINY[:-3],
-    "optimizer.lr=0.1",
-    "callbacks.model_summary=null",
-    "callbacks.resume.every_steps=10",
-]
+LONG = [*TINY[:-3], "optimizer.lr=0.1", "callbacks.model_summary=null", "callbacks.resume.every_steps=10"]
 PROGRAM = [sys.executable, "-m", "src.train"]
 
 

@@ -342,10 +342,8 @@ def test_heat_map_shows_the_scores_over_one_key_or_two(tmp_path):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0.1", "1"]
     assert axes.patches[0].get_xy() == (-0.5, -0.5)  # around the best
     axes = plot_heat_map(compare(tmp_path / "0.1_0", tmp_path / "1_0")).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == [
-        "0.1",
-        "1",
-    ] and axes.get_xlabel() == "optimizer.lr"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "1"]
+    assert axes.get_xlabel() == "optimizer.lr"
     plt.close("all")
 
 
@@ -370,10 +368,8 @@ def test_bug_in_a_job_keeps_its_traceback(run_main, tmp_path, monkeypatch):
     monkeypatch.setattr(L.Trainer, "fit", fit_or_fail)
     result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 1 and "error: seed=1: ZeroDivisionError: a bug" in result.err
-    assert (
-        "in fit_or_fail" in read_status(tmp_path / "seed=1")["traceback"]
-        and (tmp_path / "seed=0/metrics.json").exists()
-    )
+    assert "in fit_or_fail" in read_status(tmp_path / "seed=1")["traceback"]
+    assert (tmp_path / "seed=0/metrics.json").exists()
 
 
 def test_sweep_continues_where_it_stopped_and_no_other_in_its_folder(run_main, tmp_path):
@@ -439,10 +435,7 @@ def test_killed_sweep_continues_to_bitwise_equal_weights(finished_sweep, run_mai
         (["optimizer=sgd,adamw", "optimizer.weight_decay=-1,0"], "optimizer.weight_decay=-1: must be"),
         (["optimizer=glob(x*)"], "a sweep without jobs"),
         (["hydra.callbacks.sweep.average_over=[seed,data.sed]"], "did you mean data.seed?"),
-        (
-            ["optimizer.lr=0.1,0.2", "hydra.sweep.subdir=${seed}"],
-            "jobs would share folders",
-        ),
+        (["optimizer.lr=0.1,0.2", "hydra.sweep.subdir=${seed}"], "jobs would share folders"),
     ],
 )
 def test_sweep_with_a_mistake_trains_nothing(run_main, tmp_path, arguments, words):
