@@ -24,7 +24,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
     from src.models.classifier import Classifier
     from src.training import run_record
-    from src.training.checkpoints import find_best_checkpoint, load_initial_weights
+    from src.training.checkpoints import find_monitored_checkpoint, load_initial_weights
     from src.training.console import print_results, silence_routine_output
     from src.training.instantiate import instantiate_all, instantiate_node, instantiate_task
     from src.training.resume import find_resume_checkpoint
@@ -40,7 +40,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
     reject_subprocesses_in_multirun(trainer)
-    if cfg.test == "best" and not find_best_checkpoint(trainer):
+    if cfg.test == "best" and not find_monitored_checkpoint(trainer):
         raise UserError("test=best: no callback keeps the best weights; set callbacks=default and optimized_metric=…")
     module, data = instantiate_task(cfg)
     checkpoint = find_resume_checkpoint(trainer) if cfg.resume else None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from scipy.ndimage import binary_dilation, binary_fill_holes, find_objects, label, maximum_filter, minimum_filter
+from scipy.ndimage import binary_dilation, binary_fill_holes, find_objects, grey_closing, label
 from torch import Tensor
 
 from src.core.errors import UserError
@@ -181,7 +181,7 @@ def _compare_nearby(pixels: Pixels) -> Pixels:
         pixels = 255 - pixels
     size = max(pixels.shape) // 8 * 2 + 1
     padded = np.pad(pixels, ((size, size), (size, size), (0, 0)), constant_values=-1)
-    closed = minimum_filter(maximum_filter(padded, (size, size, 1)), (size, size, 1))[size:-size, size:-size]
+    closed = grey_closing(padded, (size, size, 1))[size:-size, size:-size]
     return 255 * ((closed - pixels) / closed.clip(64)).max(2)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.core.errors import UserError
 
-IN_DISTRIBUTION = 0.9925  # fraction of training images below the threshold; then some 1% of new images are above
+THRESHOLD_QUANTILE = 0.9925  # fraction of training images below the threshold; then some 1% of new images are above
 FOLDS, MAX_FEATURES = 10, 512
 
 
@@ -80,5 +80,5 @@ def fit_ood_detector(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         distances[test] = compute_distances(features[test], *gaussians)
     scores = [*(distances[labels == label, label] for label in range(len(counts))), energy]
     mean, std = torch.stack([x.mean() for x in scores]), torch.stack([x.std() for x in scores]) + 1e-6
-    threshold = _compute_score(distances, energy, mean, std).quantile(IN_DISTRIBUTION).item()
+    threshold = _compute_score(distances, energy, mean, std).quantile(THRESHOLD_QUANTILE).item()
     return OODDetector(*gaussians, mean, std, threshold)

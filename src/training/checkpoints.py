@@ -1,4 +1,9 @@
-"""Read and write checkpoints, and start from the weights of another run."""
+"""Read and write checkpoints, and start from the weights of another run.
+
+Besides Lightning's state a checkpoint has, under `resume`, the sums of metrics and all that ResumeCheckpoint restores;
+the ImageSpec of the data module; the config of the task, among the hyperparameters, for `src.load`; and the seconds,
+samples and initial weights of RunRecorder for metrics.json.
+"""
 
 import io
 import json
@@ -96,7 +101,7 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
     return {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **reasons}
 
 
-def find_best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+def find_monitored_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
     """Return the first callback that keeps the weights with the best value of a metric."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     return next((callback for callback in callbacks if callback.monitor), None)

@@ -79,7 +79,7 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     It gets the network, the optimizer and the scheduler if its constructor takes them. Its own `net` replaces `model`.
     Lists in `task.loss`, such as weights of the classes, become tensors.
     """
-    node, accepts = cfg.task, _list_accepted_arguments(cfg.task)
+    node, accepts = cfg.task, _make_accepts(cfg.task)
     parts: dict[str, Any] = {}
     if accepts("net"):
         key = "task.net" if node.get("net") else "model"
@@ -113,13 +113,14 @@ def build_network(key: str, node: Any, spec: Any) -> Any:
     """Instantiate a network or a metric with the image shape and the number of classes, if its constructor has them."""
     inferred: dict[str, Any] = {}
     if node and spec is not None:
-        accepts, count = _list_accepted_arguments(node), len(spec.classes)
+        accepts, count = _make_accepts(node), len(spec.classes)
         values = {"inputs": spec.shape, "in_chans": spec.shape[0], "classes": count, "num_classes": count}
         inferred = {name: value for name, value in values.items() if accepts(name) and name not in node}
     return instantiate_node(key, node, **inferred)
 
 
-def _list_accepted_arguments(node: Any) -> Callable[[str], bool]:
+def _make_accepts(node: Any) -> Callable[[str], bool]:
+    """Return a function that tells whether the constructor of a node takes an argument of a name."""
     target = get_object(node["_target_"])
     parameters = signature(target).parameters
     has_kwargs = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -29,7 +29,7 @@ from src.core.config import iterate_items
 from src.core.errors import UserError
 from src.core.files import write_atomically
 from src.core.run_folder import METRICS_FILE, merge_overrides, read_strings, read_yaml, write_config
-from src.training.checkpoints import find_best_checkpoint, load_weights_only
+from src.training.checkpoints import find_monitored_checkpoint, load_weights_only
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 CHOICES = "experiment", "data", "model", "task", "optimizer", "scheduler"
@@ -183,7 +183,7 @@ def test(trainer: L.Trainer, module: L.LightningModule, data: Any, weights: str 
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if weights != "best":
         return metrics
-    if not (best := find_best_checkpoint(trainer)) or not best.best_model_path:
+    if not (best := find_monitored_checkpoint(trainer)) or not best.best_model_path:
         rank_zero_warn("test=best: no validation has ended, so only the last weights were tested")
         return metrics
     # Not by trainer.test(ckpt_path=…), which would load the states of the callbacks as well.
@@ -206,7 +206,7 @@ def write_results(
     It has the scores of the final epoch (epochs count from 1) and what they come from: settings, hardware, versions.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
-    best = checkpoint.best_model_path if (checkpoint := find_best_checkpoint(trainer)) else None
+    best = checkpoint.best_model_path if (checkpoint := find_monitored_checkpoint(trainer)) else None
     results = {
         "name": recorder.cfg.name,
         "overrides": recorder.overrides,

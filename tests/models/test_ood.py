@@ -11,7 +11,7 @@ from torch import nn
 
 from src import evaluate, predict
 from src.core.errors import UserError
-from src.models.ood import IN_DISTRIBUTION, compute_distances, extract_features, fit_ood_detector
+from src.models.ood import THRESHOLD_QUANTILE, compute_distances, extract_features, fit_ood_detector
 from src.training.predictor import load_predictor, load_test_data
 from tests.images.strokes import STROKES, smooth
 
@@ -110,6 +110,6 @@ def test_distances_are_mahalanobis_and_the_threshold_flags_the_promised_fraction
     distances = compute_distances(features, detector.means, detector.whitening, detector.feature_scale)
     assert distances.min(1).values.tolist() == pytest.approx([9, 0, 25], rel=0.25, abs=0.1)
     assert torch.equal(energy, -features.logsumexp(1))
-    assert detector.detect(net, images).float().mean() == pytest.approx(1 - IN_DISTRIBUTION, abs=1e-3)
+    assert detector.detect(net, images).float().mean() == pytest.approx(1 - THRESHOLD_QUANTILE, abs=1e-3)
     with pytest.raises(UserError, match="a class has 9 training images"):
         fit_ood_detector(net, [(images[:2009], labels[:2009])])
