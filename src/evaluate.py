@@ -107,6 +107,13 @@ def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
     return {"data": type(data).__name__, **scores}, text
 
 
+def choose_folder(file: Path, data_name: str) -> Path:
+    """Return the folder of the results, one per weights file and data set: below the run folder if it has one."""
+    is_in_run = file.parent.name == "checkpoints" and (file.parents[1] / ".hydra").is_dir()
+    parent = file.parents[1] / "evaluation" if is_in_run else Path("outputs/evaluation")
+    return parent / f"{file.stem}_{data_name}"
+
+
 @argparse_main
 def main() -> None:
     """Test a trained network: score the test images, or run the test of any other task."""
@@ -115,7 +122,8 @@ def main() -> None:
     parser.add_argument("--best", action="store_true", help="the best checkpoint of a run folder, not the last")
     parser.add_argument("--data", help="a config of conf/data; default: that of the training")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
-    parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder for scores and plots")
+    output_help = "folder for scores and plots; default: below the run folder, or below outputs/evaluation"
+    parser.add_argument("--output", type=Path, help=output_help)
     parser.add_argument("--fit-ood", action="store_true", help='fit what makes predict and draw say "not sure"')
     arguments = parser.parse_args()
 
@@ -126,15 +134,18 @@ def main() -> None:
         data = load_test_data(predictor, arguments.data, arguments.root)
         if arguments.fit_ood:
             return fit_ood(predictor, data)
-        scores, text = score_images(predictor, data, arguments.output)
+        folder = arguments.output or choose_folder(predictor.file, data.spec.name)
+        scores, text = score_images(predictor, data, folder)
     else:
         if arguments.fit_ood or arguments.data:
             load_predictor(arguments.weights)  # says why it cannot
         scores, text = run_test(predictor, arguments.root)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+        file = arguments.weights / "checkpoints" / ("best.ckpt" if arguments.best else "last.ckpt")
+        folder = arguments.output or choose_folder(file if file.exists() else arguments.weights, scores["data"])
+    folder.mkdir(parents=True, exist_ok=True)
     scores = {"weights": str(getattr(predictor, "file", arguments.weights)), **scores}
-    (arguments.output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    print(f"{os.path.relpath(scores['weights'])} on {scores['data']}", text, f"folder {arguments.output}", sep="\n")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    print(f"{os.path.relpath(scores['weights'])} on {scores['data']}", text, f"folder {folder}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -136,3 +136,10 @@ def test_checkpoint_saved_anywhere_is_loaded(finished_run, small_weights, tmp_pa
 def test_moved_run_folder_is_loaded(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path / "moved")
     assert load_predictor(tmp_path / "moved").file == tmp_path / "moved/checkpoints/last.ckpt"
+
+
+def test_results_have_a_folder_per_network_and_data(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    folder = evaluate.choose_folder(tmp_path / "checkpoints/best.ckpt", "digits")
+    assert folder == tmp_path / "evaluation/best_digits"
+    assert evaluate.choose_folder(Path("weights/mnist.pt"), "mnist") == Path("outputs/evaluation/mnist_mnist")
