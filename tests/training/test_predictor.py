@@ -1,6 +1,7 @@
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
