@@ -144,7 +144,8 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
 
 def reject_misspelled_additions(config: DictConfig) -> None:
     """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
-    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in config.hydra.overrides.task]
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task)  # an override may hold an interpolation
+    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in overrides]
     added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
     is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
     keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]

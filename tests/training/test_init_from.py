@@ -24,7 +24,8 @@ class Module(L.LightningModule):
     ("outputs", "skip", "loaded"),
     [(3, [], "bh"), (5, [], "b"), (3, ["head"], "b"), (3, ["b.*"], "h"), (3, ["model.body.weight", "head"], "")],
 )
-def test_tensors_of_equal_name_and_shape_are_loaded(tmp_path, capsys, of_network, outputs, skip, loaded):
+def test_tensors_of_equal_name_and_shape_are_loaded(tmp_path, capsys, monkeypatch, of_network, outputs, skip, loaded):
+    monkeypatch.setattr("src.training.checkpoints.is_verbose", lambda: True)  # whatever ran before in this process
     source, module = Module(outputs), Module()
     torch.save({"state_dict": (source.model if of_network else source).state_dict()}, tmp_path / "weights.pt")
     record = load_initial_weights(module, str(tmp_path / "weights.pt"), skip)
