@@ -93,7 +93,9 @@ def test_commands_are_accepted(file):
     """Compose and validate the config of each command that trains, for the first value of each swept key."""
     for command in sorted(read_commands(file.read_text()) if file.name != "own.md" else ()):
         if command.startswith("make ") and not is_untried(command):
-            printed = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+            printed = subprocess.run(
+                ["make", "--no-print-directory", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True
+            )
             command = printed.stdout.splitlines()[-1].replace(".venv/bin/", "")
         if is_untried(command):
             continue
