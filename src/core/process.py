@@ -24,7 +24,9 @@ def is_first_process() -> bool:
 
 def import_lightning() -> None:
     """Import Lightning and PyTorch, with a message on a terminal, without garbage collection, which finds nothing."""
-    message = "loading PyTorch …" if sys.stderr.isatty() and "lightning" not in sys.modules else ""
+    if "lightning" in sys.modules:  # freezing once more would keep what an earlier job left
+        return
+    message = "loading PyTorch …" if sys.stderr.isatty() else ""
     print(message, end="", file=sys.stderr, flush=True)
     gc.disable()
     # torchmetrics imports scipy.signal, which takes 0.8 s, only to give one of its windows an older name.
