@@ -19,9 +19,9 @@ def hash_seed(*keys: int) -> int:
     return seed
 
 
-def make_generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(*keys: int) -> torch.Generator:
     """Return a generator seeded by `hash_seed`."""
-    return torch.Generator(device).manual_seed(hash_seed(*keys))
+    return torch.Generator().manual_seed(hash_seed(*keys))
 
 
 class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other sampler for trainer.overfit_batches
