@@ -24,10 +24,9 @@ def test_ratios_are_those_of_the_printed_speeds(run_main):
 
 def test_runs_take_turns(monkeypatch):
     turns, steps = [], []
-    runs = {name: iter(lambda name=name: steps.append(name), 0) for name in "ca"}
     monkeypatch.setattr(speed, "WARMUP", 1)
-    timer = speed.InterleavedTimer(2, 2, {name: lambda trainer, name=name: runs[name] for name in runs})
-    timer.on_train_start(None, None)
+    timer = speed.InterleavedTimer(2, 2)
+    timer.others = {name: iter(lambda name=name: steps.append(name), 0) for name in "ca"}
     module = SimpleNamespace(device=torch.device("cpu"))
     for step in range(2 * 3 + 1):
         timer.on_train_batch_start(SimpleNamespace(global_step=step), module, None, step)
@@ -40,24 +39,27 @@ def test_runs_take_turns(monkeypatch):
 
 @pytest.mark.slow
 def test_time_to_accuracy_compares_whole_runs(run_main):
-    result = run_main("--time-to", 30, "data=digits", "trainer.max_steps=30", "--seeds", 2, "seed=3", main=main)
+    seeds = "--seeds", 2, "--baseline-seeds", 2, "seed=3"
+    short = "experiment=fast", "data=digits", "trainer.max_steps=30", *seeds
+    result = run_main("--time-to", 30, *short, main=main)
     assert result.code == 0, result.err
-    *own, baseline = (float(seconds) for seconds in re.findall(r"([\d.]+) s$", result.out, re.M))
-    assert float(re.search(r"^c  seed 3  ([\d.]+)%", result.out, re.M)[1]) >= 30
-    accuracies = [float(percent) for percent in re.findall(r"^b  seed [34]  ([\d.]+)%", result.out, re.M)]
-    assert len(own) == len(accuracies) == 2
-    mean = float(re.search(r"^b    ([\d.]+) ± ", result.out, re.M)[1])
-    assert mean == pytest.approx(sum(accuracies) / 2, abs=0.011)
-    ratio = float(re.search(r"^c/b +([\d.]+)", result.out, re.M)[1])
-    assert ratio == pytest.approx(baseline / sum(own) * 2, abs=0.1 + 0.2 / sum(own))
+    runs = re.findall(r"^b  seed [34]  ([\d.]+)% at the end, ([\d.]+) s$", result.out, re.M)
+    baselines = re.findall(r"^c  seed [34]  ([\d.]+)% after (\d+) epochs, ([\d.]+) s$", result.out, re.M)
+    assert len(runs) == len(baselines) == 2 and all(float(accuracy) >= 30 for accuracy, *_ in baselines)
+    mean, low, high = map(float, re.search(r"^b    ([\d.]+) ± .* ([\d.-]+) to ([\d.]+)%", result.out, re.M).groups())
+    assert mean == pytest.approx(sum(float(accuracy) for accuracy, _ in runs) / 2, abs=0.011) and low <= mean <= high
+    own, other = (sum(float(seconds) for *_, seconds in lines) for lines in (runs, baselines))
+    ratio, error = map(float, re.search(r"^c/b +([\d.]+) ± ([\d.]+)", result.out, re.M).groups())
+    assert ratio == pytest.approx(other / own, abs=0.1 + 0.4 / own) and error < other / own
 
 
 def test_time_to_accuracy_computes_soft_labels_for_each_seed(run_main, tmp_path, small_weights):
     pytest.importorskip("src.distillation", reason="distillation is deleted")
     target = "src.distillation.soft_labels.SoftLabels"
     soft_labels = f"+data.soft_labels={{_target_:{target},teachers:[{small_weights}],folder:{tmp_path / 'cache'}}}"
-    short = "data=digits", soft_labels, "trainer.max_steps=3", "--seeds", 2, "task.distill_weight=0"
-    result = run_main("--time-to", 1, *short, "experiment=fast", main=main)
+    seeds = "--seeds", 2, "--baseline-seeds", 1
+    short = "experiment=fast", "data=digits", soft_labels, "trainer.max_steps=3", *seeds, "task.distill_weight=0"
+    result = run_main("--time-to", 1, *short, main=main)
     assert result.code == 0, result.err
     assert result.err.count("computing teacher outputs, epoch 1") == 2 and not (tmp_path / "cache").exists()
 
