@@ -260,7 +260,7 @@ def test_play_trains_and_two_learning_rates_are_compared(lesson):
     cells = page.locator("#compared tr >> nth=1").locator("td").all_text_contents()
     losses = [train_as_on_page(WORKED, lr, "equations")[step - 1]["E_total"] for lr in (0.5, 2)]
     assert cells == [f"{loss:.4g}" for loss in losses]
-    assert page.locator("polyline.second").count() == 2
+    assert page.locator("#charts polyline.second").count() == 2
 
 
 def test_drawing_and_formula_come_before_the_sliders_on_a_phone(lesson):
