@@ -175,7 +175,7 @@ def _quote(override: str) -> str:
     """Quote paths and whatever Hydra's grammar has no token for, so that it is taken as typed; expand ~."""
     override = re.sub(r"^init_from=(?!\{)", "init_from.path=", override)
     key, _, value = override.partition("=")
-    if not re.fullmatch(r"[\w.+@/]+", key) or re.match(r"$|['\"]", value):
+    if not re.fullmatch(r"[\w.+@/]+", key) or re.match(r"$|([{\[].*)?['\"]", value):
         return override
     is_path = re.search(r"[^\w./+:%@-]", value) and (key in PATH_KEYS or Path(value).expanduser().exists())
     string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`])[^,\[\]{}'\"]*"

@@ -9,11 +9,13 @@ import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -31,7 +33,7 @@ ALLOWED_TARGETS = re.compile(
     r"|lightning\.Trainer"
     r"|optuna\.(samplers|pruners)\.[A-Z]\w*"
     r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
-    r"|torchvision\.models\.[A-Za-z]\w*"
+    r"|torchvision\.(models\.[A-Za-z]|ops\.[A-Z])\w*"
     r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
 )
 # Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
@@ -56,8 +58,11 @@ def resolve_config(config: DictConfig) -> DictConfig:
     """Return the config without interpolations, so that what is validated is what is instantiated.
 
     Infer `optimized_mode` from the name of the metric if it is null. Raises UserError for a missing value and for
-    a value that would be interpolated again.
+    a value that would be interpolated again. Outside a Hydra program the run folder is named here.
     """
+    if OmegaConf.is_interpolation(config, "output_dir") and not HydraConfig.initialized():
+        config = config.copy()
+        config.output_dir = f"outputs/{config.name}/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     if "optimized_mode" in config and config.optimized_mode is None:
         config = config.copy()
         config.optimized_mode = infer_mode(config.optimized_metric)
@@ -94,7 +99,7 @@ def validate_config(config: DictConfig) -> None:
             raise UserError(
                 f"_target_={target}: neither a class of this project, or a function that is annotated to return an "
                 "object, nor one that configs may name of its libraries; add its package to allowed_packages in "
-                "conf/train.yaml"
+                "the file conf/train.yaml"
             )
         annotations = get_annotations(target) | NODE_KEYS.get(prefix, {}) if target else {} if prefix else ROOT_KEYS
         for name, value in node.items():

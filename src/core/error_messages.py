@@ -86,7 +86,10 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
     if isinstance(error, UnicodeDecodeError):  # Hydra's reader has the name of a config
         files = [frame.f_locals["full_path"] for frame in frames if "full_path" in frame.f_locals]
         return f"{files[-1]}: {text}; save it as UTF-8" if files else None
-    origin = frames[-1].f_globals.get("__name__", "") if frames else ""
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
+    if isinstance(error, AttributeError) and "lightning.pytorch.callbacks.finetuning" in modules:
+        return f"BackboneFinetuning: {text}; 'callbacks=[default,freeze]' freezes layers of any task"
+    origin = modules[-1] if modules else ""
     key = next((key for package, key in LATE_CHECKS.items() if origin.startswith(package)), None)
     is_setting = key == "trainer" and isinstance(error, ValueError | RuntimeError)
     if type(error).__name__ == "MisconfigurationException" or is_setting:

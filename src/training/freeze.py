@@ -16,7 +16,7 @@ class FreezeParameters(Callback):
 
     Batch norms that match stay in evaluation mode. Unlike Lightning's BaseFinetuning, which adds parameters to the
     optimizer when it unfreezes them, this suits schedulers of all steps and exact resume: the optimizer has all
-    parameters from the start, and skips those without gradients. Raises UserError if nothing matches.
+    parameters from the start, and skips those without gradients. Raises UserError if no or every parameter matches.
     """
 
     def __init__(self, pattern: NonEmptyStr, epochs: PositiveInt | None = None) -> None:
@@ -28,9 +28,9 @@ class FreezeParameters(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         named = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
         self.parameters = [parameter for name, parameter in named.items() if self.pattern.fullmatch(name)]
-        if not self.parameters:
-            names = shorten(", ".join(named), 200)
-            raise UserError(f"callbacks.freeze: {self.pattern.pattern} matches none of {names}")
+        if len(self.parameters) in (0, len(named)):
+            count, names = "all" if self.parameters else "none", shorten(", ".join(named), 200)
+            raise UserError(f"callbacks.freeze.pattern: matches {count} of {names}; (?!.*fc).* is all but fc")
         norms = {name: layer for name, layer in pl_module.named_modules() if hasattr(layer, "running_mean")}
         matched = [layer for name, layer in norms.items() if self.pattern.fullmatch(f"{name}.running_mean")]
         self.batch_norms = [layer for layer in matched if layer.training]

@@ -154,7 +154,7 @@ def load_test_data(predictor: Predictor, choice: str | None = None, root: Path |
     data: Any = predictor.data and OmegaConf.to_container(predictor.data)
     if choice or data is None:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("train", overrides=[f"data={choice or predictor.spec.name}", "output_dir=."])
+            config = compose("train", overrides=[f"data={choice or predictor.spec.name}"])
         data = OmegaConf.to_container(resolve_config(config).data)
     overrides = {"augment": None, "soft_labels": None} | ({"root": str(root)} if root else {})
     module = instantiate_node("data", data | overrides)

@@ -67,7 +67,8 @@ class RunRecorder(Callback):
         self.started_at = now
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.cfg.resume and trainer.is_global_zero:  # perhaps longer than before
+        has_new_config = self.cfg.resume or not HydraConfig.initialized()  # perhaps trained longer, or in a notebook
+        if has_new_config and trainer.is_global_zero:
             write_config(self.cfg, Path(self.cfg.output_dir), self.overrides)
             Path(self.cfg.output_dir, METRICS_FILE).unlink(missing_ok=True)
         _log_hyperparameters(trainer, self.cfg, _collect_hyperparameters(self.cfg, self.overrides, self.choices))

@@ -122,6 +122,7 @@ def test_damaged_config_is_named_with_its_line(run_main, tmp_path, content, word
         ("data.root=/x/käse", "/x/käse"),
         ("name=Übung,7", ["Übung", 7]),
         ("data.soft_labels.teachers=[~/ä.pt,b.pt]", [os.path.expanduser("~/ä.pt"), "b.pt"]),
+        ("optimizer.groups.x={pattern: '(?!.*fc)', lr: 1}", {"pattern": "(?!.*fc)", "lr": 1}),
         ("seed=range(3)", [0, 1, 2]),
     ],
 )

@@ -109,4 +109,4 @@ def test_commands_are_accepted(file):
         ]
         chosen = [f"{each.input_line.partition('=')[0]}={value}" for each, value in zip(parsed, first, strict=True)]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            validate_config(resolve_config(compose(program.removeprefix("src."), [*chosen, "output_dir=."])))
+            validate_config(resolve_config(compose(program.removeprefix("src."), chosen)))

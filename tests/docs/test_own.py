@@ -161,7 +161,7 @@ def test_own_network_trains_and_a_package_must_be_allowed(project):
     assert {"train/loss", "val/acc", "test/acc"} <= project.read_metrics("tiny")["metrics"].keys()
     assert results[1].err == f"{message}\n"
     assert project.read_metrics("resnet")["parameters"] == 11_176_512 + 2 * 513
-    assert f"_target_={target}" in results[3].err and "allowed_packages in conf/train.yaml" in results[3].err
+    assert f"_target_={target}" in results[3].err and "allowed_packages in the file conf/train.yaml" in results[3].err
     assert json.loads(results[4].out)[0]["digit"] in range(10)
 
     project.replace("conf/train.yaml", "allowed_packages: []", allowed)

@@ -41,8 +41,10 @@ def test_frozen_layers_keep_weights_and_statistics_until_they_are_trained(
         assert read_outcome(tmp_path / folder) == read_outcome(tmp_path / "whole")
     state = load_state(tmp_path / "whole")
     assert not any(torch.equal(tensor, state[f"net.{name}"]) for name, tensor in initial.items())
-    result = run_main(*tune, "callbacks.freeze.pattern=head", f"hydra.run.dir={tmp_path / 'none'}")
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "matches none of net.conv1.0.weight" in result.err
+    for pattern, count in ("head", "none"), ("(?!fc).*", "all"):
+        result = run_main(*tune, f"callbacks.freeze.pattern={pattern}", f"hydra.run.dir={tmp_path / 'none'}")
+        assert result.code == 2 and len(result.err.splitlines()) == 1
+        assert f"matches {count} of net.conv1.0.weight" in result.err
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, Muon])

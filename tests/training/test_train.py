@@ -226,6 +226,7 @@ def test_missing_training_metric_is_reported_after_one_epoch(train):
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.BackboneFinetuning}"], "'callbacks=[default,freeze]'"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
