@@ -2,54 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src import load
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import format_metric
-
-
-def compute_scores(log_probabilities: Any, labels: Any) -> dict[str, Any]:
-    """Return scores of [N, classes] log-probabilities as plain values: accuracies as fractions, the loss in nats."""
-    from torch.nn.functional import nll_loss
-    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
-
-    from src.training.plots import find_worst_mistakes
-
-    probabilities, classes = log_probabilities.exp(), log_probabilities.shape[1]
-    counts, predicted = multiclass_confusion_matrix(probabilities, labels, classes), probabilities.argmax(1)
-    return {
-        "images": len(labels),
-        "mistakes": int((predicted != labels).sum()),
-        "accuracy": (predicted == labels).float().mean().item(),
-        "loss": nll_loss(log_probabilities, labels).item(),
-        "calibration_error": multiclass_calibration_error(probabilities, labels, classes).item(),
-        "accuracy_by_class": [int(x[i]) / int(x.sum()) if x.any() else None for i, x in enumerate(counts)],
-        "confusion_matrix": counts.tolist(),
-        "worst_mistakes": [
-            {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
-            for i in find_worst_mistakes(labels, probabilities).tolist()
-        ],
-    }
-
-
-def format_scores(scores: dict[str, Any], label_name: str, classes: Sequence[str]) -> str:
-    """Format one row per class and the totals."""
-    width = max(5, *map(len, classes))
-    lines = [f"{label_name:>{width}}  images  mistakes  accuracy  most often predicted as"]
-    for label, counts in enumerate(scores["confusion_matrix"]):
-        mistakes = {other: count for other, count in enumerate(counts) if other != label and count}
-        most = max(mistakes.values(), default=0)
-        confused = ", ".join(classes[other] for other, count in mistakes.items() if count == most)
-        confused += f" ({most} times)" if most > 1 else ""
-        row = f"{classes[label]:>{width}}  {sum(counts):>6}  {sum(mistakes.values()):>8}"
-        accuracy = scores["accuracy_by_class"][label]
-        lines.append(f"{row}  {'no image' if accuracy is None else f'{accuracy:8.2%}'}  {confused}".rstrip())
-    lines.append(f"{'all':>{width}}  {scores['images']:>6}  {scores['mistakes']:>8}  {scores['accuracy']:8.2%}")
-    lines.append(f"loss {scores['loss']:.5f}, expected calibration error {scores['calibration_error']:.3%}")
-    return "\n".join(lines)
+from src.core.process import import_lightning
 
 
 def fit_ood(predictor: Any, data: Any) -> None:
@@ -71,22 +29,44 @@ def fit_ood(predictor: Any, data: Any) -> None:
 def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any], str]:
     """Score the test images; plot the confusion matrix and the worst mistakes. Return the scores and their text."""
     import torch
+    from sklearn.metrics import classification_report
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-    from src.training.plots import plot_confusion_matrix, plot_mistakes, save_figure
+    from src.training.plots import find_worst_mistakes, plot_confusion_matrix, plot_mistakes, save_figure
 
     with torch.inference_mode():
         parts = [(images, labels, predictor(images)) for images, labels in data.raw_batches("test")]
     images, labels, log_probabilities = (torch.cat(part) for part in zip(*parts, strict=True))
-    probabilities, classes = log_probabilities.exp(), predictor.spec.classes
+    probabilities, predicted, classes = log_probabilities.exp(), log_probabilities.argmax(1), predictor.spec.classes
     save_figure(plot_confusion_matrix(labels, probabilities, classes), folder / "confusion.png")
-    if mistakes := plot_mistakes(images, labels, probabilities, classes):
-        save_figure(mistakes, folder / "mistakes.png")
-    scores = compute_scores(log_probabilities, labels)
-    extra = {name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()}
-    lines = [format_scores(scores, predictor.spec.label_name, classes)]
-    for name, value in extra.items():
-        lines.append(f"{name} {', '.join(f'{x:.4f}' for x in (value if isinstance(value, list) else [value]))}")
-    return {"data": data.spec.name, **scores, **extra}, "\n".join(lines)
+    if figure := plot_mistakes(images, labels, probabilities, classes):
+        save_figure(figure, folder / "mistakes.png")
+
+    def report(**options: Any) -> Any:
+        names = {"labels": range(len(classes)), "target_names": classes, "zero_division": 0}
+        return classification_report(labels.numpy(), predicted.numpy(), **names, **options)
+
+    metrics = {name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()}
+    scores = {
+        "data": data.spec.name,
+        "images": len(labels),
+        "mistakes": int((predicted != labels).sum()),
+        "accuracy": (predicted == labels).float().mean().item(),
+        "loss": torch.nn.functional.nll_loss(log_probabilities, labels).item(),
+        "calibration_error": multiclass_calibration_error(probabilities, labels, len(classes)).item(),
+        **metrics,
+        "report": report(output_dict=True),
+        "confusion_matrix": multiclass_confusion_matrix(probabilities, labels, len(classes)).tolist(),
+        "worst_mistakes": [
+            {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
+            for i in find_worst_mistakes(labels, probabilities).tolist()
+        ],
+    }
+    totals = (
+        "{mistakes:,} mistakes in {images:,} images: accuracy {accuracy:.2%}, loss {loss:.5f}, expected calibration "
+    )
+    lines = [report(digits=4), (totals + "error {calibration_error:.3%}").format(**scores)]
+    return scores, "\n".join([*lines, *(f"{name} {value}" for name, value in metrics.items())])
 
 
 def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
@@ -119,7 +99,6 @@ def main() -> None:
     """Test a trained network: score the test images, or run the test of any other task."""
     parser = Parser(prog="python -m src.evaluate", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run folder, not the last")
     parser.add_argument("--data", help="a config of conf/data; default: that of the training")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     output_help = "folder for scores and plots; default: below the run folder, or below outputs/evaluation"
@@ -127,25 +106,26 @@ def main() -> None:
     parser.add_argument("--fit-ood", action="store_true", help='fit what makes predict and draw say "not sure"')
     arguments = parser.parse_args()
 
-    predictor = load(arguments.weights, best=arguments.best, use_ood=not arguments.fit_ood)
-    from src.training.predictor import Predictor, load_predictor, load_test_data
+    import_lightning()
+    from src.training.predictor import Predictor, find_weights_file, load, load_predictor, load_test_data
 
+    file = find_weights_file(arguments.weights)
+    if arguments.fit_ood or arguments.data:  # only for classifiers of images
+        predictor = load_predictor(file, use_ood=False)
+    else:
+        predictor = load(file, use_ood=False)
     if isinstance(predictor, Predictor):
         data = load_test_data(predictor, arguments.data, arguments.root)
         if arguments.fit_ood:
             return fit_ood(predictor, data)
-        folder = arguments.output or choose_folder(predictor.file, data.spec.name)
+        folder = arguments.output or choose_folder(file, data.spec.name)
         scores, text = score_images(predictor, data, folder)
     else:
-        if arguments.fit_ood or arguments.data:
-            load_predictor(arguments.weights)  # says why it cannot
         scores, text = run_test(predictor, arguments.root)
-        file = arguments.weights / "checkpoints" / ("best.ckpt" if arguments.best else "last.ckpt")
-        folder = arguments.output or choose_folder(file if file.exists() else arguments.weights, scores["data"])
+        folder = arguments.output or choose_folder(file, scores["data"])
     folder.mkdir(parents=True, exist_ok=True)
-    scores = {"weights": str(getattr(predictor, "file", arguments.weights)), **scores}
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    print(f"{os.path.relpath(scores['weights'])} on {scores['data']}", text, f"folder {folder}", sep="\n")
+    (folder / "scores.json").write_text(json.dumps({"weights": str(file), **scores}, indent=1) + "\n", encoding="utf-8")
+    print(f"{os.path.relpath(file)} on {scores['data']}", text, f"folder {folder}", sep="\n")
 
 
 if __name__ == "__main__":

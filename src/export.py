@@ -5,7 +5,6 @@ of uint8 images, [N, 1, 28, 28] and white on black for MNIST, to [N, classes] lo
 """
 
 import logging
-import os
 from pathlib import Path
 
 from src.cli.argparse_main import Parser, argparse_main
@@ -17,7 +16,6 @@ def main() -> None:
     """Export a trained network to ONNX and torch.export."""
     parser = Parser(prog="python -m src.export", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
-    parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     parser.add_argument("--output", type=Path, default=Path("outputs/export"), help="folder for the exports")
     arguments = parser.parse_args()
 
@@ -28,20 +26,12 @@ def main() -> None:
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise UserError(f"{error.name} is missing; type pip install -e '.[export]'") from error
-    from src.data.datasets import has_mnist
-    from src.training.predictor import load_predictor, load_test_data
+    from src.training.predictor import load_predictor
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     predictor = load_predictor(arguments.weights, use_ood=False)
     predictor.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # export warns of channels_last
-    # Without MNIST the exports are compared on the bundled digits.
-    root = arguments.root or Path(os.environ.get("MNIST_ROOT", "data"))
-    choice = "digits" if predictor.spec.name == "mnist" and not has_mnist(root) else None
-    try:
-        data = load_test_data(predictor, choice, arguments.root)
-    except UserError as error:
-        raise UserError(f"{error} (the exports are compared with PyTorch on its test images)") from error
-    images, labels = (tensor[:1000] for tensor in next(data.raw_batches("test")))
+    images = torch.randint(256, (100, *predictor.spec.shape), dtype=torch.uint8)
 
     dynamic_shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     try:
@@ -49,7 +39,7 @@ def main() -> None:
     except Exception as error:  # torch.export raises errors of many types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{type(predictor.net).__name__} cannot be exported by torch.export ({reason})") from error
-    stem = "digits" if predictor.spec.label_name == "digit" else data.spec.name
+    stem = "digits" if predictor.spec.label_name == "digit" else predictor.spec.name
     onnx_file, program_file = (arguments.output / f"{stem}.{suffix}" for suffix in ("onnx", "pt2"))
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -63,17 +53,14 @@ def main() -> None:
     def run_onnx(batch: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
-    exported = torch.export.load(program_file).module()
-    print(f"{len(images):,} test images of {data.spec.name}, differences from PyTorch:")
+    print(f"largest difference from PyTorch's log-probabilities of {len(images)} random images:")
     with torch.inference_mode():
         expected = predictor(images)
-        for name, run in (os.path.relpath(predictor.file), predictor), (onnx_file, run_onnx), (program_file, exported):
+        for file, run in (onnx_file, run_onnx), (program_file, torch.export.load(program_file).module()):
             outputs = torch.cat([run(images[:1]), run(images[1:])])  # two batch sizes
-            accuracy, difference = (outputs.argmax(1) == labels).float().mean(), (outputs - expected).abs().max()
-            of_probabilities = (outputs.exp() - expected.exp()).abs().max()
-            differences = f"maximum difference {difference:.1e} (of probabilities {of_probabilities:.1e})"
-            print(f"{name}  accuracy {accuracy:.2%}  {differences}")
-            assert of_probabilities < 1e-4, f"{name} does not compute what PyTorch does"
+            difference = (outputs - expected).abs().max().item()
+            print(f"{file}  {difference:.1e}")
+            assert difference < 1e-3, f"{file} does not compute what PyTorch does"
 
 
 if __name__ == "__main__":

@@ -74,17 +74,23 @@ class Predictor(nn.Module):
         return predictions
 
 
-def load(path: Path | str | None = None, best: bool = False, net: nn.Module | None = None, use_ood: bool = True) -> Any:
-    """Load a run folder (its last or best checkpoint), a .ckpt or a .pt file; default: shipped. Raises UserError.
+def find_weights_file(path: Path | str | None = None) -> Path:
+    """Return the last checkpoint of a run folder, or the file itself; default: the shipped weights."""
+    path = Path(path or SHIPPED_WEIGHTS)
+    return path / "checkpoints/last.ckpt" if path.is_dir() else path
+
+
+def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: bool = True) -> Any:
+    """Load a run folder (its last checkpoint), a .ckpt or a .pt file; default: shipped. Raises UserError.
 
     A classifier of images is returned as a Predictor, any other task as its LightningModule, in evaluation mode. `net`
     is the network of a checkpoint that was trained without a config.
     """
-    path = Path(path or SHIPPED_WEIGHTS)
-    file = path / f"checkpoints/{'best' if best else 'last'}.ckpt" if path.is_dir() else path
+    file = find_weights_file(path)
     try:
         if not file.is_file():
-            raise UserError("it is a sweep" if any(path.glob("*/checkpoints")) else "no such file")
+            is_sweep = path and any(Path(path).glob("*/checkpoints"))
+            raise UserError("it is a sweep" if is_sweep else "no such file")
         content = load_weights_only(file)
         state = content.get("state_dict") if isinstance(content, dict) else None
         if not isinstance(state, dict) or not is_finite(state):

@@ -1,13 +1,11 @@
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 
 from src import export
 from src.core import config
-from src.data.datasets import MNIST, Digits
 from src.data.image_spec import ImageSpec
 from src.training.instantiate import build_network
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
@@ -15,25 +13,19 @@ from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def run_export(run_main, folder, *arguments):
-    result = run_main(*arguments, "--output", folder, main=export.main)
-    assert result.code == 0, result.err
-    session = onnxruntime.InferenceSession(folder / "digits.onnx", providers=["CPUExecutionProvider"])
-    return result, {
-        "onnx": lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
-        "torch.export": torch.export.load(folder / "digits.pt2").module(),
-    }
-
-
-def test_exports_of_any_batch_size_compute_what_pytorch_does(run_main, small_weights, tmp_path):
-    result, exports = run_export(run_main, tmp_path / "new", small_weights, "--root", tmp_path)
-    predictor, images = load_predictor(small_weights), Digits().load(tmp_path).test.images
-    for name, exported in exports.items():
-        for count in 1, 2, 7, 360:
-            expected = predictor(images[:count])
-            torch.testing.assert_close(exported(images[:count]), expected, atol=1e-5, rtol=0, msg=name)
-    assert "360 test images of digits" in result.out and result.out.count("maximum difference") == 3
+@pytest.mark.parametrize("weights", [None, pytest.param(SHIPPED_WEIGHTS, marks=pytest.mark.slow)])
+def test_exports_of_any_batch_size_compute_what_pytorch_does(run_main, small_weights, tmp_path, weights):
+    result = run_main(weights or small_weights, "--output", tmp_path / "new", main=export.main)
+    assert result.code == 0 and "100 random images" in result.out, result.err
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"digits.onnx", "digits.pt2"}
+    session = onnxruntime.InferenceSession(tmp_path / "new/digits.onnx", providers=["CPUExecutionProvider"])
+    program = torch.export.load(tmp_path / "new/digits.pt2").module()
+    predictor = load_predictor(weights or small_weights)
+    for count in 1, 2, 7, 360:
+        images = torch.randint(256, (count, 1, 28, 28), dtype=torch.uint8)
+        expected = predictor(images)
+        for outputs in torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), program(images):
+            torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -48,34 +40,18 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
     if model["_target_"].startswith("timm"):
         pytest.importorskip("timm")
         monkeypatch.setattr(config, "ALLOWED_TARGETS", re.compile("timm.create_model"))
-    images, labels = np.random.default_rng(0).integers(256, size=(24, 32, 32, 3), dtype="uint8"), np.arange(24) % 4
-    np.savez(tmp_path / "own.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    spec = ImageSpec("npz", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
+    spec = ImageSpec("pets", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
     net = build_network("model", model, spec)
     torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")
-    result = run_main(tmp_path / "net.pt", "--root", tmp_path / "own.npz", "--output", tmp_path, main=export.main)
+    result = run_main(tmp_path / "net.pt", "--output", tmp_path, main=export.main)
     assert result.code == 0, result.err
-    assert {file.name for file in tmp_path.iterdir()} >= {"own.onnx", "own.pt2"}
+    assert {file.name for file in tmp_path.iterdir()} == {"net.pt", "pets.onnx", "pets.pt2"}
     assert load_predictor(tmp_path / "net.pt")(torch.zeros(1, 3, 32, 32)).shape == (1, 4)  # no fake tensor left
-
-
-@pytest.mark.mnist
-@pytest.mark.slow
-def test_exported_shipped_weights_agree_on_1000_test_images(run_main, real_mnist, tmp_path):
-    result, exports = run_export(run_main, tmp_path, "--root", real_mnist)
-    images, labels = (tensor[:1000] for tensor in MNIST().load(real_mnist).test)
-    expected = load_predictor(SHIPPED_WEIGHTS)(images)
-    for exported in exports.values():
-        # Log-probabilities go down to -53, where float32's steps are 4e-6 and PyTorch's memory layouts differ by 1e-5.
-        torch.testing.assert_close(exported(images), expected, atol=1e-5, rtol=1e-6)
-        assert torch.equal(exported(images).argmax(1), expected.argmax(1))
-    accuracy = (expected.argmax(1) == labels).float().mean()
-    assert accuracy > 0.99 and result.out.count(f"accuracy {accuracy:.2%}") == 3
 
 
 def test_missing_extra_or_unwritable_folder_is_one_line(run_main, small_weights, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    result = run_main(small_weights, "--output", tmp_path / "file", "--root", tmp_path, main=export.main)
+    result = run_main(small_weights, "--output", tmp_path / "file", main=export.main)
     assert result.code == 2 and result.err.splitlines()[-1].endswith("File exists; choose another folder")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_main(small_weights, main=export.main)

@@ -2,10 +2,12 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from torch import nn
 
 import src
 from src import evaluate
@@ -63,16 +65,28 @@ def test_shipped_weights_score_what_their_run_did(run_main, real_mnist, tmp_path
     assert scores["loss"] == pytest.approx(recorded["test/loss"], rel=1e-3)
 
 
-def test_scores_equal_those_computed_by_hand():
-    probabilities, labels = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]]), torch.tensor([0, 1, 1, 0])
-    scores = evaluate.compute_scores(probabilities.log(), labels)
-    assert scores["accuracy"] == 0.5 and scores["accuracy_by_class"] == [0.5, 0.5] and scores["mistakes"] == 2
-    assert scores["confusion_matrix"] == [[1, 1], [1, 1]]
+class FixedOutputs(nn.Module):
+    """Return four rows of probabilities, whatever the images."""
+
+    spec, metrics = SimpleNamespace(classes=("cat", "dog", "emu"), name="pets"), {}
+
+    def forward(self, images):
+        return torch.tensor([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0], [0.3, 0.7, 0.0]]).log()
+
+
+def test_scores_equal_those_computed_by_hand(tmp_path):
+    batch = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
+    data = SimpleNamespace(raw_batches=lambda split: [batch], spec=FixedOutputs.spec)
+    scores, text = evaluate.score_images(FixedOutputs(), data, tmp_path)
+    assert scores["accuracy"] == 0.5 and scores["mistakes"] == 2 and scores["data"] == "pets"
+    assert scores["report"]["cat"] == {"precision": 0.5, "recall": 0.5, "f1-score": 0.5, "support": 2}
+    assert scores["report"]["emu"]["support"] == 0
+    assert scores["confusion_matrix"] == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     assert scores["loss"] == pytest.approx(-(torch.tensor([0.9, 0.4, 0.8, 0.3]).log().mean().item()))
     # Each image is in a bin of its own: the mean of |1 - 0.9|, |0 - 0.6|, |1 - 0.8|, |0 - 0.7|.
     assert scores["calibration_error"] == pytest.approx(0.4)
     assert [mistake["index"] for mistake in scores["worst_mistakes"]] == [3, 1]
-    assert "0       2         1    50.00%  1" in evaluate.format_scores(scores, "digit", "01")
+    assert "2 mistakes in 4 images: accuracy 50.00%, loss" in text
 
 
 @pytest.mark.parametrize(
