@@ -22,7 +22,6 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
 
     from src.core.errors import UserError
     from src.core.process import disable_malloc_trimming, reject_subprocesses_in_multirun
-    from src.models.classifier import Classifier
     from src.training import run_record
     from src.training.checkpoints import find_monitored_checkpoint, load_initial_weights
     from src.training.console import print_results, silence_routine_output
@@ -32,10 +31,9 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     silence_routine_output()
     disable_malloc_trimming()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    folder, recorder = Path(cfg.output_dir), run_record.RunRecorder(cfg)
+    recorder = run_record.RunRecorder(cfg)
     callbacks = [*instantiate_all("callbacks", cfg.callbacks), *extra_callbacks, recorder]
     loggers = instantiate_all("logger", cfg.logger)
-    run_record.continue_logger_runs(loggers, folder, bool(cfg.resume))
     if not loggers:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
@@ -46,22 +44,17 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     checkpoint = find_resume_checkpoint(trainer) if cfg.resume else None
     if cfg.init_from.path and not checkpoint:
         recorder.initial_weights = load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip)
-    try:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        started_at = perf_counter()
-        metrics = dict(trainer.callback_metrics)
-        if cfg.test:
-            metrics |= run_record.test(trainer, module, data, cfg.test)
-        test_seconds = perf_counter() - started_at
-    finally:
-        run_record.finish_loggers(trainer)
-    results = run_record.write_results(recorder, trainer, metrics, test_seconds)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    started_at = perf_counter()
+    metrics = dict(trainer.callback_metrics)
+    if cfg.test:
+        metrics |= run_record.test_weights(trainer, module, data, cfg.test)
+    results = run_record.write_results(recorder, trainer, metrics, perf_counter() - started_at)
     if trainer.is_global_zero:
-        is_image_classifier = isinstance(module, Classifier) and hasattr(data, "spec")
-        programs = ("evaluate", "draw") if is_image_classifier else ("evaluate",) if cfg.test else ()
-        print_results(results, folder, programs)
-    if cfg.optimized_metric is not None:
-        run_record.reject_missing_metric("optimized_metric", cfg.optimized_metric, results["metrics"])
+        print_results(results, Path(cfg.output_dir))
+    if cfg.optimized_metric not in (None, *metrics):
+        names = ", ".join(sorted(metrics))
+        raise UserError(f"optimized_metric={cfg.optimized_metric}: not logged, logged are {names}; set one or null")
     return results["metrics"].get(cfg.optimized_metric)
 
 

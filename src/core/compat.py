@@ -78,19 +78,6 @@ def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     return result.return_value
 
 
-def add_summary(writer: Any, summary: Any) -> None:
-    """A summary that torch's SummaryWriter has no method for."""
-    writer._get_file_writer().add_summary(summary)
-
-
-def continue_logger_run(logger: Any, name: str) -> None:
-    """Makes W&B's or MLflow's logger go on with the run of that name, which was begun in another process."""
-    if hasattr(logger, "_wandb_init"):
-        logger._id = logger._wandb_init["id"] = name
-    else:
-        logger._run_id = name
-
-
 def get_loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
     """Return the states of the training DataLoaders that have one, as torchdata's StatefulDataLoader."""
     loader = trainer.fit_loop._combined_loader
@@ -120,7 +107,7 @@ def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, An
         iter(fit_loop._data_fetcher)
 
 
-def get_limits(trainer: "L.Trainer") -> list[Any]:
+def get_stopping_criteria(trainer: "L.Trainer") -> list[Any]:
     """Return what may end the training: numbers of epochs and steps, EarlyStopping's patience, a Timer's duration."""
     from lightning.pytorch.callbacks import Timer
 

@@ -2,24 +2,21 @@
 
 import logging
 import os
-import re
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence, Sized
-from math import inf, isinf
+from collections.abc import Sized
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
-import torchinfo
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.utilities.model_summary import summarize
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-from torch import nn
 
 from src.core.errors import format_metric, print_warnings_in_one_line
 
@@ -65,47 +62,43 @@ def is_verbose() -> bool:
 
 
 class LayerTable(Callback):
-    """Print torchinfo's table of the network's blocks with output shapes and parameters; layers.txt has all layers."""
+    """Print the network and its blocks with output shapes and parameters; layers.txt has all layers."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        example = trainer.precision_plugin.convert_input(pl_module.example_input_array)
-        try:
-            table = torchinfo.summary(
-                cast(nn.Module, getattr(pl_module, "net", pl_module)),
-                input_data=example,
-                col_names=("num_params",) if example is None else ("output_size", "num_params"),
-                col_width=20,
-                row_settings=("var_names",),
-                device=pl_module.device,
-                verbose=0,
-            )
-        except RuntimeError as error:  # the network of another task may not take the module's example
-            return warnings.warn(f"no table of layers ({' '.join(str(error).split())})", stacklevel=1)
-        text = re.sub(r"Units\.(\w)\w*", r"\1", str(table))  # torchinfo prints the member of an Enum
-        Path(trainer.default_root_dir, "layers.txt").write_text(f"{text}\n", encoding="utf-8")
+        pl_module.example_input_array = trainer.precision_plugin.convert_input(pl_module.example_input_array)
+        file = Path(trainer.default_root_dir, "layers.txt")
+        file.write_text(f"{_format_layers(pl_module, max_depth=-1)}\n", encoding="utf-8")
         if is_verbose():
-            table.formatting.max_depth = 1
-            header, layers, totals, *_ = str(table).split("=" * table.formatting.get_total_width() + "\n")[1:]
-            print(header + layers + totals.partition("\n")[0], flush=True)
+            print(_format_layers(pl_module, max_depth=2), flush=True)
+
+
+def _format_layers(module: L.LightningModule, max_depth: int) -> str:
+    """Format Lightning's summary with exact numbers, without metrics and what else the forward pass leaves out."""
+    summary = summarize(module, max_depth)
+    columns = summary.layer_names, summary.layer_types, summary.out_sizes, summary.param_nums
+    layers = [layer for layer in zip(*columns, strict=True) if layer[2] != "?" or layer[3]]
+    width = max(5, *(len(layer[0]) for layer in layers))
+    lines = [f"{name:<{width}}  {kind:<20}  {size!s:<20}  {count:>10,}" for name, kind, size, count in layers]
+    return "\n".join([f"{'layer':<{width}}  {'type':<20}  {'output':<20}  parameters", *lines])
 
 
 class RunProgressBar(ProgressBar):
-    """Print what a run is about to do and a line per epoch; on a terminal, show a bar of the run with the time left."""
+    """Print a line about the run and one per epoch; on a terminal, show a bar of the run with the time left."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.epoch, self.started_at = trainer.current_epoch, perf_counter()
         self.is_printing = trainer.is_global_zero and is_verbose()
         if self.is_printing:
-            print(_describe_run(trainer), flush=True)
+            print(_format_header(trainer), flush=True)
         by_epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
         by_steps = trainer.max_steps * trainer.accumulate_grad_batches
-        batches = min((limit for limit in (by_epochs, by_steps) if limit > 0), default=inf)  # -1 is no limit
+        batches = min((limit for limit in (by_epochs, by_steps) if limit > 0), default=None)  # -1 is no limit
         columns = "{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "left"
         is_shown = self.is_printing and sys.stdout.isatty() and get_launcher_name() is None
         self.bar = Progress(*columns, transient=True, disable=not is_shown)
-        self.task = self.bar.add_task("", total=None if isinf(batches) else batches)
+        self.task = self.bar.add_task("", total=batches)
         self.bar.start()
 
     def enable(self) -> None:
@@ -139,13 +132,13 @@ class RunProgressBar(ProgressBar):
             stage, _, score = name.rpartition("/")
             if name != "v_num":
                 stages.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
-        total = "" if trainer.max_epochs in (None, -1) else f"{trainer.max_epochs}"
-        epoch = f"epoch {self.epoch:>{len(total)}}" + f"/{total}" * bool(total)
         scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
-        print("  ".join([epoch, *scores, f"{seconds:7.1f} s"]), flush=True)
+        total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        epoch = f"epoch {self.epoch:>{max(1, len(total) - 1)}}{total}"
+        print(epoch, *scores, f"{seconds:7.1f} s", sep="  ", flush=True)
 
 
-def _describe_run(trainer: L.Trainer) -> str:
+def _format_header(trainer: L.Trainer) -> str:
     """Return a line with the data, the hardware, the seed and the folder of a run."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     name = data.spec.name if hasattr(data, "spec") else type(data).__name__
@@ -158,16 +151,19 @@ def _describe_run(trainer: L.Trainer) -> str:
     return f"{name}: {', '.join(counts)}; {hardware}; seed {os.environ.get('PL_GLOBAL_SEED')}; {folder}"
 
 
-def print_results(results: dict[str, Any], folder: Path, programs: Sequence[str]) -> None:
-    """Print the final scores, the time and what to run next: the first of `programs`, which take the run, if any."""
+def print_results(results: dict[str, Any], folder: Path) -> None:
+    """Print the final scores, the time, and what to run next."""
     if not is_verbose():
         return
-    scores = {name: value for name, value in results["metrics"].items() if "/" in name and not name.endswith("_step")}
-    path = shlex.quote(os.path.relpath(folder))
-    commands = [f"python -m src.{program} {path}" for program in programs]
-    commands += [f"tensorboard --logdir {path}"] if any(folder.glob("events.out.tfevents.*")) else []
-    rows = {name: format_metric(name, value, digits=4) for name, value in scores.items()}
-    rows |= {"time": f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"}
-    rows |= {"folder": path} | dict(zip(["next"], commands, strict=False))
+    path, scores = shlex.quote(os.path.relpath(folder)), results["metrics"]
+    is_tested = any(name.startswith("test/") for name in scores)
+    rows = {
+        name: format_metric(name, value, digits=4)
+        for name, value in scores.items()
+        if "/" in name and not name.endswith("_step")
+    }
+    rows["time"] = f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"
+    rows["folder"] = path
+    rows["next"] = f"python -m src.evaluate {path}" if is_tested else f"tensorboard --logdir {path}"
     print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
     print(*(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), sep="\n", flush=True)

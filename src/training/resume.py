@@ -27,9 +27,9 @@ from torchmetrics import Metric
 
 from src.core.compat import (
     disable_requeue_and_broadcast,
-    get_limits,
     get_loader_states,
     get_log_step,
+    get_stopping_criteria,
     restart_at_next_batch,
 )
 from src.core.errors import DivergenceError, UserError
@@ -37,7 +37,7 @@ from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler, hash_seed
 from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
 
-INEXACT = ModelPruning, StochasticWeightAveraging
+NOT_RESUMABLE_EXACTLY = ModelPruning, StochasticWeightAveraging
 
 
 def find_resume_checkpoint(trainer: Trainer) -> Path | None:
@@ -65,7 +65,7 @@ def find_resume_checkpoint(trainer: Trainer) -> Path | None:
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Seed dropout by the batch; write last.ckpt every `every_minutes` and `every_steps`, on a signal and at the end.
+    """Seed the random generators before each batch; write last.ckpt regularly, on a signal and at the end.
 
     It is written where a batch starts: from the end of an epoch's last batch, Lightning resumes without validation.
     Each batch has a seed, so no generator's state is saved. SIGINT and SIGTERM raise SystemExit with 128 + their number
@@ -81,7 +81,6 @@ class ResumeCheckpoint(Checkpoint):
         self.signal, self.handlers = 0, dict[int, Any]()
         self.saved_at, self.saved_step = monotonic(), 0  # 0: no checkpoint yet
         self.resumed: dict[str, Any] | None = None
-        self.losses: list[tuple[str, torch.Tensor]] = []  # with their moment, until they are checked
         self.loader_states: list[dict[str, Any]] = []  # of DataLoaders that have a state, at the end of a batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,7 +146,6 @@ class ResumeCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(torch.tensor(request, device=trainer.strategy.root_device), reduce_op="max"))
 
     def _save(self, trainer: Trainer) -> None:
-        self._check_losses(trainer)
         if not is_finite(dict(trainer.lightning_module.named_parameters())):
             raise self._describe_divergence(f"a weight is not finite after step {trainer.global_step}")
         for logger in trainer.loggers:
@@ -160,9 +158,14 @@ class ResumeCheckpoint(Checkpoint):
         metrics: list[Any] = [states] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(metrics, states)
-        checkpoint["resume"] = {"metrics": metrics, "callback_metrics": dict(trainer.callback_metrics)}
-        checkpoint["resume"] |= {"should_stop": trainer.should_stop, "run_folder": str(self.file.parents[1])}
-        checkpoint["resume"] |= {"limits": get_limits(trainer), "log_step": get_log_step(trainer)}
+        checkpoint["resume"] = {
+            "metrics": metrics,
+            "callback_metrics": dict(trainer.callback_metrics),
+            "should_stop": trainer.should_stop,
+            "stopping_criteria": get_stopping_criteria(trainer),
+            "log_step": get_log_step(trainer),
+            "run_folder": str(self.file.parents[1]),
+        }
         if self.loader_states:  # those in the checkpoint are one batch ahead
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self.loader_states
 
@@ -174,13 +177,13 @@ class ResumeCheckpoint(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):  # its state would undo a change of it
                 checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
-            if isinstance(callback, INEXACT):
+            if isinstance(callback, NOT_RESUMABLE_EXACTLY):
                 rank_zero_warn(f"{type(callback).__name__}: results differ from those of a run that was not stopped")
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         states = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
         for key, state in [*states.items()]:  # those of ModelCheckpoint name files
             try:
-                for file in {state.get("best_model_path"), *state.get("best_k_models", {})} - {None, ""}:
+                if file := state.get("best_model_path"):
                     load_weights_only(Path(file))
             except UserError as error:
                 rank_zero_warn(f"{file}: {error}; the best of the remaining epochs takes its place")
@@ -190,11 +193,11 @@ class ResumeCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         disable_requeue_and_broadcast(trainer)
         if self.resumed:
-            limits = get_limits(trainer)
-            if (previous := self.resumed.get("limits", limits)) == limits:
+            criteria = get_stopping_criteria(trainer)
+            if (previous := self.resumed.get("stopping_criteria", criteria)) == criteria:
                 trainer.should_stop |= self.resumed["should_stop"]
-            elif previous[:2] != limits[:2]:
-                self._reject_fixed_schedules(trainer, previous)
+            elif previous[:2] != criteria[:2]:  # the numbers of epochs and steps
+                self._reject_fixed_schedules(trainer)
             trainer.num_sanity_val_steps = 0  # they would reset metrics
             resumed, modules = move_data_to_device(self.resumed, pl_module.device), dict(pl_module.named_modules())
             trainer.callback_metrics.update(resumed["callback_metrics"])
@@ -215,35 +218,26 @@ class ResumeCheckpoint(Checkpoint):
                 rows[:] = [row for row in rows if int(row.get("step", step)) < step]
                 logger.save()
 
-    def _reject_fixed_schedules(self, trainer: Trainer, before: list[int]) -> None:
+    def _reject_fixed_schedules(self, trainer: Trainer) -> None:
         """Raise UserError if a schedule was made for the number of epochs or steps that the run had before."""
         for config in trainer.lr_scheduler_configs:
             for schedule in [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]:
                 if hasattr(schedule, "total_steps") or hasattr(schedule, "T_max"):
-                    name = "epochs" if before[0] != trainer.max_epochs else "steps"
                     raise UserError(
-                        f"trainer.max_{name}={getattr(trainer, f'max_{name}')}: the run's {type(schedule).__name__} is "
-                        f"made for {before[name == 'steps']} {name}; leave it out, or start a new run with a schedule "
-                        f"of its own: init_from={os.path.relpath(self.file.parents[1])} instead of resume"
+                        f"trainer.max_epochs, max_steps: the length of {type(schedule).__name__} is fixed; leave them "
+                        f"out, or start a new run: init_from={os.path.relpath(self.file.parents[1])} instead of resume"
                     )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.loader_states = get_loader_states(trainer)
-        if isinstance(outputs, dict) and isinstance(loss := outputs.get("loss"), torch.Tensor):
-            moment = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1}, batch {batch_idx + 1})"
-            self.losses.append((moment, loss))
-        if len(self.losses) >= trainer.log_every_n_steps or trainer.is_last_batch:  # type: ignore[attr-defined]
-            self._check_losses(trainer)  # not after every step, because it waits for the GPU
-
-    def _check_losses(self, trainer: Trainer) -> None:
-        losses, self.losses = self.losses, []
-        if losses:
-            sums: Any = trainer.strategy.reduce(torch.stack([loss for _, loss in losses]), reduce_op="sum")
-            for (moment, _), loss in zip(losses, sums.tolist(), strict=True):
-                if not math.isfinite(loss):
-                    raise self._describe_divergence(f"the loss is {loss} at {moment}")
+        # Not after every step, because it waits for the GPU; a run does not recover from such a loss.
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]
+            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+            if self._find_highest(trainer, isinstance(loss, torch.Tensor) and not is_finite({"loss": loss})):
+                moment = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1}, batch {batch_idx + 1})"
+                raise self._describe_divergence(f"the loss is not finite at {moment}")
 
     def _describe_divergence(self, reason: str) -> DivergenceError:
         good = f"last good checkpoint: {self.file} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"

@@ -1,15 +1,17 @@
 """TensorBoard: accuracies in percent, and a callback that fills the other tabs."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
-from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -31,28 +33,19 @@ class PercentTensorBoardLogger(TensorBoardLogger):
         super().log_metrics(percent | others, step)
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Fill the HParams tab, whose columns are then those of all runs.
+
+        Lightning's method describes the whole experiment by one run. TensorBoard uses the first description that it
+        finds and hides columns that it lacks; without any it looks at all runs.
+        """
+        folder = Path(self.log_dir)
+        summary = hparams_pb(params, trial_id=f"{folder.name} in {folder.parent.name}")
+        self.experiment.file_writer.add_summary(summary)
+
+    @rank_zero_only
     def save(self) -> None:
-        if self.hparams:  # Lightning saves before they are recorded, and writes hparams.yaml only once
-            super().save()
-
-
-def _plot(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a hook if TensorBoard's logger is used; when it fails, warn once and leave it out: it costs no run."""
-
-    def decorate(hook: Callable[..., None]) -> Callable[..., None]:
-        @wraps(hook)
-        def run(self: "TensorBoardCallback", *arguments: Any) -> None:
-            if self.writer and name not in self.failed:
-                try:
-                    hook(self, *arguments)
-                except Exception as error:
-                    self.failed.add(name)
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                    warnings.warn(f"TensorBoard lacks {name} ({reason})", stacklevel=1)
-
-        return run
-
-    return decorate
+        self.experiment.flush()  # without Lightning's hparams.yaml: a run folder has its config
 
 
 class TensorBoardCallback(Callback):
@@ -64,19 +57,20 @@ class TensorBoardCallback(Callback):
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self.writer: Any = writers[0] if writers and trainer.is_global_zero else None
         self.spec: Any = getattr(trainer.datamodule, "spec", None) if self.writer else None  # describes images
-        self.failed = set[str]()
         self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels, log-probabilities
 
-    @_plot("the graph")
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not self.writer:
+            return
         self.writer.add_custom_scalars({"training and validation": CHARTS})
         example = pl_module.example_input_array
         if isinstance(pl_module, Classifier) and isinstance(example, Tensor):
             with warnings.catch_warnings(action="ignore"):
                 # Of a copy, because tracing a network in training mode would change its running averages.
-                self.writer.add_graph(deepcopy(pl_module.net).cpu().float().eval(), example.cpu())
+                net = deepcopy(pl_module.net).cpu().float().eval()
+                with suppress(RuntimeError):  # a network that cannot be traced has no graph
+                    self.writer.add_graph(net, example.cpu().float())
 
-    @_plot("the augmented batch")
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.spec and not self.is_batch_plotted:
             self.is_batch_plotted = True
@@ -84,14 +78,14 @@ class TensorBoardCallback(Callback):
             images = (trainer.datamodule.make_batch(batch) if is_indices else batch)[0]
             self.writer.add_image("augmented batch", make_grid(self.spec.denormalize(images[:64])), trainer.global_step)
 
-    @_plot("the gradient norm")
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if self.writer and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
             self.writer.add_scalar("gradient norm", nn.utils.get_total_norm(gradients), trainer.global_step)
 
-    @_plot("histograms and filters")
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.writer:
+            return
         net, step = getattr(pl_module, "net", pl_module), trainer.global_step - 1  # a resume drops later steps
         for name, parameter in net.named_parameters():
             self.writer.add_histogram(f"weights/{name}", parameter, step)
@@ -100,14 +94,11 @@ class TensorBoardCallback(Callback):
             grid = make_grid(filters, padding=1, normalize=True, scale_each=True)
             self.writer.add_image("conv1 filters", nn.functional.interpolate(grid[None], scale_factor=16)[0], step)
 
-    @_plot("the plots of the test")
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         # Each of several processes tests only a part.
-        is_plotted = isinstance(pl_module, Classifier) and isinstance(outputs, Tensor) and trainer.world_size == 1
-        if self.spec and is_plotted:
+        if self.spec and isinstance(pl_module, Classifier) and trainer.world_size == 1:
             self.tested.append((self.spec.denormalize(batch[0]).cpu(), batch[1].cpu(), outputs.float().cpu()))
 
-    @_plot("the plots of the test")
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         if not self.tested:
             return

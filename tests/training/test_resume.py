@@ -275,7 +275,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_main, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("step", "saved"), [(3, "no checkpoint yet"), (8, "last good checkpoint: .*last.ckpt .step 5.")]
+    ("step", "saved"), [(3, "no checkpoint yet"), (9, "last good checkpoint: .*last.ckpt .step 5.")]
 )
 def test_divergence_is_reported_with_its_step_and_not_saved(run_main, tmp_path, monkeypatch, step, saved):
     from src.models.classifier import Classifier
@@ -284,15 +284,17 @@ def test_divergence_is_reported_with_its_step_and_not_saved(run_main, tmp_path, 
 
     def training_step(self, batch, batch_idx):
         loss = original(self, batch, batch_idx)
-        return loss * float("nan") if self.global_step == step - 1 else loss
+        return loss * float("nan") if self.global_step == step - 2 else loss
 
     monkeypatch.setattr(Classifier, "training_step", training_step)
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     line = result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err
-    assert re.search(rf"error: the loss is nan at step {step} \(epoch 1, batch {step}\); {saved}; try a lower", line)
+    assert re.search(
+        rf"error: the loss is not finite at step {step} \(epoch 1, batch {step}\); {saved}; try a lower", line
+    )
     file = tmp_path / "run/checkpoints/last.ckpt"
-    assert torch.load(file, weights_only=True)["global_step"] == 5 if step == 8 else not file.exists()
+    assert torch.load(file, weights_only=True)["global_step"] == 5 if step == 9 else not file.exists()
 
 
 def test_out_of_memory_names_the_batch_size():

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -68,7 +69,9 @@ def test_run_writes_every_file_into_its_folder(train, tmp_path):
     assert f"test/acc {metrics['metrics']['test/acc'] * 100:10.2f}%".split() in [
         line.split() for line in result.out.splitlines()
     ]
-    assert "Total params: 1,788" in result.out and "Total params: 1,788" in (folder / "layers.txt").read_text()
+    assert all(
+        re.search(r"net +CNN .* 1,788$", text, re.M) for text in (result.out, (folder / "layers.txt").read_text())
+    )
     assert OmegaConf.load(folder / ".hydra/config.yaml").trainer.max_epochs == 2
     assert torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["epoch"] == metrics["best_epoch"] - 1
     events = EventAccumulator(str(folder)).Reload()
@@ -210,12 +213,6 @@ def test_cosine_schedule_steps_per_epoch(train):
     with (folder / "metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
-
-
-def test_missing_training_metric_is_reported_after_one_epoch(train):
-    result, folder = train("trainer.max_epochs=50", "optimized_metric=train/accuracy", "callbacks.best=null")
-    assert result.code == 2 and "optimized_metric=train/accuracy: not logged" in result.err
-    assert "epoch 2/50" not in result.out and not (folder / "metrics.json").exists()
 
 
 @pytest.mark.parametrize(
