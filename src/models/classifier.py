@@ -17,8 +17,8 @@ from src.core.value_types import PositiveFloat, Probability, UnitInterval
 from src.optim.configure import configure_optimizers
 
 
-def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
-    """Return whether outputs are log-probabilities, not logits. Raises UserError unless they are [N, classes]."""
+def check_outputs(outputs: Tensor, classes: int | None = None) -> bool:
+    """Return whether [N, classes] outputs are logits, not log-probabilities. Raises UserError for any others."""
     shape: tuple[int, ...] = getattr(outputs, "shape", ())
     if len(shape) != 2 or (classes and shape[1] != classes):
         found = tuple(shape) or type(outputs).__name__
@@ -26,7 +26,7 @@ def are_log_probabilities(outputs: Tensor, classes: int | None = None) -> bool:
     values = outputs.detach().float()
     if values.min() >= 0 and ((values.sum(1) - 1).abs() < 1e-3).all():
         raise UserError("model: returns probabilities; it must return logits or log-probabilities")
-    return bool((values.logsumexp(1).abs() < 1e-2).all())
+    return bool((values.logsumexp(1).abs() >= 1e-2).any())
 
 
 def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
@@ -101,13 +101,13 @@ class Classifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.net(images)
         if self.has_logits is None:
-            self.has_logits = not are_log_probabilities(outputs, len(self.classes))
+            self.has_logits = check_outputs(outputs, len(self.classes))
         return outputs.log_softmax(dim=1) if self.has_logits else outputs
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def score_batch(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
+    def shared_step(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
         """Update the metrics of the stage; return the loss of the labels alone and [N, classes] log-probabilities."""
         images, labels = batch[0], batch[1]
         if labels.is_floating_point():
@@ -119,9 +119,9 @@ class Classifier(L.LightningModule):
             self.extra_metrics[stage].update(log_probabilities.exp(), labels)
         return loss, log_probabilities
 
-    def compute_loss(self, batch: Any) -> Tensor:
+    def compute_training_loss(self, batch: Any) -> Tensor:
         """Return the training loss of (images, labels) or (images, labels, teacher log-probabilities)."""
-        loss, log_probabilities = self.score_batch(batch, "train")
+        loss, log_probabilities = self.shared_step(batch, "train")
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * log_probabilities.mean()
         _, _, *teacher_log_probs = batch
@@ -133,17 +133,17 @@ class Classifier(L.LightningModule):
         return loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.compute_loss(batch)
+        loss = self.compute_training_loss(batch)
         # Lightning's log() takes the same time whether or not the step is written, so it is called only then.
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/loss_step", loss.detach())
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.score_batch(batch, "val")
+        self.shared_step(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.score_batch(batch, "test")[1]
+        return self.shared_step(batch, "test")[1]
 
     def on_validation_start(self) -> None:
         if self.trainer.world_size > 1:  # type: ignore[attr-defined]  # score and save the first process's batch norm

@@ -1,7 +1,7 @@
 """Instantiate the objects that a config describes."""
 
-import re
 from collections.abc import Callable
+from copy import deepcopy
 from inspect import Parameter, signature
 from typing import Any
 
@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from src.core.config import find_closest
 from src.core.error_messages import describe_error
 from src.core.errors import UserError
 from src.models.classifier import Classifier
@@ -36,28 +35,19 @@ def instantiate_node(key: str, node: Any, **arguments: Any) -> Any:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         if isinstance(cause, UserError):
             raise cause from error
-        if unexpected := re.search(r"unexpected keyword argument '(\w+)'", str(cause)):
-            name, target = unexpected[1], node["_target_"]
-            match = find_closest(name, list(signature(get_object(target)).parameters))
-            hint = f"; did you mean {key}.{match}?" if match else ""
-            raise UserError(f"{key}.{name}: {target} has no such argument{hint}") from error
         line = describe_error(cause) or " ".join((str(cause) or type(cause).__name__).split())
         raise UserError(line if line.startswith(key) else f"{key}: {line}") from error
 
 
 def instantiate_all(key: str, node: Any) -> list[Any]:
-    """Instantiate callbacks or loggers: a single one, several by name, or a list. Null entries are left out."""
-    if not node:
-        return []
-    nodes = {"": node} if "_target_" in node else dict(node if hasattr(node, "keys") else enumerate(node))
-    base, objects = {"callbacks": Callback, "logger": Logger}[key], []
-    for name, child in nodes.items():
-        if child:
-            child_key = f"{key}.{name}".removesuffix(".")
-            objects.append(instantiate_node(child_key, child))
-            if not isinstance(objects[-1], base):
-                raise UserError(f"{child_key}: {type(objects[-1]).__name__} is not a Lightning {base.__name__}")
-    return objects
+    """Instantiate callbacks or loggers by name. Null entries are left out."""
+    base = {"callbacks": Callback, "logger": Logger}[key]
+    objects = {f"{key}.{name}": instantiate_node(f"{key}.{name}", child) for name, child in (node or {}).items()}
+    objects = {name: instance for name, instance in objects.items() if instance is not None}
+    for name, instance in objects.items():
+        if not isinstance(instance, base):
+            raise UserError(f"{name}: {type(instance).__name__} is not a Lightning {base.__name__}")
+    return [*objects.values()]
 
 
 def instantiate_task(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
@@ -83,7 +73,7 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     parts: dict[str, Any] = {}
     if accepts("net"):
         key = "task.net" if node.get("net") else "model"
-        parts["net"] = build_network(key, OmegaConf.select(cfg, key), spec)
+        parts["net"] = instantiate_for_images(key, OmegaConf.select(cfg, key), spec)
     if accepts("optimizer") and not node.get("optimizer"):
         factory, (groups,) = instantiate_partial("optimizer", cfg.get("optimizer"), "groups")
         parts["optimizer"] = GroupedOptimizer(factory, groups) if groups else factory
@@ -98,7 +88,9 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
         parts["loss"] = instantiate_node("task.loss", node.loss, **tensors)
     if OmegaConf.is_dict(node.get("metrics")):
         metrics = {name: metric for name, metric in node.metrics.items() if metric}
-        parts["metrics"] = {name: build_network(f"task.metrics.{name}", x, spec) for name, x in metrics.items()}
+        parts["metrics"] = {
+            name: instantiate_for_images(f"task.metrics.{name}", x, spec) for name, x in metrics.items()
+        }
     task = instantiate_node("task", node, **parts)
     if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
         config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
@@ -109,7 +101,7 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     return task
 
 
-def build_network(key: str, node: Any, spec: Any) -> Any:
+def instantiate_for_images(key: str, node: Any, spec: Any) -> Any:
     """Instantiate a network or a metric with the image shape and the number of classes, if its constructor has them."""
     inferred: dict[str, Any] = {}
     if node and spec is not None:
@@ -131,18 +123,13 @@ def _make_accepts(node: Any) -> Callable[[str], bool]:
 
 
 def _check_image_shape(net: Any, shape: tuple[int, ...]) -> None:
-    is_training = {layer: layer.training for layer in net.modules()}  # layers that the constructor froze stay frozen
     try:
         with torch.no_grad():
-            net.eval()(torch.zeros(1, *shape))
+            deepcopy(net).eval()(torch.zeros(1, *shape))
     except Exception as error:  # libraries raise different errors for a wrong shape
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model: {type(net).__name__} takes no images of shape {shape} ({reason}); set another model= or data=, or "
-            "an experiment= that sets both"
-        ) from error
-    for layer, mode in is_training.items():
-        layer.training = mode
+        fix = "set another model= or data=, or an experiment= that sets both"
+        raise UserError(f"model: {type(net).__name__} takes no images of shape {shape} ({reason}); {fix}") from error
 
 
 def instantiate_partial(key: str, node: Any, *settings: str) -> tuple[Any, list[Any]]:

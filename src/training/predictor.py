@@ -15,10 +15,10 @@ from src.core.errors import UserError, escape_control_characters
 from src.core.run_folder import CONFIG_FILE, read_plain_config
 from src.data.image_spec import ImageSpec
 from src.data.preprocess import preprocess_digit, resize_image
-from src.models.classifier import Classifier, are_log_probabilities
+from src.models.classifier import Classifier, check_outputs
 from src.models.ood import OODDetector
 from src.training.checkpoints import is_finite, load_weights_only
-from src.training.instantiate import RUN_CONFIG, build_network, build_task, instantiate_node
+from src.training.instantiate import RUN_CONFIG, build_task, instantiate_for_images, instantiate_node
 
 SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 
@@ -37,7 +37,7 @@ class Predictor(nn.Module):
         self.ood_file = file.with_suffix(".ood.pt")
         self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
-        self.has_logits = not are_log_probabilities(net(torch.zeros(1, *spec.shape)), len(spec.classes))
+        self.has_logits = check_outputs(net(torch.zeros(1, *spec.shape)), len(spec.classes))
 
     def log_probabilities(self, normalized: Tensor) -> Tensor:
         """Map [N, C, H, W] normalised images to [N, classes]."""
@@ -62,12 +62,12 @@ class Predictor(nn.Module):
 
         `sure` is False for an out-of-distribution image, and None without an OOD detector.
         """
-        is_sure: list[bool | None] = [None] * len(images)
+        in_distribution: list[bool | None] = [None] * len(images)
         if self.ood_detector:
-            is_sure = (~self.ood_detector.detect(self.net, self.spec.normalize(images))).tolist()
+            in_distribution = (~self.ood_detector.detect(self.net, self.spec.normalize(images))).tolist()
         labels = range(len(self.spec.classes)) if self.spec.label_name == "digit" else self.spec.classes
         predictions = []
-        for probabilities, sure in zip(self(images).exp().tolist(), is_sure, strict=True):
+        for probabilities, sure in zip(self(images).exp().tolist(), in_distribution, strict=True):
             (first, label), (second, runner_up) = sorted(zip(probabilities, labels, strict=True), reverse=True)[:2]
             prediction = {self.spec.label_name: label, "probability": first, "sure": sure, "runner_up": runner_up}
             predictions.append(prediction | {"runner_up_probability": second, "probabilities": probabilities})
@@ -107,7 +107,7 @@ def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: 
                 return task.eval()
             net = task.net
         else:
-            net = build_network("model", config.model, spec) if net is None else net
+            net = instantiate_for_images("model", config.model, spec) if net is None else net
             prefix = "" if "model" in content else "net."
             net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
         if spec is None:

@@ -7,7 +7,7 @@ import torch
 from src import export
 from src.core import config
 from src.data.image_spec import ImageSpec
-from src.training.instantiate import build_network
+from src.training.instantiate import instantiate_for_images
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -41,7 +41,7 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
         pytest.importorskip("timm")
         monkeypatch.setattr(config, "ALLOWED_TARGETS", re.compile("timm.create_model"))
     spec = ImageSpec("pets", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
-    net = build_network("model", model, spec)
+    net = instantiate_for_images("model", model, spec)
     torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")
     result = run_main(tmp_path / "net.pt", "--output", tmp_path, main=export.main)
     assert result.code == 0, result.err

@@ -84,7 +84,7 @@ def test_label_smoothing_changes_the_loss_but_not_the_metrics():
     module = make_classifier(CNN(channels=(1,) * 6), label_smoothing=0.1).eval()
     images, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
     log_probabilities = module(images)
-    loss = module.compute_loss((images, labels))
+    loss = module.compute_training_loss((images, labels))
     torch.testing.assert_close(loss, cross_entropy(log_probabilities, labels, label_smoothing=0.1))
     torch.testing.assert_close(module.train_metric.compute()["loss"], nll_loss(log_probabilities, labels))
 
@@ -94,7 +94,7 @@ def test_distillation_changes_the_loss_but_not_the_metrics():
     batch = Batch(torch.randn(8, 1, 28, 28), torch.arange(8), torch.randn(8, 10))
     net = CNN(channels=(1,) * 6, dropout=0.0)
     module = make_classifier(net, temperature=4.0, distill_weight=0.7)
-    gradient = torch.autograd.grad(module.compute_loss(batch), net.fc.weight)[0]
+    gradient = torch.autograd.grad(module.compute_training_loss(batch), net.fc.weight)[0]
     student, teacher = net(batch.images), (batch.teacher_log_probs / 4).log_softmax(1)
     divergence = kl_div((student / 4).log_softmax(1), teacher, log_target=True, reduction="batchmean")
     loss = 0.3 * nll_loss(student, batch.labels) + 0.7 * 16 * divergence
@@ -155,7 +155,7 @@ def test_logits_and_log_probabilities_give_the_same_loss():
     logits = make_linear()
     log_probabilities = nn.Sequential(*logits, nn.LogSoftmax(1))
     modules = [make_classifier(net) for net in (logits, log_probabilities)]
-    losses = [module.compute_loss(batch) for module in modules]
+    losses = [module.compute_training_loss(batch) for module in modules]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(losses[0], cross_entropy(logits(batch[0]), batch[1]))
     torch.testing.assert_close(modules[0].predict_step(batch, 0), log_probabilities(batch[0]))

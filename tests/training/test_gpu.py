@@ -89,7 +89,7 @@ def on_train_batch_end(self, trainer, *arguments):
 def read_sum(self, images):
     return forward(self, images) * (1 if images.sum().item() == 0 else 2)
 ResumeCheckpoint.on_train_batch_end = on_train_batch_end
-classifier.are_log_probabilities = lambda *_: True  # the outputs are not computed
+classifier.check_outputs = lambda *_: False  # the outputs are not computed
 
 results = {}
 for name, arguments in json.load(sys.stdin).items():
