@@ -143,7 +143,9 @@ class ResumeCheckpoint(Checkpoint):
             self._exit(request)
 
     def _find_highest(self, trainer: Trainer, request: int) -> int:
-        return int(trainer.strategy.reduce(torch.tensor(request, device=trainer.strategy.root_device), reduce_op="max"))
+        """Return the highest request of all processes."""
+        tensor = torch.tensor(int(request), device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
     def _save(self, trainer: Trainer) -> None:
         if not is_finite(dict(trainer.lightning_module.named_parameters())):
