@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from src.core.config import CONF, PACKAGE, ROOT, resolve_config, validate_config
 from src.core.errors import UserError, escape_control_characters
-from src.core.run_folder import CONFIG_FILE, read_plain_config
 from src.data.image_spec import ImageSpec
 from src.data.preprocess import preprocess_digit, resize_image
 from src.models.classifier import Classifier, check_outputs
@@ -99,7 +98,7 @@ def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: 
         specs = [x for x in content.values() if isinstance(x, dict) and x.keys() == {*ImageSpec._fields}]
         spec = ImageSpec.from_dict(specs[0]) if specs else None
         spec = spec and spec._replace(classes=tuple(map(escape_control_characters, spec.classes)))
-        config = _read_config(content, file) if net is None else DictConfig({})
+        config = _read_config(content) if net is None else DictConfig({})
         task = build_task(config, spec) if "task" in config else None
         if task:
             task.load_state_dict(state, strict=task.strict_loading)
@@ -125,19 +124,15 @@ def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: 
     return predictor
 
 
-def _read_config(content: dict[str, Any], file: Path) -> DictConfig:
-    """Return the config of model, task and data: of a .pt file, of the run folder, or the one in a checkpoint."""
-    run_config = file.absolute().parent.parent / CONFIG_FILE
+def _read_config(content: dict[str, Any]) -> DictConfig:
+    """Return the config of model, task and data in a checkpoint, or of the model in a .pt file."""
     if "model" in content:
         saved = {"model": content["model"]}
-    elif run_config.exists():
-        saved = read_plain_config(run_config)
     elif not (saved := content.get("hyper_parameters", {}).get(RUN_CONFIG)):
         raise UserError("it was trained without a config; load it by src.load(FILE, net=NETWORK)")
-    elif "${" in str(saved):
+    if "${" in str(saved):
         raise UserError("its config refers to values outside")
-    config = resolve_config(OmegaConf.create({**saved, "output_dir": "."}))  # which Hydra knows only during a run
-    config = OmegaConf.masked_copy(config, [key for key in ("model", "task", "data") if key in config])
+    config = resolve_config(OmegaConf.create({key: saved[key] for key in ("model", "task", "data") if key in saved}))
     if model := config.get("model"):
         model._target_ = re.sub(r"^\.", f"{PACKAGE}.", model._target_)  # a name within this package
         for key in {"weights", "pretrained"} & model.keys() if not model._target_.startswith(f"{PACKAGE}.") else ():

@@ -74,6 +74,9 @@ def test_config_of_a_run_folder_that_names_a_function_is_refused(run_main, stopp
     result = run_main(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and f"_target_={target}" in result.err
     assert read_files(stopped).keys() == before.keys()
+    content = torch.load(file := stopped / "checkpoints/last.ckpt", weights_only=True)
+    content["hyper_parameters"]["run_config"]["model"]["_target_"] = target
+    torch.save(content, file)
     with pytest.raises(UserError, match=f"_target_={target}"):
         load_predictor(stopped)
 
