@@ -49,6 +49,7 @@ ROOT_KEYS: dict[str, Any] = {
     "storage": NonEmptyStr | None,
     "heartbeat": PositiveInt,
 }
+ROOT_NODES = "hydra", "init_from", "output_dir", "pruner", "sampler"  # and the config groups
 # Keys of config nodes that are not arguments of their _target_ but read by src.training.instantiate.
 NODE_KEYS: dict[str, dict[str, Any]] = {
     "optimizer": {"groups": None},
@@ -69,6 +70,7 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "pct_start": UnitInterval,
         "div_factor": PositiveFloat,
         "final_div_factor": PositiveFloat,
+        "T_max": PositiveInt,  # the default is trainer.max_epochs, which may be -1
     },
     "lightning.Trainer": {
         **dict.fromkeys(("max_epochs", "max_steps"), _UNLIMITED),
@@ -79,11 +81,15 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
         "check_val_every_n_epoch": PositiveInt | None,
     },
 }
+CALLBACKS = "lightning.pytorch.callbacks"
 # Arguments, and classes as a whole, that would be ignored or fail during the training, with what to type instead.
 REFUSED_ARGUMENTS: dict[Any, str] = {
     ("lightning.Trainer", "callbacks"): "+callbacks.NAME={_target_: …} adds one",
     ("lightning.Trainer", "logger"): "logger=NAME sets it",
-    ("lightning.pytorch.callbacks.BatchSizeFinder", "_target_"): "-m data.batch_size=64,128 compares sizes",
+    (f"{CALLBACKS}.BatchSizeFinder", "_target_"): "-m data.batch_size=64,128 compares sizes",
+    (f"{CALLBACKS}.ModelPruning", "_target_"): "a pruned run cannot be resumed",
+    (f"{CALLBACKS}.SpikeDetection", "_target_"): "a loss that is not finite ends a run in any case",
+    (f"{CALLBACKS}.ThroughputMonitor", "_target_"): "metrics.json has samples_per_second",
 }
 SIMPLE_TYPES = {
     bool: Constraint("true or false", lambda x: type(x) is bool),

@@ -1,5 +1,6 @@
 """Build the optimizer and the scheduler of any LightningModule."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
@@ -52,7 +53,8 @@ def configure_optimizers(
 ) -> dict[str, Any]:
     """Return the result of LightningModule.configure_optimizers for a partial optimizer and scheduler.
 
-    A scheduler that takes `total_steps` gets the number of training steps. Raises UserError for invalid settings.
+    A scheduler that takes `total_steps` gets the number of its steps in the run, unless it is set. Raises UserError for
+    invalid settings.
     """
     factory, groups = optimizer if isinstance(optimizer, GroupedOptimizer) else (optimizer, {})
     try:
@@ -70,8 +72,17 @@ def configure_optimizers(
         raise UserError("LearningRateFinder: a scheduler would not use the rate that it finds; set scheduler=none")
     partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
     takes_steps = "total_steps" in signature(partial).parameters
-    arguments: dict[str, Any] = {"total_steps": int(module.trainer.estimated_stepping_batches)} if takes_steps else {}
-    peak = getattr(partial, "keywords", {}).get("max_lr")
+    keywords, arguments = getattr(partial, "keywords", {}), dict[str, Any]()
+    if takes_steps and "epochs" not in keywords:
+        trainer: Any = module.trainer
+        epochs = max(trainer.max_epochs or 0, 0) or math.inf
+        steps = epochs if interval == "epoch" else trainer.estimated_stepping_batches
+        total = keywords.get("total_steps") or steps
+        if total < steps or total == math.inf:
+            fix = "set trainer.max_epochs, trainer.max_steps or scheduler=none"
+            raise UserError(f"scheduler.total_steps={total}: the run has {steps} steps; {fix}")
+        arguments["total_steps"] = int(total)
+    peak = keywords.get("max_lr")
     if groups and isinstance(peak, float | int):  # one number would give all groups the same peak
         arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
     try:
@@ -81,8 +92,10 @@ def configure_optimizers(
             schedule = partial(built, **arguments | {"total_steps": arguments.get("total_steps", 0) + 1})
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
-    settings = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor, "name": "lr"}
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, **settings}}
+    options: dict[str, Any] = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor}
+    if str(monitor).startswith("val") and options["interval"] == "epoch":  # not every epoch may have a validation
+        options["frequency"] = module.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "name": "lr", **options}}
 
 
 def _group_parameters(module: nn.Module, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -36,8 +35,6 @@ from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import find_batch_sampler, hash_seed
 from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
-
-NOT_RESUMABLE_EXACTLY = ModelPruning, StochasticWeightAveraging
 
 
 def find_resume_checkpoint(trainer: Trainer) -> Path | None:
@@ -179,8 +176,8 @@ class ResumeCheckpoint(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):  # its state would undo a change of it
                 checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
-            if isinstance(callback, NOT_RESUMABLE_EXACTLY):
-                rank_zero_warn(f"{type(callback).__name__}: results differ from those of a run that was not stopped")
+            if isinstance(callback, StochasticWeightAveraging):
+                rank_zero_warn("StochasticWeightAveraging: results differ from those of a run that was not stopped")
         self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         states = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
         for key, state in [*states.items()]:  # those of ModelCheckpoint name files

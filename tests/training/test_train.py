@@ -170,6 +170,7 @@ def test_multirun_names_each_job_folder_by_its_swept_keys(run_main, tmp_path):
         ("optimized_metric=val/accuracy", "val/acc"),
         ("optimized_metric=test/acc", "must not choose"),
         ("callbacks.best.monitor=val/accuracy", "val/accuracy"),
+        ("trainer.max_epochs=-1", "the run has inf steps; set trainer.max_epochs"),
         pytest.param(
             "trainer.accelerator=gpu",
             "set trainer.accelerator=cpu",
@@ -226,6 +227,7 @@ def test_cosine_schedule_steps_per_epoch(train):
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BackboneFinetuning}"], "'callbacks=[default,freeze]'"),
+        (["+scheduler.total_steps=9"], "scheduler.total_steps=9: the run has 41 steps"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
@@ -296,7 +298,8 @@ def test_every_config_composes_and_validates(choice):
 def test_every_rule_is_for_an_argument_of_some_config():
     read = set()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        for choices in zip_longest(*(options(folder.name) for folder in CONF.iterdir())):  # of each group one
+        each = zip_longest(*(options(folder.name) for folder in CONF.iterdir()))  # of each group one
+        for choices in [*each, ["scheduler=cosine"]]:  # an experiment has replaced it
             config = OmegaConf.to_container(compose("tune", overrides=[*filter(None, choices)]))
             read |= {("", key) for key in config}
             for _, node in iterate_items(config):
