@@ -87,8 +87,9 @@ def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
     return {"data": type(data).__name__, **scores}, text
 
 
-def choose_folder(file: Path, data_name: str) -> Path:
+def choose_folder(file: Path, data_name: str, root: Path | None = None) -> Path:
     """Return the folder of the results, one per weights file and data set: below the run folder if it has one."""
+    data_name += f"_{root.resolve().parent.name}" if root else ""  # pets_a for a/pets
     is_in_run = file.parent.name == "checkpoints" and (file.parents[1] / ".hydra").is_dir()
     parent = file.parents[1] / "evaluation" if is_in_run else Path("outputs/evaluation")
     return parent / f"{file.stem}_{data_name}"
@@ -118,11 +119,11 @@ def main() -> None:
         data = load_test_data(predictor, arguments.data, arguments.root)
         if arguments.fit_ood:
             return fit_ood(predictor, data)
-        folder = arguments.output or choose_folder(file, data.spec.name)
+        folder = arguments.output or choose_folder(file, data.spec.name, arguments.root)
         scores, text = score_images(predictor, data, folder)
     else:
         scores, text = run_test(predictor, arguments.root)
-        folder = arguments.output or choose_folder(file, scores["data"])
+        folder = arguments.output or choose_folder(file, scores["data"], arguments.root)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps({"weights": str(file), **scores}, indent=1) + "\n", encoding="utf-8")
     print(f"{os.path.relpath(file)} on {scores['data']}", text, f"folder {folder}", sep="\n")

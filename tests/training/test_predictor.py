@@ -158,3 +158,4 @@ def test_results_have_a_folder_per_network_and_data(tmp_path):
     folder = evaluate.choose_folder(tmp_path / "checkpoints/best.ckpt", "digits")
     assert folder == tmp_path / "evaluation/best_digits"
     assert evaluate.choose_folder(Path("weights/mnist.pt"), "mnist") == Path("outputs/evaluation/mnist_mnist")
+    assert evaluate.choose_folder(Path("x.pt"), "pets", Path("a/pets")) == Path("outputs/evaluation/x_pets_a")
