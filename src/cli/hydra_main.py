@@ -3,12 +3,11 @@
 import functools
 import os
 import re
-import signal
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from src.cli.argparse_main import get_version
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
-from src.core.config import CONF, reject_misspelled_additions, resolve_and_validate
+from src.core.config import CONF, reject_wrong_keys, resolve_and_validate
 from src.core.error_messages import describe_error, exit_on_error
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
@@ -42,16 +41,17 @@ class CheckCommand(Callback):
         folder = Path(config.hydra.run.dir)
         CheckCommand.is_new_folder = not folder.exists()
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
-            reject_misspelled_additions(config)
-            is_alone = "LOCAL_RANK" not in os.environ and _count_processes() == 1 and "study_name" not in config
+            reject_wrong_keys(config)
+            kind = "study" if "study_name" in config else "run"
+            run_folder.reject_other_kind("hydra.run.dir", folder, kind)
+            is_alone = "LOCAL_RANK" not in os.environ and _count_processes() == 1 and kind == "run"
             if not config.resume and is_alone and run_folder.holds_run(folder):
                 raise UserError(f"hydra.run.dir={folder}: holds a run; type resume={folder}, or another folder")
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():
-            reject_misspelled_additions(config)
-            if Path(folder := config.hydra.sweep.dir, run_folder.CONFIG_FILE).exists():
-                raise UserError(f"hydra.sweep.dir={folder}: holds a single run; type another folder")
+            reject_wrong_keys(config)
+            run_folder.reject_other_kind("hydra.sweep.dir", Path(config.hydra.sweep.dir), "sweep")
 
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -95,8 +95,11 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                         run_folder.write_config(config, folder)
                     return task(config)
         except SystemExit as stop:
-            if stop.code in (130, 143) and is_first_process() and not parent_process():  # not of a sweep's worker
-                run_folder.print_continue_command(folder, signal.Signals(stop.code - 128).name, changes)
+            if is_first_process() and not is_multirun:  # a sweep prints its own
+                path, given = os.path.relpath(folder, hydra_config.runtime.cwd), hydra_config.overrides
+                command = f"src.train resume={shlex.quote(path)} {shlex.join(changes)}".rstrip()
+                command = f"src.tune {shlex.join([*given.task, *given.hydra])}" if is_study else command
+                run_folder.print_continue_command(stop.code, f"python -m {command}")
             raise
         except Exception as error:
             line = describe_error(error, OmegaConf.select(config, "data.batch_size"))
@@ -135,6 +138,7 @@ def _complete_arguments(arguments: Namespace) -> list[str]:
 
     Return the overrides that change the config of a resumed run.
     """
+    "".join(arguments.overrides).encode()  # raises for letters that the locale cannot encode
     overrides = arguments.overrides = [_quote(override) for override in arguments.overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None

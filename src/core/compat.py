@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core import utils
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus, run_job
@@ -32,7 +33,10 @@ def parse_hydra_arguments(arguments: list[str]) -> Namespace:
 
     parser = get_args_parser()
     parser.error = fail  # type: ignore[method-assign, assignment]
-    return parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.package and not parsed.cfg:
+        fail("--package needs --cfg")
+    return parsed
 
 
 def run_hydra(arguments: Namespace, task: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
@@ -67,6 +71,12 @@ def get_basic_sweeper() -> Any:
 def use_sweeper(sweeper: type) -> None:
     """Replace Hydra's own sweeper, because it takes plugins from its own packages only."""
     Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"] = sweeper
+
+
+def keep_configs_of_finished_runs() -> None:
+    """Let Hydra write no config where a run is finished: it writes one for each job if a sweep is continued."""
+    save = utils._save_config
+    utils._save_config = lambda *values: (values[2].parent / "metrics.json").exists() or save(*values)
 
 
 def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:

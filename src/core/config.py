@@ -21,10 +21,11 @@ from omegaconf.errors import MissingMandatoryValue
 
 from src.core import value_types
 from src.core.errors import UserError
-from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_ARGUMENTS, ROOT_KEYS, to_constraint
+from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_ARGUMENTS, ROOT_KEYS, ROOT_NODES, to_constraint
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
+OUTPUT_DIR = "${hydra:runtime.output_dir}"
 PACKAGE = __name__.partition(".")[0]
 
 # Only classes at their documented places: a longer path would lead through imported modules to os.system.
@@ -38,8 +39,10 @@ ALLOWED_TARGETS = re.compile(
 )
 # Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
 LOWER_IS_BETTER = re.compile(
-    r"(loss|losses|errors?|mse|mae|mape|perplexity|entropy|divergence|distance|deviance|regret|latency)(?![a-z])"
-    r"|(?<![a-z])(err|rmsle|nll|ppl|bpd|cer|wer|eer|fid|kl|ece|brier|lpips|false_(positive|negative)_rate)(?![a-z])",
+    r"(loss|losses|errors?|mse|mae|mape|perplexity|entropy|divergence|distance(?!_intersection)|deviance|regret|latency"
+    r"|deviation|variation|disparity|cost|(edit|miss|false_\w+)_rate|fall_?out|info_lost|hinge|huber"
+    r"|hausdorff|wasserstein|chamfer|perceptual_image_patch_similarity|ranked_probability_score)(?![a-z])"
+    r"|(?<![a-z])(err|rmsle|nll|ppl|bp[cd]|cer|wer|ter|eer|fid|kl|ece|brier|lpips|emd|crps|angle)(?![a-z])",
     re.IGNORECASE,
 )
 NEGATED = re.compile(r"(?<![a-z])neg(ative)?_(?!rate)", re.IGNORECASE)
@@ -147,21 +150,30 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
     )
 
 
-def reject_misspelled_additions(config: DictConfig) -> None:
-    """Refuse +key=value if a known key was meant: Hydra recommends that form for every typo."""
-    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task)  # an override may hold an interpolation
-    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in overrides]
+def reject_wrong_keys(config: DictConfig) -> None:
+    """Refuse keys that would be ignored: an own output_dir, unknown top-level keys that nothing refers to, and typos.
+
+    Hydra recommends +key=value for every typo.
+    """
+    plain: Any = OmegaConf.to_container(config)
+    if plain["output_dir"] != OUTPUT_DIR:
+        raise UserError(f"output_dir={plain['output_dir']}: leave it out; hydra.run.dir=… sets the folder of a run")
+    known = {*ROOT_KEYS, *ROOT_NODES, *(folder.name for folder in CONF.iterdir())}
+    keys = [key for key in list_keys(config) if key.partition(".")[0] in known]
+    for key, node in plain.items():
+        if key in ("experiment", "sweep", "debug"):
+            raise UserError(f"conf/{key}: the first line of its file must be # @package _global_")
+        if key not in known and ("." in key or f"${{{key}" not in str(plain)):
+            name = next((name for name, _ in iterate_items(node, key)), key)
+            raise UserError(f"{key}: write nested keys" if "." in key else describe_unknown_key(name, keys))
+    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in plain["hydra"]["overrides"]["task"]]
     added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
     is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
-    keys = [*ROOT_KEYS, *(key for key in list_keys(config) if not is_added(key))]
-    sections = {key.partition(".")[0] for key in keys if "." in key} | {folder.name for folder in CONF.iterdir()}
-    keys = [key for key in keys if key.partition(".")[0] in sections or key in ROOT_KEYS]
-    for key, may_be_typo in added.items():
+    for key in (key for key, may_be_typo in added.items() if may_be_typo):
         section = key.rpartition(".")[0]
-        siblings = [name for name in keys if name.rpartition(".")[0] == section and name != key]
-        is_unknown = re.split(r"[.@/]", key)[0] not in sections and key not in ROOT_KEYS
-        if is_unknown or (may_be_typo and find_closest(key, siblings, cutoff=0.9)):
-            raise UserError(describe_unknown_key(key, keys))
+        siblings = [name for name in keys if name.rpartition(".")[0] == section and not is_added(name)]
+        if find_closest(key, siblings, cutoff=0.9):
+            raise UserError(describe_unknown_key(key, siblings))
 
 
 def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:

@@ -30,6 +30,7 @@ FIXES = {
     ),
     "surrogates not allowed": "a name has letters that this locale cannot encode; set PYTHONUTF8=1",
     "Config group override must be": "a config group takes the name of an option; --help GROUP lists them",
+    "Invalid loaded object type": "a file of conf/ is neither empty nor keys with values; fix or remove it",
     "Cannot instantiate config of type str": "needs an object; type {_target_: package.Class}, or null",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -14,22 +15,24 @@ from typing import Any
 
 import yaml
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.core.config import CONF, describe_unknown_key, iterate_items, list_keys
+from src.core.config import CONF, OUTPUT_DIR, describe_unknown_key, iterate_items, list_keys
 from src.core.error_messages import describe_error
 from src.core.errors import DivergenceError, UserError
 from src.core.files import write_atomically
 from src.core.process import is_first_process
 
 CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "status.json"
+MARKS = {"run": CONFIG_FILE, "sweep": "multirun.yaml", "study": ".tune"}  # what the folder of each begins with
+EARLY_FILES = (  # what a run or study writes before the first batch
+    *(".hydra", ".tune", STATUS_FILE, "train.log", "tune.log", "layers.txt", "hparams.yaml", "metrics.csv"),
+    *("events.out.tfevents.*", "study.db", ".study.lock", "checkpoints"),
+)
 STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job starts
-OUTPUT_DIR = "${hydra:runtime.output_dir}"
 # An interpolation that is neither of the config's own keys nor one that conf/ itself has.
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
@@ -45,14 +48,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / METRICS_FILE).exists() and bool(read_metrics(folder / METRICS_FILE))
 
 
+def reject_other_kind(key: str, folder: Path, kind: str) -> None:
+    """Raise UserError if the folder for a `kind` of program, which `key` names, is that of another."""
+    for other, mark in MARKS.items():
+        if other != kind and (folder / mark).exists():
+            raise UserError(f"{key}={folder}: holds a {other}; type another folder")
+
+
 def holds_run(folder: Path) -> bool:
     """Return whether a folder holds a config, checkpoints or metrics that a new run would overwrite.
 
     Hydra's files do not count if they were cut short while they were written and nothing was trained.
     """
-    if any(
-        any(folder.glob(name)) for name in (METRICS_FILE, "multirun.yaml", "study.db", "scores.json", "checkpoints/*")
-    ):
+    if any(any(folder.glob(name)) for name in (METRICS_FILE, "scores.json", "checkpoints/*")):
         return True
     try:
         read_strings(folder / ".hydra/overrides.yaml")  # the last that Hydra writes
@@ -218,20 +226,20 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
 
 
 def remove_if_untrained(folder: Path) -> None:
-    """Remove the folder of a run or study without a checkpoint or metrics, and its parent in outputs/ if then empty."""
-    if not any(folder.rglob("checkpoints/*.ckpt")) and not any(folder.rglob(METRICS_FILE)):
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.resolve().parent.parent == Path("outputs").resolve() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    """Remove what a run or study without a checkpoint or metrics has written, and its folder if then empty."""
+    for run in (*folder.glob("[0-9][0-9][0-9]_*"), folder):  # trials first
+        if any(run.glob("checkpoints/*.ckpt")) or (run / METRICS_FILE).exists():
+            return
+        for path in [path for pattern in EARLY_FILES for path in run.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(OSError):  # others' files are in it
+            run.rmdir()
 
 
-def print_continue_command(folder: Path, signal_name: str, changes: Sequence[str]) -> None:
-    """Print the command that continues an interrupted run, with its changes, or an interrupted sweep."""
-    path = os.path.relpath(folder, HydraConfig.get().runtime.cwd)
-    command = f"python -m src.train resume={shlex.quote(path)} {shlex.join(changes)}".rstrip()
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        command = format_continue_command(Path(HydraConfig.get().sweep.dir, "multirun.yaml"))
-    print(f"\nstopped by {signal_name}; continue with: {command}", file=sys.stderr)
+def print_continue_command(code: Any, command: str) -> None:
+    """Print the command that continues what SIGINT or SIGTERM has stopped, which is to exit with `code`."""
+    if code in (130, 143):
+        print(f"\nstopped by {signal.Signals(code - 128).name}; continue with: {command}", file=sys.stderr)
 
 
 def format_continue_command(multirun: Path) -> str:

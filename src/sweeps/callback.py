@@ -14,14 +14,16 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.core.compat import get_basic_sweeper, use_sweeper
+from src.core import run_folder
+from src.core.compat import get_basic_sweeper, keep_configs_of_finished_runs, use_sweeper
 from src.core.config import describe_unknown_key, infer_mode, list_keys
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError, escape_control_characters, format_metric, print_error
 from src.core.files import exclusive_lock
 from src.core.process import count_cores, list_gpus
-from src.core.run_folder import STOP_FILE, read_status, read_yaml, reject_different_config
 from src.sweeps import grid
+
+keep_configs_of_finished_runs()  # also in worker processes, which import this file
 
 
 class SweepCallback(Callback):
@@ -52,13 +54,13 @@ class SweepCallback(Callback):
                 raise UserError(f"hydra.callbacks.sweep.average_over: {describe_unknown_key(unknown[0], known)}")
             jobs_before = []
             if (folder / "multirun.yaml").exists():
-                before = read_yaml(folder / "multirun.yaml") or {}
-                reject_different_config(before, config, f"the sweep in {folder}")
+                before = run_folder.read_yaml(folder / "multirun.yaml") or {}
+                run_folder.reject_different_config(before, config, f"the sweep in {folder}")
                 jobs_before = grid.list_jobs_of_sweep(before["hydra"]) if before else []
             pattern: Any = OmegaConf.to_container(config.hydra.sweep)
             grid.reject_shared_folders(pattern["subdir"], jobs, jobs_before)
             grid.validate_jobs(config, jobs)
-            (folder / STOP_FILE).unlink(missing_ok=True)
+            (folder / run_folder.STOP_FILE).unlink(missing_ok=True)
             path, metric, self.n_jobs = os.path.relpath(folder), config.optimized_metric, len(jobs)
             order = "lowest" if (config.optimized_mode or infer_mode(metric)) == "min" else "highest"
             print(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}, {order} first" if metric else ""))
@@ -82,9 +84,9 @@ class SweepCallback(Callback):
             return
         folder = Path(config.hydra.runtime.output_dir)
         if job_return.status == JobStatus.FAILED:
-            print_error(f"{folder.name}: {(read_status(folder) or {}).get('message')}")
+            print_error(f"{folder.name}: {(run_folder.read_status(folder) or {}).get('message')}")
             if self.fail_fast:
-                (folder.parent / STOP_FILE).touch()
+                (folder.parent / run_folder.STOP_FILE).touch()
             # Otherwise the sweeper would raise the first failure before the report.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         elif (score := job_return.return_value) is not None:
@@ -108,6 +110,10 @@ class ReportingSweeper(get_basic_sweeper()):  # type: ignore[misc]
         try:
             with exclusive_lock(folder), tolerance:
                 super().sweep(arguments)
+        except SystemExit as stop:
+            command = run_folder.format_continue_command(folder / "multirun.yaml")
+            run_folder.print_continue_command(stop.code, command)
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()).partition(". ")[0][:100]
             if type(error).__module__.startswith("submitit") or "srun" in reason:

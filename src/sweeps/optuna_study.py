@@ -66,6 +66,8 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
             pruner=instantiate(cfg.pruner),
             load_if_exists=True,
         )
+        if "settings" not in study.user_attrs and any(folder.glob("[0-9][0-9][0-9]_*")):
+            raise UserError(f"{folder}: holds the trials of another study; type study_name=NAME for a new folder")
         ignored = *STUDY_KEYS[:-1], "output_dir", "threads"
         settings = {key: value for key, value in make_portable(cfg).items() if key not in ignored}
         reject_different_config(study.user_attrs.get("settings", settings), settings, f"the study in {folder}")

@@ -106,7 +106,7 @@ def plot_loss_curves(comparison: Comparison) -> Figure | None:
 
 def _read_losses(folder: Path) -> dict[str, dict[int, float]]:
     """Return the finite values of each training and validation loss by step; of a step logged twice the last value."""
-    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it announces every file that it opens
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it announces every file, and runs that were resumed
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if "loss" in tag and not tag.startswith("test/")]
     curves = {tag: {one.step: one.value for one in events.Scalars(tag) if math.isfinite(one.value)} for tag in tags}

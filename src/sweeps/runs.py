@@ -172,9 +172,12 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             hydra = run_folder.read_yaml(file)["hydra"]
             averaged = hydra["callbacks"]["sweep"].get("average_over", ["seed"])  # that of a sweep before it was a key
             average_over = list(dict.fromkeys([*(average_over or []), *averaged]))
-            for overrides in list_jobs_of_sweep(hydra):
-                if (named := frozenset(map(_parse_override, overrides))) not in started:
-                    path = file.parent / " ".join(overrides).replace("/", "-")
+            jobs = list_jobs_of_sweep(hydra)
+            shared = set.intersection(*map(set, jobs))
+            for overrides in jobs:
+                named = frozenset(map(_parse_override, overrides))
+                path = file.parent / "_".join(sorted({*overrides} - shared)).replace("/", "-")
+                if named not in started and not path.exists():  # it exists if the run was trained longer
                     runs[path] = Run(path, "not started", overrides, dict(named))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")

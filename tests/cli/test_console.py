@@ -89,6 +89,8 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["optimizer.lr=1e39"], "must be float > 0"),
         (["optimizer=adamw", "optimizer.betas=[0.9]"], "must be list of 2 × 0 ≤ float < 1"),
         (["+trainer.callbacks=[]"], "+callbacks.NAME="),
+        (["output_dir=elsewhere"], "hydra.run.dir=… sets the folder"),
+        (["scheduler=cosine", "trainer.max_epochs=-1"], "scheduler.T_max=-1: must be int ≥ 1"),
     ],
 )
 def test_typo_prints_one_line_that_names_the_fix(run_main, tmp_path, arguments, words):
@@ -103,12 +105,17 @@ def test_typo_prints_one_line_that_names_the_fix(run_main, tmp_path, arguments, 
         (b"optimizer:\n  lr: [0.1\nname: x", "own.yaml, line 5: expected ',' or ']'"),
         (b"optimizer:\n\tlr: 0.1", "own.yaml, line 4: found character '\\t'"),
         (b"name: k\xe4se", "own.yaml: 'utf-8' codec can't decode"),
+        (b"optimzer:\n  lr: 0.1", "optimzer.lr: no such key; did you mean optimizer.lr?"),
+        (b"optimizer.lr: 0.1", "optimizer.lr: write nested keys"),
+        (b"seed: 3", "the first line of its file must be # @package _global_"),
+        (b"3", "neither empty nor keys with values"),
         (b"defaults:\n  - override /modle: cnn", "conf/experiment/own.yaml: modle: no such key; did you mean model?"),
     ],
 )
 def test_damaged_config_is_named_with_its_line(run_main, tmp_path, content, words):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/own.yaml").write_bytes(b"# @package _global_\n\n" + content)
+    header = b"# @package _global_\n\n" if content != b"seed: 3" else b""
+    (tmp_path / "experiment/own.yaml").write_bytes(header + content)
     result = run_main("--config-dir", tmp_path, "experiment=own", f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from src.core.config import CONF
 from src.core.errors import DivergenceError, UserError
 from src.core.process import count_cores, resolve_threads
-from src.core.run_folder import read_status, record_status, remove_if_untrained
+from src.core.run_folder import MARKS, read_status, record_status, remove_if_untrained
+from src.training.console import LayerTable
 
 
 def test_finished_run_has_status_and_resolved_portable_config(finished_run):
@@ -54,6 +55,16 @@ def test_folder_of_a_run_is_not_used_again(run_main, finished_run, tmp_path, is_
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("program", ["run", "sweep"])
+@pytest.mark.parametrize("mark", [".hydra/config.yaml", "multirun.yaml", ".tune/config.yaml"])
+def test_folder_is_used_by_one_kind_of_program(run_main, tmp_path, program, mark):
+    (tmp_path / mark).parent.mkdir(exist_ok=True)
+    (tmp_path / mark).write_text("seed: 0")
+    result = run_main(*SMALL, *["-m"] * (program == "sweep"), f"hydra.{program}.dir={tmp_path}", "optimizer.lr=-1")
+    is_own = mark == MARKS[program]
+    assert result.code == 2 and (": holds a " in result.err) == (not is_own) and len(result.err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("files", [{"config": "trainer: {max_ep"}, {"config": "seed: 0"}, {"config": "", "hydra": ""}])
 def test_files_of_hydra_that_were_cut_short_do_not_block_a_new_run(run_main, tmp_path, files):
     (tmp_path / ".hydra").mkdir()
@@ -65,11 +76,22 @@ def test_files_of_hydra_that_were_cut_short_do_not_block_a_new_run(run_main, tmp
     assert result.code == 0, result.err
 
 
-def test_failed_start_removes_nothing_that_was_there(run_main, tmp_path):
-    (tmp_path / "run/other").mkdir(parents=True)
-    (tmp_path / "run/other/note.txt").write_text("mine")
-    result = run_main(*SMALL, "optimized_metric=val/nope", f"hydra.run.dir={tmp_path / 'run'}")
-    assert result.code == 2 and (tmp_path / "run/other/note.txt").read_text() == "mine"
+@pytest.mark.parametrize("is_new", [True, False])
+def test_failed_start_removes_only_what_it_has_written(run_main, tmp_path, monkeypatch, is_new):
+    folder, start = tmp_path / "run", LayerTable.on_train_start
+
+    def write_note(*arguments):
+        (folder / "other/.hydra").mkdir(parents=True, exist_ok=True)  # of a run that has just begun
+        (folder / "note.txt").write_text("mine")
+        if arguments:
+            start(*arguments)
+
+    monkeypatch.setattr(LayerTable, "on_train_start", write_note)
+    if not is_new:
+        write_note()
+    result = run_main(*SMALL, "optimized_metric=val/nope", f"hydra.run.dir={folder}")
+    assert result.code == 2 and (folder / "note.txt").read_text() == "mine" and (folder / "other/.hydra").exists()
+    assert is_new == (len([*folder.iterdir()]) == 2)
 
 
 def test_folder_with_a_checkpoint_is_never_removed(tmp_path):

@@ -175,14 +175,17 @@ def test_four_workers_share_a_study_and_retry_a_killed_trial(kind, tmp_path, req
 def test_interrupted_trial_continues_from_its_checkpoint_bitwise(run_main, tmp_path, number):
     training = [*TINY, "trainer.limit_train_batches=150", "callbacks.resume.every_steps=10"]
     study = ["~search.optimizer", "heartbeat=1", "n_trials=2", f"hydra.run.dir={tmp_path / 'study'}"]
-    process = subprocess.Popen([sys.executable, "-m", "src.tune", *training, *study], cwd=CONF.parent)
+    command = [sys.executable, "-m", "src.tune", *training, *study]
+    process = subprocess.Popen(command, cwd=CONF.parent, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("study/000_*/checkpoints/last.ckpt")):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
     time.sleep(3 if number == signal.SIGKILL else 0)  # two heartbeats
-    result = run_main(*training, *study, main=tune.main)
+    printed = shlex.split(process.stderr.read().partition("continue with: python -m src.tune ")[2])
+    assert bool(printed) == (number == signal.SIGTERM)
+    result = run_main(*(printed or command[3:]), main=tune.main)
     assert result.code == 0 and "0 of 2 trials are done" in result.out and "2 runs: 2 finished" in result.out
     (folder,) = tmp_path.glob("study/000_*")
     dropout = folder.name.partition("_")[2]

@@ -270,9 +270,9 @@ def test_lower_loss_ranks_first(tmp_path):
 
 
 def test_mode_is_inferred_from_the_metric_said_and_can_be_set(run_main, tmp_path):
-    for name in "val_loss", "valLoss", "val/rmse", "test/top5_error", "val/loss/dataloader_idx_0", "ppl", "neg_elbo":
+    for name in "val_loss", "valLoss", "val/rmse", "ppl", "val/loss/dataloader_idx_0", "edit_rate", "neg_elbo":
         assert infer_mode(name) == "min", name
-    for name in "val/acc", "val/f1", "neg_mean_squared_error", "true_negative_rate", "val/power", "val/iou", None:
+    for name in "val/acc", "val/f1", "neg_mean_squared_error", "true_negative_rate", "distance_intersection", None:
         assert infer_mode(name) == "max", name
     arguments = *TINY, "optimized_metric=val/loss", "trainer.limit_train_batches=2"
     result = run_main(*arguments, f"hydra.run.dir={tmp_path / 'inferred'}")
@@ -375,21 +375,24 @@ def test_bug_in_a_job_keeps_its_traceback(run_main, tmp_path, monkeypatch):
 def test_sweep_continues_where_it_stopped_and_no_other_in_its_folder(run_main, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    arguments = "-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}"
+    arguments = "-m", *TINY, "scheduler=none", "seed=0,1", f"hydra.sweep.dir={tmp_path}"
     first, second = tmp_path / "seed=0", tmp_path / "seed=1"
     assert run_main(*arguments).code == 0
     scores, before = read_scores(second), (first / "metrics.json").stat()
     (second / "metrics.json").rename(second / ".metrics.json.part")  # as if killed while writing it
     result = run_main(*arguments)
-    assert result.code == 0 and "already finished: seed=0" in result.out and "2 runs: 2 finished" in result.out
+    assert result.code == 0 and "already finished: seed=0" in result.out and "2 runs: highest val/acc" in result.out
     assert (first / "metrics.json").stat() == before and read_scores(second) == scores
     for folder in first, second:  # one attempt's curve, not two
         assert len(EventAccumulator(str(folder)).Reload().Scalars("val/loss")) == 1
     result = run_main(*arguments, "optimizer.momentum=0.5")
     assert result.code == 2 and result.err.startswith("error: optimizer.momentum=0.5: the sweep in")
     assert (first / "metrics.json").stat() == before and len(result.err.splitlines()) == 1
-    result = run_main("-m", *TINY, "seed=0,1,2", f"hydra.sweep.dir={tmp_path}")  # more values are fine
+    assert run_main(f"resume={first}", "trainer.max_epochs=2").code == 0
+    assert "2 runs: 2 finished" in run_main(tmp_path, main=report.main).out
+    result = run_main(*arguments[:-2], "seed=0,1,2", arguments[-1])  # more values are fine
     assert result.code == 0 and result.out.count("already finished") == 2
+    assert {row["seed"]: row["trainer.max_epochs"] for row in read_csv(tmp_path)} == {"0": "2", "1": "1", "2": "1"}
 
 
 @pytest.mark.parametrize("name, jobs", [("lr_dropout", 9), ("seeds", 5), ("backprop_lr", 6)])
