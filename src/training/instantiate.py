@@ -124,7 +124,6 @@ def _make_accepts(node: Any) -> Callable[[str], bool]:
 
 def _check_image_shape(net: Any, shape: tuple[int, ...]) -> None:
     try:
-        is_training = {layer: layer.training for layer in net.modules()}  # some may be frozen
         with torch.no_grad():
             deepcopy(net).eval()(torch.zeros(1, *shape))
     except Exception as error:  # libraries raise different errors for a wrong shape
