@@ -15,6 +15,7 @@ import torch
 from conftest import SimulatedKill, read_outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import src
 from src.backprop import formulas, network, stability, workbook
 from src.backprop.__main__ import main as lesson_main
 from src.backprop.datamodule import OneSampleDataModule
@@ -32,8 +33,10 @@ from src.backprop.network import (
     spreadsheet,
 )
 from src.backprop.stability import RATES, SAMPLE, START, compute_first_row, descend, make_lesson
+from src.core.errors import UserError
 from src.sweeps.plots import plot_loss_curves
 from src.sweeps.runs import compare_runs, read_runs
+from src.training.predictor import load_predictor
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -218,6 +221,11 @@ def test_run_writes_trace_scalars_and_worked_step(run, tmp_path, losses):
     assert "| a_h1 | σ(h1) | σ(0.0275) | 0.5068745668 |" in step
     assert "| δ_h2 | ∂E/∂a_h2·a_h1·(1 − a_h1) |" in step  # the bug, which task.gradients=spreadsheet asks for
 
+    module, state = src.load(tmp_path), torch.load(tmp_path / "checkpoints/last.ckpt")["state_dict"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(UserError, match="BackpropModule was not trained on images with classes"):
+        load_predictor(tmp_path)
+
 
 def test_large_gradients_are_not_clipped(run, tmp_path):
     run(f"hydra.run.dir={tmp_path}", "data.targets=[-50,80]", "optimizer.lr=0.1", "trainer.max_epochs=2")
@@ -270,6 +278,8 @@ def test_sweep_over_two_keys_names_losses_by_run(run, tmp_path):
         ("data.inputs=[1,2,3]", "data.inputs=[1, 2, 3]: must be 2 finite numbers (i1, i2)"),
         ("data.targets=[0.5,inf]", "data.targets=[0.5, inf]: must be 2 finite numbers (t1, t2)"),
         ("task.gradients=guess", "must be one of autograd, equations, spreadsheet"),
+        ("model=cnn", "experiment=backprop without model="),
+        ("task=classification", "data=backprop has no images"),
     ],
 )
 def test_mistake_prints_one_line_and_leaves_no_folder(run_main, tmp_path, override, message):

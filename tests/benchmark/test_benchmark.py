@@ -62,6 +62,7 @@ def test_time_to_accuracy_computes_soft_labels_for_each_seed(run_main, tmp_path,
     result = run_main("--time-to", 1, *short, main=main)
     assert result.code == 0, result.err
     assert result.err.count("computing teacher outputs, epoch 1") == 2 and not (tmp_path / "cache").exists()
+    assert "the bare loop has no distillation" in run_main("data=digits", soft_labels, main=main).err
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,6 @@ def test_time_to_accuracy_computes_soft_labels_for_each_seed(run_main, tmp_path,
         (("modle=cnn",), "did you mean"),
         (("--rounds", 0), "--rounds"),
         (("seed=abc",), "0 ≤ int"),
-        (("experiment=record",), "data=mnist"),
     ],
 )
 def test_mistake_prints_one_line(run_main, arguments, words):

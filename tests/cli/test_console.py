@@ -144,8 +144,7 @@ def test_paths_and_names_are_taken_as_typed(override, value):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["experiment=backprop", "model=cnn"], "experiment=backprop without model="),
-        (["data=digits", "model=backprop"], "an experiment= that sets both"),
+        (["~model", "+model={_target_:torch.nn.MaxPool1d,kernel_size:2}", "data=digits"], "experiment= that sets both"),
         (["-m", "model=cnn,cn"], "model=cn: no such option; did you mean cnn?"),
     ],
 )

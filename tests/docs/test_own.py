@@ -238,8 +238,11 @@ def test_own_option_and_callback_take_effect(project):
     assert "goodbye after step 10" in results[1].out.splitlines()
 
 
-def test_notebook_code_predicts_test_images(project):
-    (code,) = re.findall(r"```python\n(.*?)```", read_section("In a notebook"), re.S)
+def test_notebook_code_predicts_test_images_and_trains_by_a_config(project):
+    pages = read_section("In a notebook") + (ROOT / "docs/training.md").read_text()
+    code, train = re.findall(r"```python\n(.*?)```", pages, re.S)
+    project.execute(sys.executable, "-c", train.replace('"data=digits"', str(["data=digits", *SHORT])[1:-1]))
+    assert list(project.folder.glob("outputs/mnist/*/.hydra/config.yaml"))  # can be resumed
     check = "print(float((log_probabilities.argmax(1) == data.splits.test.labels.cpu()).float().mean()))"
     lines = project.execute(sys.executable, "-W", "ignore", "-c", f"{code}{check}").splitlines()
     assert lines[0] == "5" and float(lines[-1]) > 0.5
@@ -267,24 +270,17 @@ def test_renamed_package_trains_and_predicts(project):
     assert json.loads(results[2].out)[0]["digit"] == 5  # by the shipped weights
 
 
-def find_modules(folder: Path) -> set[str]:
-    """Return the modules of the project that its code imports and that its configs name."""
-    files = (file for name in ("src", "tests", "conf") for file in folder.glob(f"{name}/**/*.[py]*") if file.is_file())
-    text = "\n".join(file.read_text() for file in files if file.suffix in (".py", ".yaml"))
-    imports = re.findall(r"^ *from (src[\w.]*) import (.*)", text, re.M)
-    modules = {name for module, names in imports for name in (module, *(f"{module}.{x}" for x in names.split(", ")))}
-    return modules | set(re.findall(r"_target_: (src[\w.]+)\.", text))
-
-
 def test_deleted_parts_are_not_missed(project):
     commands = read_commands(read_section("What may be deleted"))
     for number, command in enumerate(commands):  # each part by itself
         part = project.folder.parent / f"part{number}"
         project.execute("bash", "-ec", f"cp -r . {part} && cd {part} && {command}")
-        names = (file.relative_to(project.folder) for file in project.folder.glob("src/**/*.py"))
-        deleted = (name.with_suffix("").parts for name in names if not (part / name).exists())
-        modules = {".".join(parts).removesuffix(".__init__") for parts in deleted}
-        assert modules and not modules & find_modules(part), command
+        names = [file.relative_to(project.folder) for file in project.folder.glob("[sc]*/**/*.[py]*")]
+        deleted = [(".".join(name.parent.parts), name.stem) for name in names if not (part / name).exists()]
+        uses = [rf"from {parent}(\.| import .*\b){name}\b|_target_: {parent}\.{name}\b" for parent, name in deleted]
+        uses += [f'"{parent[5:]}={name}"' for parent, name in deleted if parent.startswith("conf.")]
+        for file in (*part.glob("src/**/*.py"), *part.glob("conf/**/*.yaml"), *part.glob("tests/[!d]*/*.py")):
+            assert not (use := re.search("|".join(uses), file.read_text())), (command, file, use)
     project.execute("bash", "-ec", "\n".join(commands))
     chosen = "-m", "not slurm", "-k", "test_every_config_composes", "--ignore=tests/docs"
     assert " passed" in project.execute(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *chosen)

@@ -53,7 +53,7 @@ def test_evaluation_repeats_the_test_scores_of_the_run(finished_run, run_main, t
 
 @pytest.mark.mnist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist", "teacher1", "teacher2", "teacher3"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED_WEIGHTS.parent.glob("*.pt")))
 def test_shipped_weights_score_what_their_run_did(run_main, real_mnist, tmp_path, name):
     file = SHIPPED_WEIGHTS.with_name(f"{name}.pt")
     result = run_main(file, "--root", real_mnist, "--output", tmp_path, main=evaluate.main)
@@ -112,15 +112,9 @@ def test_file_without_a_trained_network_is_refused_in_one_line(content, words, t
     assert "\n" not in str(refusal.value) and str(refusal.value).startswith(f"{tmp_path / 'x.pt'}: ")
 
 
-def test_sweep_folder_and_run_without_images_are_refused(finished_run, run_main, tmp_path):
+def test_sweep_folder_is_refused(finished_run):
     with pytest.raises(UserError, match="it is a sweep"):
         load_predictor(finished_run.parent)
-    assert run_main("experiment=backprop", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'run'}").code == 0
-    with pytest.raises(UserError, match="not trained on images with classes"):
-        load_predictor(tmp_path / "run")
-    module, state = src.load(tmp_path / "run"), torch.load(tmp_path / "run/checkpoints/last.ckpt")["state_dict"]
-    assert type(module).__name__ == "BackpropModule"
-    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
 
 class Unusual(CNN):

@@ -222,7 +222,6 @@ def test_cosine_schedule_steps_per_epoch(train):
     "mistake, words",
     [
         (["trainer.val_check_interval=1000"], "val_check_interval"),
-        (["data=backprop", "optimized_metric=null"], "data=backprop has no images"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
