@@ -166,12 +166,11 @@ def reject_wrong_keys(config: DictConfig) -> None:
         if key not in known and ("." in key or f"${{{key}" not in str(plain)):
             name = next((name for name, _ in iterate_items(node, key)), key)
             raise UserError(f"{key}: write nested keys" if "." in key else describe_unknown_key(name, keys))
-    matches = [re.match(r"(\+{1,2})([^=]+)=(\{?)", override) for override in plain["hydra"]["overrides"]["task"]]
-    added = {match[2]: match[1] == "+" and not match[3] for match in matches if match}
-    is_added = re.compile("|".join(rf"{re.escape(key)}(\.|$)" for key in added) or "$.").match
-    for key in (key for key, may_be_typo in added.items() if may_be_typo):
+    overrides = plain["hydra"]["overrides"]["task"]
+    added = {item.lstrip("+").partition("=")[0] for item in overrides if item.startswith("+")}
+    for key in re.findall(r"(?m)^\+([^+=\n]+)=(?!\{)", "\n".join(overrides)):
         section = key.rpartition(".")[0]
-        siblings = [name for name in keys if name.rpartition(".")[0] == section and not is_added(name)]
+        siblings = [name for name in keys if name.rpartition(".")[0] == section and name not in added]
         if find_closest(key, siblings, cutoff=0.9):
             raise UserError(describe_unknown_key(key, siblings))
 

@@ -56,17 +56,8 @@ def reject_other_kind(key: str, folder: Path, kind: str) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether a folder holds a config, checkpoints or metrics that a new run would overwrite.
-
-    Hydra's files do not count if they were cut short while they were written and nothing was trained.
-    """
-    if any(any(folder.glob(name)) for name in (METRICS_FILE, "scores.json", "checkpoints/*")):
-        return True
-    try:
-        read_strings(folder / ".hydra/overrides.yaml")  # the last that Hydra writes
-        return bool(read_plain_config(folder / CONFIG_FILE))
-    except UserError:
-        return False
+    """Return whether a run has begun in a folder; Hydra's files alone, which may be cut short, can be written anew."""
+    return any(any(folder.glob(name)) for name in (METRICS_FILE, STATUS_FILE, "scores.json", "checkpoints/*"))
 
 
 def read_metrics(file: Path) -> dict[str, Any]:
