@@ -24,10 +24,7 @@ FIXES = {
     "MPS framework doesn't support float64": "mps has no 64-bit floats; set trainer.accelerator=cpu",
     "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
     "checkpoint of the same run",
-    **dict.fromkeys(
-        ("out of shared memory", "unable to allocate shared memory"),
-        "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
-    ),
+    "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
     "surrogates not allowed": "a name has letters that this locale cannot encode; set PYTHONUTF8=1",
     "Config group override must be": "a config group takes the name of an option; --help GROUP lists them",
     "Invalid loaded object type": "a file of conf/ is neither empty nor keys with values; fix or remove it",

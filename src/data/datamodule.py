@@ -1,8 +1,10 @@
 """Labelled images as a LightningDataModule: in memory on the training device, or read by worker processes."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from shutil import disk_usage
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
@@ -109,7 +111,7 @@ class ImageDataModule(L.LightningDataModule):
             held_out, order = parts.pop(self.fold), torch.cat(parts)
         else:
             val = None if self.val_size is not None else val
-            val_size = self.val_size or (0 if val or self.val_size == 0 else min(count // 10, 5000))
+            val_size = self.val_size or (0 if val or self.val_size == 0 else min(max(1, count // 10), 5000))
             if val_size >= count:
                 raise UserError(f"data.val_size={val_size}: {name} has {count:,} training images; use fewer")
             held_out, order = order[:val_size], order[val_size:]
@@ -152,16 +154,18 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def train_batch_size(self) -> int:
         """Return the batch size per process."""
-        return self.batch_size or (128 if len(self.splits.train.labels) >= 10_000 else 32)
+        count = len(self.splits.train.labels)
+        return self.batch_size or (128 if count >= 10_000 else 32 if count >= 100 else 8)
 
     def state_dict(self) -> dict[str, Any]:
         return self.spec.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = ImageSpec.from_dict(state_dict)
-        is_measured = self.mean is None  # then the same numbers mean the same images, whatever their folder's name
-        if saved._replace(name=self.spec.name if is_measured else saved.name) != self.spec:
-            raise UserError(f"data: the run began with other images ({saved}) than now ({self.spec}); set data.root")
+        saved, now = ImageSpec.from_dict(state_dict).to_dict(), self.spec.to_dict()
+        changed = [name for name in saved if saved[name] != now[name]]
+        # If the mean is measured, the same numbers mean the same images, whatever their folder's name.
+        if changed and not (self.mean is None and changed == ["name"]):
+            raise UserError(f"data: the run began with other images (their {', '.join(changed)} differ); set data.root")
 
     def _make_loader(self, split: LabeledImages, batch_size: int, seed: int | None = None) -> DataLoader:
         """Return a loader of index tensors for images in memory, otherwise of images and labels."""
@@ -171,6 +175,11 @@ class ImageDataModule(L.LightningDataModule):
         indices: Any = torch.arange(sampler.size, device=device)
         if not self.num_workers:
             return DataLoader(indices, sampler=sampler, batch_size=None)
+        read_ahead = min(sampler.size, 2 * self.num_workers * batch_size) * math.prod(self.spec.shape)  # bytes
+        if (memory := Path("/dev/shm")).is_dir() and disk_usage(memory).free < read_ahead:  # PyTorch would wait forever
+            reason = f"{memory} is too small; it needs {read_ahead // 10**6 + 1:,} MB"
+            fix = "use fewer workers, smaller batches (data.eval_batch_size), or docker run --shm-size=2g"
+            raise UserError(f"data.num_workers={self.num_workers}: {reason}; {fix}")
         options: Any = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         read = partial(_read, split)
         return DataLoader(indices, batch_sampler=sampler, collate_fn=read, persistent_workers=True, **options)

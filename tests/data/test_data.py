@@ -1,5 +1,7 @@
 """Batches: their order, augmentation and normalisation, the splits, and how the data module makes them."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -207,8 +209,15 @@ def test_worker_processes_make_the_same_batches_as_memory(tmp_path, image_folder
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
 
 
+def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch, image_folder):
+    data = make_module(dataset=ImageFolder(), root=str(image_folder), num_workers=2)
+    monkeypatch.setattr("src.data.datamodule.disk_usage", lambda _: SimpleNamespace(free=19 * 3 * 32 * 32 - 1))
+    with pytest.raises(UserError, match=r"data\.num_workers=2: .* too small; it needs 1 MB; .*--shm-size"):
+        data.train_dataloader()
+
+
 def test_resuming_with_other_images_raises():
     data = make_module(dataset=Digits(), val_size=None)
     data.load_state_dict(data.state_dict())
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match=r"other images \(their mean differ\)"):
         data.load_state_dict(data.state_dict() | {"mean": [0.5]})
