@@ -150,9 +150,12 @@ def extract_strokes(image: Image.Image) -> NDArray[np.float32]:
     is_stroke = distance > _compute_otsu_threshold(distance)
     if is_stroke.all():
         raise UserError("nothing stands out from its border")
-    drawing = _select_drawing(is_stroke)
-    if drawing is None:  # it touches printed lines, which are paler
-        drawing = _select_drawing(distance > _compute_otsu_threshold(distance[is_stroke]))
+    is_dark = distance > _compute_otsu_threshold(distance[is_stroke])
+    pale = distance[is_stroke & ~binary_dilation(is_dark, iterations=5)]  # a shadow of fingers, not the rim of a stroke
+    has_shadow = pale.size > is_dark.sum() / 4 and pale.mean() < 0.6 * distance[is_dark].mean()
+    drawing = None if has_shadow else _select_drawing(is_stroke)
+    if drawing is None:  # it may touch printed lines, which are paler
+        drawing = _select_drawing(is_dark)
     drawing = is_stroke if drawing is None else drawing
     background, stroke = distance[~is_stroke], distance[drawing].mean()
     noise = min(background.mean() + 2 * background.std(), stroke / 2)

@@ -95,12 +95,15 @@ def light_page(random, kind: str) -> np.ndarray:
     angle = random.uniform(0, 2 * np.pi)
     across = np.cos(angle) * x + np.sin(angle) * y
     far = (x - random.uniform(-0.5, 0.5)) ** 2 + (y - random.uniform(-0.5, 0.5)) ** 2
+    vignette = 1 - 0.55 * (x**2 + y**2) / 2
+    is_finger = 1 / (1 + np.exp(20 * (0.4 - np.cos(9 * across)))) / (1 + np.exp(20 * (far - 0.5)))  # soft at its edges
     kinds = {
         "even": np.ones_like(x),
         "across": 1 - 0.55 * (across - across.min()) / np.ptp(across),
-        "vignette": 1 - 0.55 * (x**2 + y**2) / 2,
+        "vignette": vignette,
         "shadow": 1 - 0.4 / (1 + np.exp(-100 * (across - random.uniform(-0.5, 0.5)))),
         "glare": 0.6 + 0.4 * np.exp(-4 * far),
+        "fingers": vignette * (1 - 0.45 * is_finger),
     }
     return kinds[kind]
 
@@ -138,6 +141,7 @@ PHOTOS: dict[str, Callable[..., bytes]] = {
     "thin pen, small, light falling": partial(make_photo, pen=-0.01, size=0.15, kind="across"),
     "the edge of a shadow": partial(make_photo, kind="shadow"),
     "glare": partial(make_photo, kind="glare"),
+    "the shadows of fingers, vignette": partial(make_photo, kind="fingers"),
     "fold": partial(make_photo, change=fold),
     "crumbs": partial(make_photo, change=add_crumbs),
     "chalk, vignette": partial(make_photo, change=lambda page, random: 1.15 - page, kind="vignette"),
