@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
             raise UserError("data.soft_labels.teachers is empty; name run folders or .pt files")
         predictors = [load_predictor(Path(file)) for file in files]
         self.digest = hashlib.sha256(b"".join(x.file.read_bytes() for x in predictors)).hexdigest()
-        self.predictors = nn.ModuleList(predictors)
+        self.predictors, self.specs = nn.ModuleList(predictors), {x.file: x.spec for x in predictors}
 
     def forward(self, images: Tensor) -> Tensor:
         # A softmax makes the means of log-probabilities sum to one again.
@@ -60,6 +60,10 @@ class SoftLabels:
 
         Return a function from a batch's images and indices to augmented images and soft labels, [batch, classes].
         """
+        for file, trained_on in self.ensemble.specs.items():
+            if (trained_on.shape, trained_on.classes) != (spec.shape, spec.classes):
+                reason = "was trained on images of another shape, or with other classes"
+                raise UserError(f"data.soft_labels.teachers: {file} {reason}; name other teachers")
         # Drawn on the CPU, so that every device gets the same numbers.
         sample = [x.to(images.device) for x in augment.draw(len(images), make_generator(self.seed, epoch))]
 

@@ -16,7 +16,7 @@ class CountingTeacher(torch.nn.Module):
 
     def __init__(self, files) -> None:
         super().__init__()
-        self.digest, self.layer = "-".join(files), torch.nn.Linear(3, 3)
+        self.digest, self.specs, self.layer = "-".join(files), {}, torch.nn.Linear(3, 3)
 
     def forward(self, images):
         CountingTeacher.count += len(images)
@@ -81,6 +81,12 @@ def test_ensemble_averages_its_networks_and_is_identified_by_their_files(tmp_pat
     both, first, second = Ensemble(files), Ensemble(files[:1]), Ensemble(files[1:])
     torch.testing.assert_close(both(images), (first(images) + second(images)) / 2)
     assert len({both.digest, first.digest, second.digest}) == 3 and both.digest == Ensemble(files).digest
+
+
+def test_teacher_of_other_images_is_named(tmp_path, small_weights):
+    other = MNIST_SPEC._replace(shape=(3, 28, 28))
+    with pytest.raises(UserError, match=r"small\.pt was trained on images of another shape"):
+        SoftLabels([str(small_weights)], str(tmp_path)).prepare_epoch(torch.zeros(1), RandomAffine(), other, 0, 0)
 
 
 @pytest.mark.parametrize("teachers, error", [("[]", "teachers is empty"), ("[nowhere]", "nowhere: cannot be loaded")])
