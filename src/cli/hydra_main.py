@@ -182,7 +182,7 @@ def _quote(override: str) -> str:
     if not re.fullmatch(r"[\w.+@/]+", key) or re.match(r"$|([{\[].*)?['\"]", value):
         return override
     is_path = re.search(r"[^\w./+:%@-]", value) and (key in PATH_KEYS or Path(value).expanduser().exists())
-    string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`])[^,\[\]{}'\"]*"
+    string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`]| \()[^,\[\]{}'\"]*"
     return f"{key}=" + re.sub(
         string, lambda match: QuotedString(os.path.expanduser(match[0]), Quote.single).with_quotes(), value
     )

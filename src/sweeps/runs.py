@@ -100,6 +100,8 @@ def format_setting(value: Any) -> str:
     """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are one setting."""
     if isinstance(value, list):
         return f"[{','.join(map(format_setting, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{format_setting(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -130,6 +130,7 @@ def test_damaged_config_is_named_with_its_line(run_main, tmp_path, content, word
         ("data.root=~/pets", os.path.expanduser("~/pets")),
         ("data.root=/x/käse", "/x/käse"),
         ("name=Übung,7", ["Übung", 7]),
+        ("name=my pets (1)", "my pets (1)"),
         ("data.soft_labels.teachers=[~/ä.pt,b.pt]", [os.path.expanduser("~/ä.pt"), "b.pt"]),
         ("optimizer.groups.x={pattern: '(?!.*fc)', lr: 1}", {"pattern": "(?!.*fc)", "lr": 1}),
         ("seed=range(3)", [0, 1, 2]),

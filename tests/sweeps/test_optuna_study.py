@@ -86,6 +86,7 @@ def test_study_takes_new_keys_lists_and_null_and_continues_where_it_was_moved(ru
     choices = "betas: {suggest: categorical, choices: [[0.9,0.99],[0.8,0.9]]}"
     arguments = [*TINY[:2], *TINY[3:], "optimizer=adamw", f"search={{optimizer: {{{choices}}}}}", "sampler.seed=3"]
     arguments += ["search.trainer.gradient_clip_val={suggest: categorical, choices: [null]}"]
+    arguments += ["search.data.augment={suggest: categorical, choices: [{degrees: 5.0, scale: 0}]}"]
     arguments += ["pruner={_target_: optuna.pruners.HyperbandPruner, max_resource: 3}"]
     result = run_main(*arguments, "n_trials=2", f"hydra.run.dir={tmp_path / 'here'}", main=tune.main)
     assert result.code == 0, result.err
