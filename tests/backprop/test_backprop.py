@@ -291,14 +291,14 @@ def test_mistake_prints_one_line_and_leaves_no_folder(run_main, tmp_path, overri
 
 
 @pytest.mark.skipif(not shutil.which("soffice"), reason="LibreOffice (soffice) is not installed")
-@pytest.mark.parametrize(("gradients", "lr"), [("equations", 0.8), ("spreadsheet", 2.0)])
-def test_libreoffice_recalculates_workbook(tmp_path, gradients, lr):
+@pytest.mark.parametrize("gradients, lr, bias", [("equations", 0.8, None), ("spreadsheet", 2.0, [0.35, 0.6])])
+def test_libreoffice_recalculates_workbook(tmp_path, gradients, lr, bias):
     def table(rows):
         names = [name for name in COLUMNS if name in rows[0]]
         return np.array([tuple(row[name] for name in names) for row in rows], [(name, "f8") for name in names])
 
     # The stored results belong to another learning rate than the formulas, so reading without recalculating fails.
-    stale, right = table(train("equations", 0.1)), table(train(gradients, lr))
+    stale, right = (table(train(*run, BackpropNet(bias=bias))) for run in (("equations", 0.1), (gradients, lr)))
     with workbook.Workbook(tmp_path / "sheet.xlsx", stale, {"0.1": stale["E_total"].tolist()}) as book:
         book.write_all(lr, gradients)
     settings = tmp_path / "profile/user/registrymodifications.xcu"
