@@ -153,10 +153,8 @@ def extract_strokes(image: Image.Image) -> NDArray[np.float32]:
     is_dark = distance > _compute_otsu_threshold(distance[is_stroke])
     pale = distance[is_stroke & ~binary_dilation(is_dark, iterations=5)]  # a shadow of fingers, not the rim of a stroke
     has_shadow = pale.size > is_dark.sum() / 4 and pale.mean() < 0.6 * distance[is_dark].mean()
-    drawing = None if has_shadow else _select_drawing(is_stroke)
-    if drawing is None:  # it may touch printed lines, which are paler
-        drawing = _select_drawing(is_dark)
-    drawing = is_stroke if drawing is None else drawing
+    choices = (is_dark, is_stroke) if has_shadow else (is_stroke, is_dark)  # printed lines that it touches are paler
+    drawing = next((x for x in map(_select_drawing, choices) if x is not None), is_stroke)
     background, stroke = distance[~is_stroke], distance[drawing].mean()
     noise = min(background.mean() + 2 * background.std(), stroke / 2)
     strokes = ((distance - noise) / (stroke - noise)).clip(0, 1).astype(np.float32)
