@@ -312,7 +312,7 @@ def test_libreoffice_recalculates_workbook(tmp_path, gradients, lr, bias):
     as_csv = "csv:Text - txt - csv (StarCalc):44,34,76,1,,0,false,false,false,false,false,-1"
     subprocess.run(
         [
-            *("soffice", f"-env:UserInstallation={settings.parents[2].as_uri()}", "--headless"),
+            *("soffice", f"-env:UserInstallation={settings.parents[1].as_uri()}", "--headless"),
             *("--convert-to", as_csv, "--outdir", tmp_path, tmp_path / "sheet.xlsx"),
         ],
         check=True,
