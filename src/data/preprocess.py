@@ -17,6 +17,7 @@ from scipy.ndimage import binary_dilation, binary_fill_holes, find_objects, grey
 from torch import Tensor
 
 from src.core.errors import UserError
+from src.core.run_folder import holds_run
 
 FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF"
 SUFFIXES = ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"
@@ -46,9 +47,11 @@ def list_files(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
 
 
 def find_images(path: Path) -> list[Path]:
-    """Return a file itself, and of a folder the image files at any depth."""
+    """Return a file itself, and of a folder the image files at any depth. Raises UserError for the folder of a run."""
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return [path]
+    if holds_run(path):  # with plots
+        raise UserError(f"{path}: a run, not an image; type --weights {path} IMAGE")
     if not (files := list_files(path, SUFFIXES)):
         raise UserError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
     return files

@@ -196,6 +196,7 @@ def test_file_of_any_name_at_any_depth_is_read_and_a_pipe_is_refused(run_predict
     [
         ([], "the following arguments are required: IMAGE"),
         (["{tmp}"], "no images in this folder"),
+        (["{tmp}/run", "{drawn}"], "type --weights"),
         (["--weights", "none.pt", "{drawn}"], "none.pt: cannot be loaded (no such file)"),
         (["--weights", "{drawn}", "{drawn}"], "cannot be loaded"),
         (["--show", "{tmp}/x.nonsense", "{drawn}"], "cannot be written"),
@@ -203,5 +204,6 @@ def test_file_of_any_name_at_any_depth_is_read_and_a_pipe_is_refused(run_predict
     ],
 )
 def test_mistake_is_one_line(run_predict, tmp_path, arguments, words):
+    (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
     result = run_predict(*(argument.format(tmp=tmp_path, drawn=DRAWN[0]) for argument in arguments))
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err

@@ -51,7 +51,7 @@ def test_frozen_layers_keep_weights_and_statistics_until_they_are_trained(
 def test_groups_have_their_own_settings_and_share_of_the_peak(optimizer):
     module = L.LightningModule()
     module.net = CNN()
-    module._trainer = SimpleNamespace(estimated_stepping_batches=10, callbacks=[])
+    module._trainer = SimpleNamespace(estimated_stepping_batches=10, max_epochs=1, callbacks=[])
     settings = {"backbone": {"pattern": "conv.*", "lr": 0.01}, "all": {"pattern": "conv1|fc", "weight_decay": 0.5}}
     schedule = partial(OneCycleLR, max_lr=0.2, cycle_momentum=False)
     built = configure_optimizers(module, GroupedOptimizer(partial(optimizer, lr=0.1), settings), schedule)

@@ -53,7 +53,7 @@ def test_evaluation_repeats_the_test_scores_of_the_run(finished_run, run_main, t
 
 @pytest.mark.mnist
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED_WEIGHTS.parent.glob("*.pt")))
+@pytest.mark.parametrize("name", sorted(file.stem for file in SHIPPED_WEIGHTS.parent.glob("*.json")))
 def test_shipped_weights_score_what_their_run_did(run_main, real_mnist, tmp_path, name):
     file = SHIPPED_WEIGHTS.with_name(f"{name}.pt")
     result = run_main(file, "--root", real_mnist, "--output", tmp_path, main=evaluate.main)
