@@ -1,6 +1,5 @@
 """digitlab: src.load returns a trained network; each program is a module of its own, run with python -m."""
 
-import gc
 import importlib.util
 import signal
 import sys
@@ -13,8 +12,6 @@ if sys.argv[0] == "-m":  # until Python has found the program that is to run, wh
         problem = "is older than 3.11" if sys.version_info < (3, 11) else "lacks the packages of this project"
         fix = "make train installs them into .venv; then type source .venv/bin/activate"
         sys.exit(errors.print_error(f"{sys.executable} {problem}; {fix}"))
-    if {"-h", "--help"} & {*sys.argv}:
-        gc.disable()  # a sixth of the time that --help takes
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, errors.exit_on_signal)
 

@@ -1,13 +1,11 @@
 """The single training sample of the backprop experiment."""
 
-from collections.abc import Sequence
-
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from src.backprop.network import BackpropModule
-from src.core.errors import UserError, parse_finite_numbers
+from src.core.errors import UserError
 
 
 class OneSampleDataModule(L.LightningDataModule):
@@ -15,11 +13,9 @@ class OneSampleDataModule(L.LightningDataModule):
 
     name = "one sample"
 
-    def __init__(self, inputs: Sequence[float], targets: Sequence[float]) -> None:
+    def __init__(self, inputs: tuple[float, float], targets: tuple[float, float]) -> None:
         super().__init__()
-        i = parse_finite_numbers("data.inputs", inputs, ("i1", "i2"))
-        t = parse_finite_numbers("data.targets", targets, ("t1", "t2"))
-        self.sample = TensorDataset(*torch.tensor([[i], [t]], dtype=torch.float64))
+        self.sample = TensorDataset(*torch.tensor([[inputs], [targets]], dtype=torch.float64))
 
     def setup(self, stage: str) -> None:
         if not isinstance(self.trainer.lightning_module, BackpropModule):  # type: ignore[union-attr]

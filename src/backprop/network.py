@@ -10,7 +10,7 @@ For one sample, every quantity is a float64 scalar tensor, so that it can be com
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from src.core.errors import UserError, parse_finite_numbers
+from src.core.errors import UserError
 from src.core.value_types import PositiveFloat
 from src.optim.configure import configure_optimizers
 
@@ -148,13 +148,13 @@ class BackpropNet(nn.Module):
     """
 
     def __init__(
-        self, weights: Sequence[float] = WEIGHTS, bias: Sequence[float] | None = None, train_bias: bool = True
+        self,
+        weights: tuple[float, float, float, float, float, float, float, float] = WEIGHTS,
+        bias: tuple[float, float] | None = None,
+        train_bias: bool = True,
     ) -> None:
         super().__init__()
-        numbers = parse_finite_numbers("model.weights", weights, Weights._fields[:8])
-        if bias is not None:
-            numbers = [*numbers, *parse_finite_numbers("model.bias", bias, Weights._fields[8:])]
-        for name, number in zip(Weights._fields, numbers, strict=False):
+        for name, number in zip(Weights._fields, [*weights, *(bias or ())], strict=False):
             tensor = torch.tensor(number, dtype=torch.float64)
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=train_bias or name[0] == "w"))
 

@@ -26,7 +26,7 @@ from torchvision import transforms
 
 from src.core.config import CONF, resolve_and_validate
 from src.core.errors import UserError
-from src.core.process import resolve_precision, resolve_threads
+from src.core.process import configure_hardware
 from src.core.run_folder import METRICS_FILE, read_metrics
 from src.data.image_spec import MNIST_MEAN, MNIST_STD
 from src.data.sampler import hash_seed
@@ -135,8 +135,7 @@ def compose(overrides: list[str], folder: str = ".") -> DictConfig:
         composed = hydra.compose("train", [*overrides, *QUIET, f"output_dir={folder}"], return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
     config = resolve_and_validate(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
-    resolve_precision(config)
-    resolve_threads(config)
+    configure_hardware(config)
     return config
 
 

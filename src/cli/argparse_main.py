@@ -2,31 +2,19 @@
 
 import argparse
 import functools
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raise UserError for wrong arguments instead of printing the usage; --version is the project's."""
-
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        self.add_argument("--version", action="version", version=get_version())
+    """Raise UserError for wrong arguments instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type {self.prog} --help for the arguments")
-
-
-def get_version() -> str:
-    """Return the name and version of the project."""
-    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8")
-    return " ".join(re.findall(r'^(?:name|version) = "(.*)"', text, re.MULTILINE)[:2])
 
 
 def argparse_main(task: Callable[[], int | None]) -> Callable[[], None]:

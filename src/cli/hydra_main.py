@@ -5,35 +5,36 @@ import os
 import re
 import shlex
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from src.cli.argparse_main import get_version
+from src.cli.help import print_help
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
 from src.core.config import CONF, reject_wrong_keys, resolve_and_validate
 from src.core.error_messages import describe_error, exit_on_error
 from src.core.errors import DivergenceError, UserError, print_error
 from src.core.files import exclusive_lock
-from src.core.process import is_first_process, pin_gpu, resolve_precision, resolve_threads, restore_global_state
+from src.core.process import configure_hardware, is_first_process, pin_gpu, restore_global_state
 
-PATH_KEYS = "hydra.run.dir", "hydra.sweep.dir", "resume"  # taken as typed, because they are never swept
 CLUSTER_VARIABLES = "SLURM_NTASKS", "SLURM_PROCID", "WORLD_SIZE", "RANK", "LOCAL_RANK"
 INTERACTIVE_JOBS = None, "bash", "interactive"  # Slurm job names for which Lightning starts the processes itself
 
 
 class CheckCommand(Callback):
-    """Check the composed config of a command before Hydra writes anything; exit with one line for a mistake."""
+    """Check the composed config of a run before Hydra writes anything; exit with one line for a mistake."""
 
     is_new_folder = True  # whether the run folder of this process did not exist before
 
@@ -44,14 +45,9 @@ class CheckCommand(Callback):
             reject_wrong_keys(config)
             kind = "study" if "study_name" in config else "run"
             run_folder.reject_other_kind("hydra.run.dir", folder, kind)
-            is_alone = "LOCAL_RANK" not in os.environ and _count_processes() == 1 and kind == "run"
+            is_alone = _count_processes() == 1 and kind == "run"
             if not config.resume and is_alone and run_folder.holds_run(folder):
                 raise UserError(f"hydra.run.dir={folder}: holds a run; type resume={folder}, or another folder")
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with exit_on_error():
-            reject_wrong_keys(config)
-            run_folder.reject_other_kind("hydra.sweep.dir", Path(config.hydra.sweep.dir), "sweep")
 
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -60,40 +56,29 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
 
     @functools.wraps(task)
     def job(config: DictConfig) -> Any:
-        hydra_config = HydraConfig.get()
+        hydra_config, started_at = HydraConfig.get(), time.monotonic()
         folder, is_multirun = Path(hydra_config.runtime.output_dir), hydra_config.mode == RunMode.MULTIRUN
-        is_resumed = bool(config.resume)
+        is_resumed, is_study = bool(config.resume), config_name == "tune"
         with read_write(hydra_config):  # type: ignore[arg-type]
             hydra_config.overrides.task.extend(changes)
         if is_multirun and run_folder.is_finished(folder):
             print(f"already finished: {folder.name}", flush=True)
             return None
-        if is_multirun and Path(hydra_config.sweep.dir, run_folder.STOP_FILE).exists():
-            print(f"not started, because another job has failed: {folder.name}", flush=True)
-            return None
-        # Several processes may work on one study; its trials have folders of their own.
-        is_study = config_name == "tune"
-        lock, status = (
-            (nullcontext(), nullcontext()) if is_study else (exclusive_lock(folder), run_folder.record_status(folder))
-        )
         try:
-            with lock, status:
-                saved = run_folder.load_resumed_config(config, changes) if is_resumed else config
-                config = resolve_and_validate(saved)
-                metric, mode = str(config.get("optimized_metric")), config.get("optimized_mode")
-                is_inferred = mode != saved.get("optimized_mode") and not metric.endswith(("acc", "None"))
-                if is_inferred and not is_multirun and is_first_process():
-                    words = ("lower", "max") if mode == "min" else ("higher", "min")
-                    print("{}: {} is better, by its name; optimized_mode={} reverses it".format(metric, *words))
-                with restore_global_state():
-                    resolve_precision(config)
-                    resolve_threads(config)
-                    if is_multirun:
-                        pin_gpu(config)
-                        config.resume = str(folder)  # continue if an earlier start of the sweep left a checkpoint
-                    if is_first_process() and not is_study and not is_resumed:
-                        run_folder.write_config(config, folder)
-                    return task(config)
+            with ExitStack() as stack:
+                if not is_study:  # several processes may work on one study, whose trials have folders of their own
+                    stack.enter_context(exclusive_lock(folder))
+                    stack.enter_context(run_folder.record_status(folder))
+                config = run_folder.load_resumed_config(config, changes) if is_resumed else config
+                config = resolve_and_validate(config)
+                stack.enter_context(restore_global_state())
+                configure_hardware(config)
+                if is_multirun:
+                    pin_gpu(config)
+                    config.resume = str(folder)  # continue if an earlier start of the sweep left a checkpoint
+                if is_first_process() and not is_study and not is_resumed:
+                    run_folder.write_config(config, folder)
+                return task(config)
         except SystemExit as stop:
             if is_first_process() and not is_multirun:  # a sweep prints its own
                 path, given = os.path.relpath(folder, hydra_config.runtime.cwd), hydra_config.overrides
@@ -107,22 +92,16 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                 raise
             if is_multirun:
                 raise UserError(line) from error
-            is_own = CheckCommand.is_new_folder and is_first_process()
-            if is_own and not is_resumed and not isinstance(error, DivergenceError):
+            is_own = CheckCommand.is_new_folder and is_first_process() and not is_resumed
+            if is_own and time.monotonic() - started_at < 60 and not isinstance(error, DivergenceError):
                 run_folder.remove_if_untrained(folder)
             sys.exit(print_error(line))
 
     @functools.wraps(task)
     def main() -> None:
         with exit_on_error():
-            flags = {argument for argument in sys.argv[1:] if argument.startswith("-")}
-            if "--version" in flags:
-                return print(get_version())
-            if flags & {"--help", "-h"}:
-                from src.cli.help import print_help  # a run needs none of it
-
-                words = [argument for argument in sys.argv[1:] if argument not in flags]
-                return print_help(config_name, words)
+            if {"--help", "-h"} & {*sys.argv}:
+                return print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
             if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
                 for name in CLUSTER_VARIABLES:
                     os.environ.pop(name, None)
@@ -138,7 +117,6 @@ def _complete_arguments(arguments: Namespace) -> list[str]:
 
     Return the overrides that change the config of a resumed run.
     """
-    "".join(arguments.overrides).encode()  # raises for letters that the locale cannot encode
     overrides = arguments.overrides = [_quote(override) for override in arguments.overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None
@@ -176,13 +154,12 @@ def _count_processes() -> int:
 
 
 def _quote(override: str) -> str:
-    """Quote paths and whatever Hydra's grammar has no token for, so that it is taken as typed; expand ~."""
+    """Quote a value that Hydra cannot parse, such as a path with spaces; expand ~."""
     override = re.sub(r"^init_from=(?!\{)", "init_from.path=", override)
     key, _, value = override.partition("=")
-    if not re.fullmatch(r"[\w.+@/]+", key) or re.match(r"$|([{\[].*)?['\"]", value):
-        return override
-    is_path = re.search(r"[^\w./+:%@-]", value) and (key in PATH_KEYS or Path(value).expanduser().exists())
-    string = r".+" if is_path else r"[^,\[\]{}'\"]*([^\0-\x7f]|[~!#&;<>^`]| \()[^,\[\]{}'\"]*"
-    return f"{key}=" + re.sub(
-        string, lambda match: QuotedString(os.path.expanduser(match[0]), Quote.single).with_quotes(), value
-    )
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        if value and value[0] not in "[{'\"":
+            return f"{key}={QuotedString(os.path.expanduser(value), Quote.single).with_quotes()}"
+    return override

@@ -2,20 +2,22 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core import utils
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus, run_job
-from hydra.types import HydraContext
+from hydra.types import HydraContext, RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.core.errors import UserError
 
@@ -27,16 +29,11 @@ def parse_hydra_arguments(arguments: list[str]) -> Namespace:
     """Parse Hydra's flags and the overrides, which may stand on both sides of a flag. Raises UserError."""
 
     def fail(message: str) -> NoReturn:
-        flag = next((word for word in message.split() if word.startswith("--")), None)
-        reason = f"{flag}: no such flag, and keys have no dashes" if "unrecognized" in message else message
-        raise UserError(f"{reason}; python -m src.train --hydra-help lists the flags")
+        raise UserError(f"{message}; keys have no dashes, and python -m src.train --hydra-help lists the flags")
 
     parser = get_args_parser()
     parser.error = fail  # type: ignore[method-assign, assignment]
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.package and not parsed.cfg:
-        fail("--package needs --cfg")
-    return parsed
+    return parser.parse_intermixed_args(arguments)
 
 
 def run_hydra(arguments: Namespace, task: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
@@ -52,6 +49,14 @@ def run_hydra(arguments: Namespace, task: Callable[[DictConfig], Any], config_di
         _run_hydra(arguments, get_args_parser(), task, str(config_dir), config_name)
     finally:
         os.environ["HYDRA_FULL_ERROR"] = previous
+
+
+def apply_overrides(overrides: Sequence[str], config: DictConfig) -> None:
+    """Apply overrides to a config as Hydra applies those of a command to the config that it has composed."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
+    OmegaConf.set_struct(config, True)
+    ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
 
 
 def get_composed_config(error: BaseException) -> DictConfig:

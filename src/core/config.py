@@ -1,42 +1,28 @@
 """Check a composed config: which classes it may name, which values their arguments take, what a typo meant.
 
-The rules are the annotations of the arguments themselves (src.core.value_types). They are parsed from the source
-without importing it, so that a mistake is reported before PyTorch is loaded.
+The rules are the annotations of the arguments themselves (src.core.value_types).
 """
 
-import ast
-import importlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from difflib import SequenceMatcher
-from functools import cache
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from src.core import value_types
+from src.core.allowed_targets import get_parameters
 from src.core.errors import UserError
-from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_ARGUMENTS, ROOT_KEYS, ROOT_NODES, to_constraint
+from src.core.process import import_lightning
+from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_TARGETS, ROOT_KEYS, describe, is_valid
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
 PACKAGE = __name__.partition(".")[0]
-
-# Only classes at their documented places: a longer path would lead through imported modules to os.system.
-ALLOWED_TARGETS = re.compile(
-    r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
-    r"|lightning\.Trainer"
-    r"|optuna\.(samplers|pruners)\.[A-Z]\w*"
-    r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
-    r"|torchvision\.(models\.[A-Za-z]|ops\.[A-Z])\w*"
-    r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
-)
 # Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
 LOWER_IS_BETTER = re.compile(
     r"(loss|losses|errors?|mse|mae|mape|perplexity|entropy|divergence|distance(?!_intersection)|deviance|regret|latency"
@@ -46,8 +32,6 @@ LOWER_IS_BETTER = re.compile(
     re.IGNORECASE,
 )
 NEGATED = re.compile(r"(?<![a-z])neg(ative)?_(?!rate)", re.IGNORECASE)
-# A function of this project may be a _target_ if it returns an object of a class, by its annotation.
-BUILDER_RETURN = re.compile(r"([\w.]+\.)?(?!None|Any|Path|Result)[A-Z]\w*")
 
 
 def resolve_and_validate(config: DictConfig) -> DictConfig:
@@ -89,40 +73,37 @@ def infer_mode(metric: str | None) -> str:
 
 
 def validate_config(config: DictConfig) -> None:
-    """Raise UserError for a class that a resolved config may not name, or a value that an argument does not take.
-
-    Only conf/train.yaml allows further packages, because evaluate, predict and resume read other configs as well.
-    """
+    """Raise UserError for a class that a resolved config may not name, or a value that an argument does not take."""
     plain: Any = OmegaConf.to_container(config)
-    packages = _load_allowed_packages(CONF / "train.yaml")
-    nodes = [(key, node) for key, node in [("", plain), *iterate_items(plain)] if isinstance(node, dict)]
-    for prefix, node in nodes:
-        target = node.get("_target_")
-        if "_target_" in node and not _is_allowed(target, packages):
-            raise UserError(
-                f"_target_={target}: neither a class of this project, or a function that is annotated to return an "
-                "object, nor one that configs may name of its libraries; add its package to allowed_packages in "
-                "the file conf/train.yaml"
-            )
-        annotations = get_annotations(target) | NODE_KEYS.get(prefix, {}) if target else {} if prefix else ROOT_KEYS
-        for name, value in node.items():
-            key = f"{prefix}.{name}".removeprefix(".")
-            if target and not {name, "**"} & annotations.keys() and not str(name).startswith("_"):
-                match = find_closest(str(name), list(annotations))
-                hint = f"did you mean {match}?" if match else f"it has {', '.join(annotations) or 'none'}"
-                raise UserError(f"{key}: {target.rpartition('.')[2]} has no such argument; {hint}")
-            if fix := REFUSED_ARGUMENTS.get((target, name)):
-                raise UserError(f"{key}: leave it out; {fix}")
-            constraint = to_constraint(annotations.get(name))
-            if constraint and not constraint.is_satisfied_by(value):
-                is_empty_root = value == os.environ.get("MNIST_ROOT") == ""
-                fix = "; MNIST_ROOT is empty: unset it, or set it to a folder" if is_empty_root else ""
-                raise UserError(f"{key}={value}: must be {constraint.description}{fix}")
+    for name, value in plain.items():
+        _validate_value(name, value, ROOT_KEYS.get(name, Any))
+    for key, node in iterate_items(plain):
+        if isinstance(node, dict) and "_target_" in node:
+            import_lightning()  # before the target imports it
+            _validate_arguments(key, node)
 
 
-@cache  # a sweep validates each of its values
-def _load_allowed_packages(file: Path) -> list[str]:
-    return list(OmegaConf.load(file).allowed_packages)
+def _validate_arguments(key: str, node: dict[str, Any]) -> None:
+    target = str(node["_target_"])
+    if fix := REFUSED_TARGETS.get(target):
+        raise UserError(f"{key}: leave it out; {fix}")
+    parameters = get_parameters(target)
+    narrower = next((rules for prefix, rules in LIBRARY_ARGUMENTS.items() if target.startswith(prefix)), {})
+    rules = {name: narrower.get(name, parameter.annotation) for name, parameter in parameters.items()}
+    rules |= NODE_KEYS.get(key, {})
+    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in [name for name in node if not str(name).startswith("_")]:
+        if name not in rules and not takes_all:
+            match = find_closest(str(name), list(rules))
+            hint = f"did you mean {key}.{match}?" if match else f"it has {', '.join(rules) or 'none'}"
+            raise UserError(f"{key}.{name}: {target.rpartition('.')[2]} has no such argument; {hint}")
+        if name not in parameters or node[name] != parameters[name].default:
+            _validate_value(f"{key}.{name}", node[name], rules.get(name, Any))
+
+
+def _validate_value(key: str, value: Any, annotation: Any) -> None:
+    if not is_valid(value, annotation):
+        raise UserError(f"{key}={value}: must be {describe(annotation)}")
 
 
 def iterate_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,94 +132,24 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
 
 
 def reject_wrong_keys(config: DictConfig) -> None:
-    """Refuse keys that would be ignored: an own output_dir, unknown top-level keys that nothing refers to, and typos.
-
-    Hydra recommends +key=value for every typo.
-    """
+    """Refuse keys that would be ignored: an own output_dir, and unknown top-level keys that nothing refers to."""
     plain: Any = OmegaConf.to_container(config)
     if plain["output_dir"] != OUTPUT_DIR:
         raise UserError(f"output_dir={plain['output_dir']}: leave it out; hydra.run.dir=… sets the folder of a run")
-    known = {*ROOT_KEYS, *ROOT_NODES, *(folder.name for folder in CONF.iterdir())}
-    keys = [key for key in list_keys(config) if key.partition(".")[0] in known]
+    known = {"hydra", *ROOT_KEYS, *(folder.name for folder in CONF.iterdir())}
     for key, node in plain.items():
         if key in ("experiment", "sweep", "debug"):
             raise UserError(f"conf/{key}: the first line of its file must be # @package _global_")
         if key not in known and ("." in key or f"${{{key}" not in str(plain)):
             name = next((name for name, _ in iterate_items(node, key)), key)
+            keys = [key for key in list_keys(config) if key.partition(".")[0] in known]
             raise UserError(f"{key}: write nested keys" if "." in key else describe_unknown_key(name, keys))
-    overrides = plain["hydra"]["overrides"]["task"]
-    added = {item.lstrip("+").partition("=")[0] for item in overrides if item.startswith("+")}
-    for key in re.findall(r"(?m)^\+([^+=\n]+)=(?!\{)", "\n".join(overrides)):
-        section = key.rpartition(".")[0]
-        siblings = [name for name in keys if name.rpartition(".")[0] == section and name not in added]
-        if find_closest(key, siblings, cutoff=0.9):
-            raise UserError(describe_unknown_key(key, siblings))
 
 
-def find_closest(key: str, known: list[str], cutoff: float = 0.6) -> str | None:
-    """Return the known key that `key` most likely meant; its last part alone, as in max_epochs, counts as well."""
-
-    def similarity(candidate: str) -> float:
-        full = SequenceMatcher(None, key, candidate).ratio()
-        last = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(full, 0.95 * last)  # a little less for the last part, so that the full key wins if both match
-
-    best = max(known, key=similarity, default=None)
-    return best if best is not None and similarity(best) >= cutoff else None
-
-
-def _is_allowed(target: Any, packages: Sequence[str]) -> bool:
-    if not isinstance(target, str) or ALLOWED_TARGETS.fullmatch(target):
-        return isinstance(target, str)
-    module, _, name = target.rpartition(".")
-    package = module.partition(".")[0]
-    if package in packages and re.fullmatch(r"\w+(\.\w+)+", target):
-        try:
-            attribute = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"_target_={target}: {error}") from error
-        # The object must be defined in the package itself, not merely imported by it.
-        return str(getattr(attribute, "__module__", "")).partition(".")[0] == package
-    definition = _parse_definitions(module).get(name)
-    if isinstance(definition, ast.FunctionDef):
-        return bool(BUILDER_RETURN.fullmatch(ast.unparse(definition.returns or ast.Name(""))))
-    return definition is not None
-
-
-@cache
-def _parse_definitions(module: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
-    """Return what a module of this project defines and a config may name, without importing it."""
-    base = ROOT.joinpath(*module.split("."))
-    files = [file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()]
-    if not files or not re.fullmatch(rf"{PACKAGE}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+", module):
-        return {}
-    body = ast.parse(files[0].read_text(encoding="utf-8")).body
-    nodes = [node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
-    return {node.name: node for node in nodes if not node.name.startswith("_")}
-
-
-@cache
-def get_annotations(target: str) -> dict[str, Any]:
-    """Return the annotation of each argument of a class or function by name, None where there is no rule.
-
-    The key "**" means that further arguments are accepted.
-    """
-    module, _, name = target.rpartition(".")
-    definition: Any = _parse_definitions(module).get(name)
-    if isinstance(definition, ast.ClassDef):
-        methods = (node for node in definition.body if isinstance(node, ast.FunctionDef))
-        definition = next((method for method in methods if method.name == "__init__"), None)
-    if definition is None:
-        return (LIBRARY_ARGUMENTS.get(target) or LIBRARY_ARGUMENTS.get(f"{module}.*") or {}) | {"**": Any}
-    arguments = definition.args
-    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    annotations = {argument.arg: _evaluate(argument.annotation) for argument in named if argument.arg != "self"}
-    return annotations | ({"**": Any} if arguments.kwarg else {})
-
-
-def _evaluate(annotation: ast.expr | None) -> Any:
-    names = vars(value_types) | {"Sequence": Sequence, "Literal": Literal}
-    try:
-        return eval(ast.unparse(annotation), names) if annotation else None  # source of this project
-    except (NameError, TypeError, AttributeError):  # a class that would have to be imported
-        return None
+def find_closest(key: str, known: Sequence[str]) -> str | None:
+    """Return the known key that `key` most likely meant; its last part alone, as in lr, counts as well."""
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
+    if matches := get_close_matches(key, known, n=1):
+        return matches[0]
+    matches = get_close_matches(key.rpartition(".")[2], last_parts, n=1)
+    return last_parts[matches[0]] if matches else None

@@ -13,22 +13,9 @@ from src.core.errors import UserError, print_error, print_warnings_in_one_line
 
 FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu or auto",
-    "can not run on your system": "trainer.accelerator is not available here; set trainer.accelerator=auto",
-    "does not allow for gradient clipping": "a fused optimizer cannot clip with trainer.precision=16-mixed; leave out "
-    "optimizer.fused or set trainer.gradient_clip_val=null",
-    "clipping is not supported for manual optimization": "the task steps its optimizers itself; set "
-    "trainer.gradient_clip_val=null",
-    "SyncBatchNorm layers only work with GPU": "trainer.sync_batchnorm=true needs GPUs; set it to false",
-    "Unsupported Bicubic interpolation": "this PyTorch has no bicubic interpolation on mps; set "
-    "data.augment.interpolation=bilinear or trainer.accelerator=cpu",
-    "MPS framework doesn't support float64": "mps has no 64-bit floats; set trainer.accelerator=cpu",
     "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
     "checkpoint of the same run",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
-    "surrogates not allowed": "a name has letters that this locale cannot encode; set PYTHONUTF8=1",
-    "Config group override must be": "a config group takes the name of an option; --help GROUP lists them",
-    "Invalid loaded object type": "a file of conf/ is neither empty nor keys with values; fix or remove it",
-    "Cannot instantiate config of type str": "needs an object; type {_target_: package.Class}, or null",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
 LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"
@@ -80,19 +67,11 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
         return f"storage: the study cannot be used ({reason}); type study_name=NAME for a new one"
     if (package := module.partition(".")[0]) in ("wandb", "mlflow"):
         return f"logger={package}: {text}; or set logger=tensorboard"
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    if isinstance(error, UnicodeDecodeError):  # Hydra's reader has the name of a config
-        files = [frame.f_locals["full_path"] for frame in frames if "full_path" in frame.f_locals]
-        return f"{files[-1]}: {text}; save it as UTF-8" if files else None
-    modules = [frame.f_globals.get("__name__", "") for frame in frames]
-    if isinstance(error, AttributeError) and "lightning.pytorch.callbacks.finetuning" in modules:
-        return f"BackboneFinetuning: {text}; 'callbacks=[default,freeze]' freezes layers of any task"
-    origin = modules[-1] if modules else ""
+    *_, origin = ["", *(frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))]
     key = next((key for package, key in LATE_CHECKS.items() if origin.startswith(package)), None)
-    is_setting = key == "trainer" and isinstance(error, ValueError | RuntimeError)
-    if type(error).__name__ == "MisconfigurationException" or is_setting:
-        return text or f"trainer: {type(error).__name__}"
-    return f"{key}: {text} ({type(error).__name__}); set other values" if key in ("optimizer", "scheduler") else None
+    if key and isinstance(error, ValueError | RuntimeError):
+        return f"{key}: {text}"
+    return text if type(error).__name__ == "MisconfigurationException" else None
 
 
 def _describe_hydra_error(error: BaseException, text: str) -> str | None:
@@ -103,12 +82,7 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
 
     cause = error.__cause__
     if isinstance(error, InstantiationException):
-        if isinstance(cause, TypeError) and (match := re.search(r"full_key: (.+)", str(error))):
-            fix = f"{match[1]}={{…}} keeps what was set before; type ~{match[1]} '+{match[1]}={{…}}' to replace it"
-            return f"{match[1]}: {' '.join(str(cause).split())}; {fix}"
-        if cause is None or isinstance(cause, TypeError | ValueError):
-            return " ".join(str(cause or error).split())
-        return describe_error(cause)
+        return text if cause is None or isinstance(cause, TypeError | ValueError) else describe_error(cause)
     if isinstance(error, MissingConfigException):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         options = list(error.options or sorted(file.stem for file in (CONF / group).glob("*.yaml")))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations  # lets a Python that is too old come as far as the message about it
 
-import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
 from types import FrameType
 
 
@@ -17,17 +15,6 @@ class UserError(Exception):
 
 class DivergenceError(UserError):
     """A loss or weight that is not finite, caused by the settings of this run."""
-
-
-def parse_finite_numbers(key: str, values: Sequence[float], names: Sequence[str]) -> list[float]:
-    """Return `values` as floats. Raise UserError, naming the config key, unless there is one finite number per name."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError):
-        numbers = []
-    if len(numbers) != len(names) or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{key}={values}: must be {len(names)} finite numbers ({', '.join(names)})")
-    return numbers
 
 
 def escape_control_characters(text: object) -> str:

@@ -61,20 +61,6 @@ def count_cores() -> int:
     return cores
 
 
-def resolve_threads(config: Any) -> None:
-    """Set PyTorch's threads to the config's `threads`; null is OMP_NUM_THREADS, or else the number of cores.
-
-    The resolved number is written into the config, so that a resumed run uses it: sums over another number of threads
-    are rounded differently.
-    """
-    import torch
-
-    if config.threads is None:
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        config.threads = int(given) if given.isdecimal() and int(given) else count_cores()
-    torch.set_num_threads(config.threads)
-
-
 def has_amx_bf16() -> bool:
     """Return whether the processor has AMX, which makes bfloat16 products faster than float32 ones."""
     import torch
@@ -83,10 +69,18 @@ def has_amx_bf16() -> bool:
     return bool(get_capabilities().get("amx_bf16"))
 
 
-def resolve_precision(config: Any) -> None:
-    """Replace trainer.precision=auto by the fastest here: bf16-mixed on a processor with AMX, else 32-true."""
+def configure_hardware(config: Any) -> None:
+    """Set PyTorch's threads, and write what was chosen for threads=null and trainer.precision=auto into the config.
+
+    The threads are OMP_NUM_THREADS, or else the number of cores. They are saved with the run, because sums over another
+    number of threads are rounded differently. The precision is bf16-mixed on a processor with AMX, else 32-true.
+    """
     import torch
 
+    if config.threads is None:
+        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+        config.threads = int(given) if given.isdecimal() and int(given) else count_cores()
+    torch.set_num_threads(config.threads)
     trainer = config.get("trainer")
     if trainer and trainer.get("precision") == "auto":
         is_on_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()

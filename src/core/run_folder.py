@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from src.core.config import CONF, OUTPUT_DIR, describe_unknown_key, iterate_items, list_keys
+from src.core.compat import apply_overrides
+from src.core.config import OUTPUT_DIR, iterate_items
 from src.core.error_messages import describe_error
 from src.core.errors import DivergenceError, UserError
 from src.core.files import write_atomically
@@ -32,7 +29,6 @@ EARLY_FILES = (  # what a run or study writes before the first batch
     *(".hydra", ".tune", STATUS_FILE, "train.log", "tune.log", "layers.txt", "hparams.yaml", "metrics.csv"),
     *("events.out.tfevents.*", "study.db", ".study.lock", "checkpoints"),
 )
-STOP_FILE = ".stop"  # in the folder of a sweep that fails fast: no further job starts
 # An interpolation that is neither of the config's own keys nor one that conf/ itself has.
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
@@ -125,30 +121,19 @@ def write_config(config: DictConfig, folder: Path, overrides: Sequence[str] | No
         write_atomically(folder / ".hydra/overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True).encode())
 
 
-def load_resumed_config(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Load the saved config of the run that `config.resume` names, and apply the overrides to it.
+def load_resumed_config(config: DictConfig, changes: Sequence[str]) -> DictConfig:
+    """Load the saved config of the run that `config.resume` names, and apply the overrides `changes` to it.
 
-    Keys that it lacks are taken from what the first command composes today, with a warning.
+    Keys that it lacks are taken from `config`, today's defaults, with a warning.
     """
     file = Path(config.resume, CONFIG_FILE)
     plain = read_plain_config(file)
-    try:
-        defaults = compose("train", overrides=read_strings(file.with_name("overrides.yaml")))
-    except (UserError, HydraException, OmegaConfBaseException):  # its options are gone
-        defaults = OmegaConf.masked_copy(config, [str(key) for key in config if key not in plain])
-    if missing := _add_missing(plain, OmegaConf.to_container(defaults)):
+    if missing := [str(key) for key in config if key not in plain]:
         print(f"warning: {file} lacks {', '.join(missing)}; today's defaults are used", file=sys.stderr)
-    saved = OmegaConf.create({**plain, "resume": config.resume, "output_dir": config.output_dir})
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, known = override.key_or_group, list_keys(saved)
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values; resume continues one run")
-        if (key in known) == override.is_add() and not override.is_force_add():
-            exists = f"{override.input_line}: the key exists; leave out the +"
-            raise UserError(exists if key in known else describe_unknown_key(key, known))
-        is_group = (CONF / key).is_dir()
-        value = config[key] if is_group else None if override.is_delete() else override.value()
-        OmegaConf.update(saved, key, value, force_add=True)
+    groups = {change: change.partition("=")[0] for change in changes if re.match("(callbacks|logger)=", change)}
+    replaced = {key: config[key] for key in ("resume", "output_dir", *missing, *groups.values())}
+    saved = OmegaConf.create({**plain, **replaced})
+    apply_overrides([change for change in changes if change not in groups], saved)
     return saved
 
 
@@ -156,19 +141,6 @@ def merge_overrides(before: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Return the overrides of a changed run: a change takes the place of an earlier one of its key, or follows it."""
     changed = {change.partition("=")[0] for change in changes}
     return [*(item for item in before if item.partition("=")[0] not in changed), *changes]
-
-
-def _add_missing(saved: Any, defaults: Any, prefix: str = "") -> list[str]:
-    """Add the keys of `defaults` that a plain config lacks, also below equal `_target_`; return them."""
-    added = [key for key in defaults if key not in saved]
-    saved.update({key: defaults[key] for key in added})
-    names = [f"{prefix}{key}" for key in added]
-    for key, node in saved.items():
-        default = defaults.get(key)
-        are_nodes = isinstance(node, dict) and isinstance(default, dict)
-        if are_nodes and node.get("_target_") == default.get("_target_"):
-            names += _add_missing(node, default, f"{prefix}{key}.")
-    return names
 
 
 def read_status(folder: Path) -> dict[str, str] | None:
@@ -204,10 +176,10 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         stops_early = type(error).__name__ == "TrialPruned"  # by name: not every installation has Optuna
-        line = "worse than earlier trials at this epoch" if stops_early else describe_error(error)
+        line = str(error) if stops_early else describe_error(error)
         is_pruned = stops_early or (is_trial and isinstance(error, DivergenceError))
-        trace = "" if line else "".join(traceback.format_exception(error))
         message = line or " ".join(f"{type(error).__name__}: {error}".split())
+        trace = "" if line else "".join(traceback.format_exception(error))
         status = "pruned" if is_pruned else "failed", message, trace
         raise
     finally:
@@ -244,18 +216,10 @@ def format_continue_command(multirun: Path) -> str:
 
 def reject_different_config(before: Any, config: Any, name: str) -> None:
     """Raise UserError for the first key in which a continued sweep or study differs from what it was begun with."""
-    before, now = (
-        {key: value for key, value in _flatten(node).items() if not key.startswith("hydra.")}
-        for node in (before, config)
+    old, new = (
+        {key: x for key, x in iterate_items(plain) if not isinstance(x, dict | list) and not key.startswith("hydra.")}
+        for plain in (before, config)
     )
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}={now.get(key)}: {name} was begun with {before.get(key)}; type that, or choose another folder"
-            )
-
-
-def _flatten(config: Any) -> dict[str, Any]:
-    """Return the leaves of a config by dotted key, interpolations as they are written."""
-    plain = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
-    return {key: value for key, value in iterate_items(plain) if not isinstance(value, dict | list)}
+    if key := next((key for key in sorted(old | new) if old.get(key) != new.get(key)), None):
+        fix = f"{name} was begun with {old.get(key)}; type that, or choose another folder"
+        raise UserError(f"{key}={new.get(key)}: {fix}")

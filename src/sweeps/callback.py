@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.core import run_folder
 from src.core.compat import get_basic_sweeper, keep_configs_of_finished_runs, use_sweeper
-from src.core.config import describe_unknown_key, infer_mode, list_keys
+from src.core.config import describe_unknown_key, infer_mode, list_keys, reject_wrong_keys
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError, escape_control_characters, format_metric, print_error
 from src.core.files import exclusive_lock
@@ -35,17 +35,16 @@ class SweepCallback(Callback):
     Args:
         zip: Keys whose values change together instead of making a grid.
         average_over: Keys over whose values the report averages.
-        fail_fast: Whether no further job starts after one has failed.
     """
 
-    def __init__(
-        self, zip: Sequence[str] = (), average_over: Sequence[str] = ("seed",), fail_fast: bool = False
-    ) -> None:
-        self.average_over, self.fail_fast, self.n_jobs = average_over, fail_fast, 0
+    def __init__(self, zip: Sequence[str] = (), average_over: Sequence[str] = ("seed",)) -> None:
+        self.average_over, self.n_jobs = average_over, 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
             use_sweeper(ReportingSweeper)
+            reject_wrong_keys(config)
+            run_folder.reject_other_kind("hydra.sweep.dir", Path(config.hydra.sweep.dir), "sweep")
             folder, jobs = Path(config.hydra.sweep.dir), grid.list_jobs_of_sweep(config.hydra)
             if not jobs:
                 raise UserError(f"{' '.join(config.hydra.overrides.task)}: a sweep without jobs; type a value per key")
@@ -55,12 +54,11 @@ class SweepCallback(Callback):
             jobs_before = []
             if (folder / "multirun.yaml").exists():
                 before = run_folder.read_yaml(folder / "multirun.yaml") or {}
-                run_folder.reject_different_config(before, config, f"the sweep in {folder}")
+                run_folder.reject_different_config(before, OmegaConf.to_container(config), f"the sweep in {folder}")
                 jobs_before = grid.list_jobs_of_sweep(before["hydra"]) if before else []
             pattern: Any = OmegaConf.to_container(config.hydra.sweep)
             grid.reject_shared_folders(pattern["subdir"], jobs, jobs_before)
             grid.validate_jobs(config, jobs)
-            (folder / run_folder.STOP_FILE).unlink(missing_ok=True)
             path, metric, self.n_jobs = os.path.relpath(folder), config.optimized_metric, len(jobs)
             order = "lowest" if (config.optimized_mode or infer_mode(metric)) == "min" else "highest"
             print(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}, {order} first" if metric else ""))
@@ -85,8 +83,6 @@ class SweepCallback(Callback):
         folder = Path(config.hydra.runtime.output_dir)
         if job_return.status == JobStatus.FAILED:
             print_error(f"{folder.name}: {(run_folder.read_status(folder) or {}).get('message')}")
-            if self.fail_fast:
-                (folder.parent / run_folder.STOP_FILE).touch()
             # Otherwise the sweeper would raise the first failure before the report.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         elif (score := job_return.return_value) is not None:

@@ -25,7 +25,7 @@ from src.core.compat import run_as_job
 from src.core.config import resolve_and_validate
 from src.core.errors import DivergenceError, UserError, format_metric
 from src.core.files import exclusive_lock
-from src.core.process import resolve_precision, resolve_threads
+from src.core.process import configure_hardware
 from src.core.run_folder import make_portable, record_status, reject_different_config, write_config
 from src.sweeps.runs import explain_no_ranking, format_setting
 
@@ -134,8 +134,7 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
         cfg = resolve_and_validate(cfg)
         cfg.resume = None if first is None else cfg.output_dir
         with exclusive_lock(folder / name), record_status(folder / name, is_trial=True):
-            resolve_precision(cfg)
-            resolve_threads(cfg)
+            configure_hardware(cfg)
             write_config(cfg, folder / name)
             return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
 

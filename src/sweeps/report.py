@@ -55,15 +55,12 @@ def write_report(
 def report_ended_sweep(sweep: Path) -> int:
     """Report a sweep whose launcher has ended.
 
-    Returns exit code 0; 1 if a job failed by a bug, has not finished or cannot be read; 2 if one failed by a mistake,
-    which with fail_fast keeps the others from starting.
+    Returns exit code 0; 1 if a job failed by a bug, has not finished or cannot be read; 2 if one failed by a mistake.
     """
     runs = write_report([sweep], sweep).runs
-    if any(run.state == "unreadable" or (run.state == "failed" and run.has_traceback) for run in runs):
+    if any(run.state in ("unreadable", "unfinished") or (run.state == "failed" and run.has_traceback) for run in runs):
         return 1
-    if any(run.state == "failed" for run in runs):
-        return 2
-    return int(any(run.state == "unfinished" for run in runs))
+    return 2 if any(run.state == "failed" for run in runs) else 0
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:

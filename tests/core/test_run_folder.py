@@ -4,7 +4,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from omegaconf import OmegaConf
 
 from src.core.config import CONF
 from src.core.errors import DivergenceError, UserError
-from src.core.process import count_cores, resolve_threads
+from src.core.process import configure_hardware, count_cores
 from src.core.run_folder import MARKS, read_status, record_status, remove_if_untrained
 from src.training.console import LayerTable
 
@@ -94,6 +96,12 @@ def test_failed_start_removes_only_what_it_has_written(run_main, tmp_path, monke
     assert is_new == (len([*folder.iterdir()]) == 2)
 
 
+def test_run_that_fails_after_its_first_minute_keeps_its_folder(run_main, monkeypatch, tmp_path):
+    monkeypatch.setattr("src.cli.hydra_main.time", SimpleNamespace(monotonic=count(0, 60).__next__))
+    result = run_main(*SMALL, "optimized_metric=val/nope", f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and read_status(tmp_path / "run")["state"] == "failed"
+
+
 def test_folder_with_a_checkpoint_is_never_removed(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/last.ckpt").touch()
@@ -108,15 +116,15 @@ def unfinished_run(finished_run, tmp_path) -> Path:
     return folder
 
 
-def test_resume_takes_todays_defaults_for_missing_keys_at_any_depth(run_main, unfinished_run):
+def test_resume_takes_todays_defaults_for_missing_keys(run_main, unfinished_run):
     file = unfinished_run / ".hydra/config.yaml"
     config = OmegaConf.load(file)
-    for node, key in (config, "threads"), (config.trainer, "accelerator"), (config.init_from, "skip"):
+    for node, key in (config, "threads"), (config, "init_from"), (config.data, "fold"):
         del node[key]
     OmegaConf.save(config, file)
     result = run_main(f"resume={unfinished_run}")
     assert result.code == 0, result.err
-    assert "lacks threads, init_from.skip, trainer.accelerator; today's defaults are used" in result.err
+    assert "lacks threads, init_from; today's defaults are used" in result.err
     assert (unfinished_run / "metrics.json").exists()
 
 
@@ -125,7 +133,7 @@ def test_resume_takes_todays_defaults_for_missing_keys_at_any_depth(run_main, un
     [
         (["seed=3"], "leave out seed=3, or type init_from="),
         (["callbacks.best.patience=3"], "callbacks.best.patience: no such key"),
-        (["+trainer.max_epochs=3"], "leave out the +"),
+        (["+trainer.max_epochs=3"], "Either remove + prefix"),
         (["trainer.max_epochs=3,4"], "several values"),
         (["-m"], "leave out -m"),
         (["resume=elsewhere"], "continues one run"),
@@ -157,7 +165,7 @@ def test_threads_default_to_the_cores_and_are_kept_in_the_config(monkeypatch):
     try:
         for given, expected in (None, count_cores()), (3, 3):
             config = OmegaConf.create({"threads": given})
-            resolve_threads(config)
+            configure_hardware(config)
             assert config.threads == torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

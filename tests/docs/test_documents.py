@@ -68,7 +68,7 @@ UNTRIED = {
     r"python -m src\.backprop": "tests/backprop/test_lesson.py runs it",
     r"python -m tests\.images\.photos": "tests/cli/test_photos.py tests its photos",
     r"python -m docs\.seeds": "test_results_have_the_scores_of_the_seeds calls it",
-    r".*(--help|\+trainer\.max_epoch=)": "tests/cli/test_console.py asserts what is printed",
+    r".*(--help| trainer\.max_epoch=)": "tests/cli/test_console.py asserts what is printed",
     r".*(sweep|search)=mine": "needs the file that the page shows",
 }
 

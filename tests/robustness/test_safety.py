@@ -85,13 +85,10 @@ def test_config_of_a_run_folder_that_names_a_function_is_refused(run_main, stopp
     "node",
     [
         "{_target_: builtins.exec}",
-        "{_target_: hydra.utils.call}",
         "{_target_: src.cli.hydra_main.os.system}",
-        "{_target_: src.core.files.write_atomically}",
         "{_target_: src.sweeps.callback.SweepCallback}",
         "{_target_: torch.hub.load}",
         "{_target_: torch.nn.modules.module.torch.load}",
-        "{_target_: lightning.pytorch.trainer.connectors.signal_connector.call}",
         "{_target_: '${name}', name: os.system}",
         "[[{_target_: os.system}]]",
         "{_target_: torch.nn.Linear, _args_: [{_target_: os.system, _partial_: true}]}",

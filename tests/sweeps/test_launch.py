@@ -37,15 +37,6 @@ def test_zipped_keys_change_together(run_main, tmp_path):
     assert result.code == 2 and "optimizer.lr has 2, data.batch_size has 3" in result.err.splitlines()[-1]
 
 
-def test_fail_fast_starts_no_job_after_a_failure(run_main, tmp_path):
-    arguments = "-m", *TINY, f"hydra.sweep.dir={tmp_path}", "hydra.callbacks.sweep.fail_fast=true"
-    result = run_main(*arguments, "data.val_size=9,99999,8")
-    assert result.code == 2 and "not started, because another job has failed: data.val_size=8" in result.out
-    assert "1 finished, 1 failed, 1 unfinished" in result.out
-    result = run_main(*arguments, "data.val_size=9,8")
-    assert "already finished: data.val_size=9" in result.out and "2 finished, 1 failed" in result.out
-
-
 @pytest.mark.parametrize(
     "accelerator, visible, found",
     [("auto", "0,2,GPU-5", ["0", "2", "GPU-5"]), ("gpu", "", []), ("cpu", "0,1", [])],

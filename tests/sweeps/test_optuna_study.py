@@ -67,7 +67,7 @@ def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tm
         ("storage='postgresql+psycopg://nobody@/none?host=/nowhere'", "storage"),
         ("storage='postgresql+nodriver://x/y'", "storage"),
         (f"storage={CONF / 'tune.yaml'}", "exists and is no journal of Optuna"),
-        ("pruner.foo=1", "unexpected keyword argument 'foo'"),
+        ("pruner.foo=1", "pruner.foo: MedianPruner has no such argument"),
     ],
 )
 def test_mistake_in_a_study_prints_one_line(run_main, tmp_path, mistake, words):

@@ -12,12 +12,10 @@ import pytest
 import torch
 from conftest import read_outcome
 from filelock import FileLock
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from src import tune
 from src.core.config import ROOT
-from src.core.error_messages import describe_error
 from src.models.classifier import move_to_device
 from src.models.cnn import CNN
 from src.models.separable_cnn import SeparableCNN
@@ -239,13 +237,6 @@ def test_study_on_several_devices_is_refused(run_main, tmp_path):
     assert result.code == 2 and "a job of a sweep or study trains on one device" in result.err.splitlines()[-1]
 
 
-def test_fused_optimizer_that_cannot_clip_is_one_line():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], fused=True)
-    with pytest.raises(RuntimeError) as caught:
-        MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu")).clip_gradients(optimizer, 1.0)
-    assert describe_error(caught.value).startswith("a fused optimizer cannot clip with trainer.precision=16-mixed")
-
-
 def test_mps_is_supported(monkeypatch):
     device = torch.device("mps")
     monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
@@ -253,5 +244,3 @@ def test_mps_is_supported(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place, **settings: (place, settings))
     assert move_to_device(CNN(), device) == ((device,), {"memory_format": torch.contiguous_format})
     assert move_to_device(CNN(), torch.device("cpu")) == ((torch.device("cpu"),), {})
-    words = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use"
-    assert describe_error(TypeError(words)) == "mps has no 64-bit floats; set trainer.accelerator=cpu"

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,9 @@ from omegaconf.errors import MissingMandatoryValue
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import load
-from src.core.config import (
-    CONF,
-    LIBRARY_ARGUMENTS,
-    ROOT_KEYS,
-    iterate_items,
-    resolve_config,
-    validate_config,
-)
+from src.core.allowed_targets import get_parameters
+from src.core.config import CONF, resolve_config, validate_config
+from src.core.value_types import LIBRARY_ARGUMENTS, ROOT_KEYS
 from src.training.predictor import load_test_data
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
@@ -154,14 +148,11 @@ def test_multirun_names_each_job_folder_by_its_swept_keys(run_main, tmp_path):
         ("model", "model"),
         ("optimizer.lr=???", "optimizer.lr"),
         ("seed=abc", "must be 0 ≤ int < 4294967296"),
-        ("seed=null", "must be 0 ≤ int < 4294967296"),
         ("seed=-1", "must be 0 ≤ int < 4294967296"),
         ("model.dropout=2", "must be 0 ≤ float < 1"),
-        ("model.dropout=true", "must be 0 ≤ float"),
         ("model.channels=[1,2]", "six"),
         ("model.blur=0.5", "must be 0 ≤ float ≤ 0.25"),
         ("data.augment.interpolation=cubic", "one of bilinear, bicubic"),
-        ("optimizer.lr=0", "must be float > 0"),
         ("optimizer.lr=nan", "must be float > 0"),
         ("data.batch_size=1.5", "must be int ≥ 1"),
         ("trainer.max_epochs=three", "must be int ≥ 1"),
@@ -222,11 +213,10 @@ def test_cosine_schedule_steps_per_epoch(train):
     "mistake, words",
     [
         (["trainer.val_check_interval=1000"], "val_check_interval"),
-        (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
-        (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
-        (["+callbacks.x={_target_:lightning.pytorch.callbacks.BackboneFinetuning}"], "'callbacks=[default,freeze]'"),
         (["+scheduler.total_steps=9"], "scheduler.total_steps=9: the run has 41 steps"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
@@ -294,19 +284,12 @@ def test_every_config_composes_and_validates(choice):
                 validate_config(resolve_config(config))
 
 
-def test_every_rule_is_for_an_argument_of_some_config():
-    read = set()
+def test_every_rule_is_for_a_key_of_some_config():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        each = zip_longest(*(options(folder.name) for folder in CONF.iterdir()))  # of each group one
-        for choices in [*each, ["scheduler=cosine"]]:  # an experiment has replaced it
-            config = OmegaConf.to_container(compose("tune", overrides=[*filter(None, choices)]))
-            read |= {("", key) for key in config}
-            for _, node in iterate_items(config):
-                target = node.get("_target_") if isinstance(node, dict) else None
-                module = str(target).rpartition(".")[0] + ".*"
-                read |= {(name, key) for key in node for name in (target, module)} if target else set()
-    assert {("", key) for key in ROOT_KEYS} <= read
-    assert {(target, key) for target, rules in LIBRARY_ARGUMENTS.items() for key in rules} <= read
+        assert ROOT_KEYS.keys() <= compose("tune").keys()
+    classes = "torch.optim.lr_scheduler.CosineAnnealingLR", "torch.optim.SGD", "lightning.Trainer"
+    for rules, target in zip(LIBRARY_ARGUMENTS.values(), classes, strict=True):
+        assert rules.keys() <= get_parameters(target).keys()
 
 
 @pytest.mark.gpu

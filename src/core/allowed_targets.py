@@ -1,0 +1,66 @@
+"""The allow-list of the classes and functions that `_target_` in a config may name."""
+
+import importlib
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from src.core.errors import UserError
+
+CONFIG = Path(__file__).parents[2] / "conf/train.yaml"
+# Only classes at their documented places: a longer path would lead through imported modules to os.system.
+ALLOWED_TARGETS = re.compile(
+    r"torch\.(optim|optim\.lr_scheduler|nn)\.[A-Z]\w*"
+    r"|lightning\.Trainer"
+    r"|optuna\.(samplers|pruners)\.[A-Z]\w*"
+    r"|lightning\.pytorch\.(callbacks|loggers|profilers|strategies|plugins|plugins\.environments)\.[A-Z]\w*"
+    r"|torchvision\.(models\.[A-Za-z]|ops\.[A-Z])\w*"
+    r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
+)
+OWN_MODULES = re.compile(rf"{__package__.partition('.')[0]}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+")
+
+
+def load_target(target: str) -> Any:
+    """Import and return the class or function that a config names. Raise UserError for one that it may not name.
+
+    Only conf/train.yaml allows further packages, because evaluate, predict and resume read other configs as well.
+    """
+    module, _, name = target.rpartition(".")
+    package = module.partition(".")[0]
+    is_library = bool(ALLOWED_TARGETS.fullmatch(target))
+    is_further = package in OmegaConf.load(CONFIG).allowed_packages
+    if is_library or is_further or OWN_MODULES.fullmatch(module):
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"_target_={target}: {error}") from error
+        origin = str(getattr(found, "__module__", ""))  # not the module that merely imports it, as os.system
+        is_own = origin == module and not name.startswith("_") and _returns_object(found)
+        if is_library or is_own or (is_further and origin.partition(".")[0] == package):
+            return found
+    raise UserError(
+        f"_target_={target}: neither a class of this project, or a function that is annotated to return an object, nor "
+        "one that configs may name of its libraries; add its package to allowed_packages in the file conf/train.yaml"
+    )
+
+
+def _returns_object(found: Any) -> bool:
+    result = found if isinstance(found, type) else _get_signature(found).return_annotation
+    return isinstance(result, type) and result.__module__ != "builtins"
+
+
+def _get_signature(found: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(found, eval_str=True)
+    except NameError:  # its annotations need names that its module does not import
+        return inspect.signature(found)
+
+
+@cache
+def get_parameters(target: str) -> dict[str, inspect.Parameter]:
+    """Return the parameters of an allowed class or function by name, with evaluated annotations."""
+    return dict(_get_signature(load_target(target)).parameters)
