@@ -17,7 +17,7 @@ def print_help(config_name: str, words: Sequence[str]) -> None:
     if not words:
         print(_read_head(CONF / f"{config_name}.yaml"), "\nexperiment=NAME", sep="\n")
         for file in GROUPS["experiment"]:
-            print(f"  {file.stem:10} {_read_head(file).partition('\n')[0]}")
+            print(f"  {file.stem:10}", *_read_head(file).splitlines()[:1])
         print("\nGROUP=NAME; --help GROUP describes the options")
         for group, files in GROUPS.items():
             print(f"  {group:10}", *(file.stem for file in files))
