@@ -83,7 +83,8 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
             if is_first_process() and not is_multirun:  # a sweep prints its own
                 path, given = os.path.relpath(folder, hydra_config.runtime.cwd), hydra_config.overrides
                 command = f"src.train resume={shlex.quote(path)} {shlex.join(changes)}".rstrip()
-                command = f"src.tune {shlex.join([*given.task, *given.hydra])}" if is_study else command
+                if is_study:
+                    command = f"src.tune {shlex.join([*given.task, *given.hydra[:-1]])}"  # without hydra.mode=RUN
                 run_folder.print_continue_command(stop.code, f"python -m {command}")
             raise
         except Exception as error:

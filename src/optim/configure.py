@@ -53,7 +53,7 @@ def configure_optimizers(
 ) -> dict[str, Any]:
     """Return the result of LightningModule.configure_optimizers for a partial optimizer and scheduler.
 
-    A scheduler that takes `total_steps` gets the number of its steps in the run, unless it is set. Raises UserError for
+    A scheduler that takes `total_steps` gets the number of training steps if it is not set. Raises UserError for
     invalid settings.
     """
     factory, groups = optimizer if isinstance(optimizer, GroupedOptimizer) else (optimizer, {})
@@ -74,9 +74,7 @@ def configure_optimizers(
     takes_steps = "total_steps" in signature(partial).parameters
     keywords, arguments = getattr(partial, "keywords", {}), dict[str, Any]()
     if takes_steps and "epochs" not in keywords:
-        trainer: Any = module.trainer
-        epochs = max(trainer.max_epochs or 0, 0) or math.inf
-        steps = epochs if interval == "epoch" else trainer.estimated_stepping_batches
+        steps = module.trainer.estimated_stepping_batches
         total = keywords.get("total_steps") or steps
         if total < steps or total == math.inf:
             fix = "set trainer.max_epochs, trainer.max_steps or scheduler=none"

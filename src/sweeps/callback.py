@@ -66,6 +66,8 @@ class SweepCallback(Callback):
             # Each job's config is composed with these overrides of Hydra's own keys.
             shared = {item.partition("=")[0].lstrip("+~") for item in set.intersection(*map(set, jobs))}
             job_overrides = [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(shared))}]"]
+            if len(jobs) == 1:  # no key has several values to name it by
+                job_overrides.append("hydra.sweep.subdir='0'")
             launcher, gpus = str(config.hydra.launcher._target_), list_gpus(config)
             if launcher.endswith("JoblibLauncher"):  # joblib divides the cores: it sets OMP_NUM_THREADS
                 n_jobs = config.hydra.launcher.n_jobs

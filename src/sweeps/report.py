@@ -161,7 +161,7 @@ def _list_findings(comparison: Comparison) -> dict[str, list[str]]:
     findings = {"Best": [f"not ranked: {comparison.reason_not_ranked or 'no score is a number'}"]}
     if best := comparison.best:
         line = f"{best.name}: {'lowest' if comparison.lower_is_better else 'highest'} {metric}"
-        command = f"    {format_train_command(best.runs, average_over)}"
+        command = f"    {format_train_command(best, average_over)}"
         findings["Best"] = [f"{line}, {best.format_mean(metric)}", command]
     if repeats := [run.folder for setting in comparison.settings for run in setting.repeats]:
         names = shorten(", ".join(f"{one.parent.name}/{one.name}" for one in repeats), 500, placeholder=" …")

