@@ -64,7 +64,7 @@ def is_valid(value: Any, annotation: Any) -> bool:
     """Return whether a plain value satisfies an annotation; True for a class whose objects a config cannot hold."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return is_valid(value, arguments[0]) and bool(arguments[2](value))
+        return is_valid(value, arguments[0]) and all(test(value) for test in arguments[2:] if callable(test))
     if origin is Literal:
         return any(value == option and type(value) is type(option) for option in arguments)
     if origin in (Union, types.UnionType):
@@ -82,7 +82,7 @@ def describe(annotation: Any) -> str:
     """Describe the values that satisfy an annotation, as in error messages."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return arguments[1]
+        return arguments[1] if isinstance(arguments[1], str) else describe(arguments[0])  # of another package
     if origin is Literal:
         return "one of " * (len(arguments) > 1) + ", ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
