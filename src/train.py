@@ -38,8 +38,8 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = instantiate_node("trainer", cfg.trainer, callbacks=callbacks, logger=loggers)
     reject_subprocesses_in_multirun(trainer)
-    if cfg.test_weights == "best" and not find_monitored_checkpoint(trainer):
-        raise UserError("test_weights=best: no callback keeps those; set callbacks=default optimized_metric=…")
+    if cfg.test == "best" and not find_monitored_checkpoint(trainer):
+        raise UserError("test=best: no callback keeps the best weights; set callbacks=default and optimized_metric=…")
     module, data = instantiate_task(cfg)
     checkpoint = find_resume_checkpoint(trainer) if cfg.resume else None
     if cfg.init_from.path and not checkpoint:
@@ -47,8 +47,8 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     started_at = perf_counter()
     metrics = dict(trainer.callback_metrics)
-    if cfg.test_weights:
-        metrics |= run_record.test_weights(trainer, module, data, cfg.test_weights)
+    if cfg.test:
+        metrics |= run_record.test_weights(trainer, module, data, cfg.test)
     results = run_record.write_results(recorder, trainer, metrics, perf_counter() - started_at)
     if trainer.is_global_zero:
         print_results(results, Path(cfg.output_dir))

@@ -152,7 +152,7 @@ def print_throughput(overrides: list[str], count: int, rounds: int) -> None:
         raise UserError("data.soft_labels: the bare loop has no distillation; add data=mnist")
     timer = InterleavedTimer(count, rounds)
     steps = f"trainer.max_steps={(WARMUP + count) * rounds + 1}", "trainer.max_epochs=-1"
-    results = train_run([*overrides, *steps, "trainer.accumulate_grad_batches=1", "test_weights=false"], timer)
+    results = train_run([*overrides, *steps, "trainer.accumulate_grad_batches=1", "test=false"], timer)
     batch_size = timer.data.train_batch_size
     print(f"{results['data']}, {results['device']}, batch {batch_size}")
     seconds = {name: sum(values) for name, values in timer.seconds.items()}

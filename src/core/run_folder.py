@@ -33,8 +33,8 @@ EARLY_FILES = (  # what a run or study writes before the first batch
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
 RESUME_OVERRIDES = re.compile(
-    r"[+~]*(trainer\.(max_epochs|max_steps|max_time|accelerator|devices|strategy)|data\.(root|num_workers)|threads"
-    r"|test_weights|logger|callbacks(?!\.resume(=|\.dirpath)))([.=].*)?"
+    r"[+~]*(trainer\.(max_epochs|max_steps|max_time|accelerator|devices|strategy)|data\.(root|num_workers)|threads|test"
+    r"|logger|callbacks(?!\.resume(=|\.dirpath)))([.=].*)?"
 )
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where it is available
 

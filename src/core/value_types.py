@@ -22,7 +22,7 @@ ROOT_KEYS: dict[str, Any] = {
     "name": NonEmptyStr,
     "seed": Seed,
     "threads": PositiveInt | None,
-    "test_weights": Literal["last", "best"] | bool,  # true: last
+    "test": Literal["last", "best"] | bool,  # true: last
     "optimized_metric": NonEmptyStr | None,
     "optimized_mode": Literal["max", "min"] | None,
     "allowed_packages": Sequence[NonEmptyStr],

@@ -128,7 +128,7 @@ def test_weights(trainer: L.Trainer, module: L.LightningModule, data: Any, choic
     if choice != "best":
         return metrics
     if not (best := find_monitored_checkpoint(trainer)) or not best.best_model_path:
-        rank_zero_warn("test_weights=best: no validation has ended, so only the last weights were tested")
+        rank_zero_warn("test=best: no validation has ended, so only the last weights were tested")
         return metrics
     # Not by trainer.test(ckpt_path=…), which would load the states of the callbacks as well.
     state = load_weights_only(Path(best.best_model_path))["state_dict"]

@@ -226,7 +226,7 @@ def test_every_precision_trains_and_counts_correctly(run_main, tmp_path, precisi
 @pytest.mark.parametrize(("amx", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_precision_auto_is_the_fastest_of_this_processor(run_main, tmp_path, monkeypatch, amx, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
-    short = *TINY, "trainer.limit_train_batches=2", "trainer.accelerator=cpu", "test_weights=false"
+    short = *TINY, "trainer.limit_train_batches=2", "trainer.accelerator=cpu", "test=false"
     assert run_main(*short, "trainer.precision=auto", f"hydra.run.dir={tmp_path / 'run'}").code == 0
     assert f"precision: {precision}\n" in (tmp_path / "run/.hydra/config.yaml").read_text()
 

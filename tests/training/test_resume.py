@@ -251,7 +251,7 @@ def test_without_an_undamaged_checkpoint_resume_prints_one_error(run_main, kille
 @pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b""), Path.unlink], ids=["empty", "missing"])
 def test_best_checkpoint_that_is_lost_is_replaced_by_a_later_one(run_main, killed, recwarn, damage):
     damage(killed / "checkpoints/best.ckpt")
-    result = run_main(f"resume={killed}", "test_weights=best")
+    result = run_main(f"resume={killed}", "test=best")
     assert result.code == 0 and any("the best of the remaining epochs" in str(warning.message) for warning in recwarn)
     results = json.loads((killed / "metrics.json").read_text())
     assert results["best_epoch"] == 2 and results["metrics"]["test/best/acc"] == results["metrics"]["test/acc"]

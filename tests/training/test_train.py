@@ -42,9 +42,7 @@ def read_weights(folder: Path) -> torch.Tensor:
 
 def test_samples_per_second_leaves_validation_out(train, monkeypatch):
     monkeypatch.setattr("src.training.run_record.perf_counter", iter(range(100)).__next__)  # one second per call
-    _, folder = train(
-        "trainer.max_epochs=2", "trainer.limit_train_batches=1.0", "data.batch_size=1347", "test_weights=false"
-    )
+    _, folder = train("trainer.max_epochs=2", "trainer.limit_train_batches=1.0", "data.batch_size=1347", "test=false")
     metrics = json.loads((folder / "metrics.json").read_text())
     # Two seconds before each of the two validations, and one after the last.
     assert metrics["steps"] == 2 and 1200 < metrics["samples_per_second"] * 5 / 2 <= 1347
@@ -98,7 +96,7 @@ def test_logged_metrics_are_those_of_the_final_weights(train):
 def test_best_and_last_weights_are_tested(train, run_main):
     stop = "_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val/loss,min_delta:9,patience:1"
     worst = "callbacks.best.mode=min"  # so that the best epoch is not the last
-    result, folder = train("trainer.max_epochs=9", f"+callbacks.stop={{{stop}}}", "test_weights=best", worst, *PLAIN)
+    result, folder = train("trainer.max_epochs=9", f"+callbacks.stop={{{stop}}}", "test=best", worst, *PLAIN)
     assert result.code == 0, result.err
     results = json.loads((folder / "metrics.json").read_text())
     assert results["epochs"] == 2 and results["best_epoch"] == 1
@@ -110,8 +108,8 @@ def test_best_and_last_weights_are_tested(train, run_main):
     assert results["metrics"]["test/acc"] != results["metrics"]["test/best/acc"]
     events = EventAccumulator(str(folder)).Reload()
     assert [len(events.Scalars(f"{name} %")) for name in ("test/acc", "test/best/acc")] == [1, 1]
-    result, _ = train("test_weights=best", "optimized_metric=null", *PLAIN, folder="other")
-    assert result.code == 2 and "test_weights=best: no callback keeps those" in result.err
+    result, _ = train("test=best", "optimized_metric=null", *PLAIN, folder="other")
+    assert result.code == 2 and "test=best: no callback keeps the best weights" in result.err
 
 
 @pytest.mark.parametrize("seed", [0, 3])
