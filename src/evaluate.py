@@ -100,6 +100,7 @@ def main() -> None:
     """Test a trained network: score the test images, or run the test of any other task."""
     parser = Parser(prog="python -m src.evaluate", description=main.__doc__)
     parser.add_argument("weights", nargs="?", type=Path, help="run folder, .ckpt, or .pt file; default: shipped")
+    parser.add_argument("--best", action="store_true", help="the best checkpoint of a run folder, not the last")
     parser.add_argument("--data", help="a config of conf/data; default: that of the training")
     parser.add_argument("--root", type=Path, help="folder of the data; default: as in training")
     output_help = "folder for scores and plots; default: below the run folder, or below outputs/evaluation"
@@ -110,7 +111,7 @@ def main() -> None:
     import_lightning()
     from src.training.predictor import Predictor, find_weights_file, load, load_predictor, load_test_data
 
-    file = find_weights_file(arguments.weights)
+    file = find_weights_file(arguments.weights, arguments.best)
     if arguments.fit_ood or arguments.data:  # only for classifiers of images
         predictor = load_predictor(file, use_ood=False)
     else:

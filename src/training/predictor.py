@@ -73,10 +73,10 @@ class Predictor(nn.Module):
         return predictions
 
 
-def find_weights_file(path: Path | str | None = None) -> Path:
-    """Return the last checkpoint of a run folder, or the file itself; default: the shipped weights."""
+def find_weights_file(path: Path | str | None = None, best: bool = False) -> Path:
+    """Return the last or best checkpoint of a run folder, or the file itself; default: the shipped weights."""
     path = Path(path or SHIPPED_WEIGHTS)
-    return path / "checkpoints/last.ckpt" if path.is_dir() else path
+    return path / f"checkpoints/{'best' if best else 'last'}.ckpt" if path.is_dir() else path
 
 
 def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: bool = True) -> Any:

@@ -186,7 +186,7 @@ def test_imbalanced_classes_are_scored_by_own_metrics_and_trained_weights_fine_t
     project.write(read_files(imbalance))
     (weighted,), (tuned, other, _) = read_commands(imbalance), read_commands(tuning)
     commands = [add(x, f"run{n}", *SHORT) for n, x in enumerate((weighted, tuned, other))]
-    results = project.run(*commands, "python -m src.evaluate run0/checkpoints/best.ckpt", codes=[0] * 4)
+    results = project.run(*commands, "python -m src.evaluate run0 --best", codes=[0] * 4)
     metrics = project.read_metrics("run0")
     assert {"val/macro_f1", "test/macro_f1", "test/recall/cat"} <= metrics["metrics"].keys()
     assert metrics["best_epoch"] == 1 and "macro_f1 " in results[3].out
@@ -201,7 +201,7 @@ def test_own_task_is_ranked_by_its_metric_and_resumes(project):
     short = *FAST, "trainer.max_epochs=1"
     sweep = shlex.join([*shlex.split(sweep), *short, "hydra.sweep.dir=swept"])
     commands = add(single, "run", *FAST), sweep, add(tune, "tuned", *short), add(single, "cut", *stopped)
-    evaluate = "python -m src.evaluate run/checkpoints/best.ckpt --output=scores"
+    evaluate = "python -m src.evaluate run --best --output=scores"
     results = project.run(*commands, "python -m src.train resume=cut", evaluate, codes=[0, 0, 0, 143, 0, 0])
     predict = project.run("python -m src.predict --weights run tests/images/5.jpg", codes=[2])[0]
     assert "Regression was not trained on images with classes" in predict.err and len(predict.err.splitlines()) == 1
