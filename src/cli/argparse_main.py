@@ -3,18 +3,31 @@
 import argparse
 import functools
 import sys
+import tomllib
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raise UserError for wrong arguments instead of printing the usage."""
+    """Raise UserError for wrong arguments instead of printing the usage; --version is the project's."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.add_argument("--version", action="version", version=get_version())
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type {self.prog} --help for the arguments")
+
+
+def get_version() -> str:
+    """Return the name and version of the project."""
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    return f"{project['name']} {project['version']}"
 
 
 def argparse_main(task: Callable[[], int | None]) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
+from src.cli.argparse_main import get_version
 from src.cli.help import print_help
 from src.core import run_folder
 from src.core.compat import parse_hydra_arguments, run_hydra
@@ -101,6 +102,8 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
     @functools.wraps(task)
     def main() -> None:
         with exit_on_error():
+            if "--version" in sys.argv:
+                return print(get_version())
             if {"--help", "-h"} & {*sys.argv}:
                 return print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
             if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run

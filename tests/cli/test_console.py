@@ -15,7 +15,7 @@ import pytest
 from conftest import SMALL
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from src import train, tune
+from src import predict, train, tune
 from src.cli.hydra_main import _quote
 from src.core.config import CONF, ROOT
 
@@ -176,6 +176,7 @@ def test_help_prints_recipes_groups_and_the_lines_of_conf_that_set_a_key(run_mai
         assert re.search(rf"^  {experiment.stem}\b", result.out, re.M)  # an own one may lack a comment
     assert re.search(r"^seed: 0 +# int ≥ 0; determines initial weights", result.out, re.M)
     assert "n_trials: 20" in run_main("--help", main=tune.main).out
+    assert run_main("--version").out == run_main("--version", main=predict.main).out == "digitlab 0.1.0\n"
     group = run_main("--help", "optimizer=muon").out
     assert "optimizer=sgd\n    stochastic gradient" in group and "\nsgd_lr_ratio: 0.2" in group
     assert re.search(r"images.yaml:.*mnist.yaml:.*digits.yaml:", run_main("--help", "data=digits").out, re.S)
