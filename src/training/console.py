@@ -23,6 +23,7 @@ from src.core.errors import format_metric, print_warnings_in_one_line
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers",  # the images are in memory
     ".*have no `val_dataloader`",
+    ".*`list` across ranks is zero",  # data.val_size=0
     ".*is not supported by the model summary",  # trainer.precision=bf16-mixed
     ".*set_vital",  # torchdata's
     ".*treespec, LeafSpec",
