@@ -29,7 +29,7 @@ def tune(cfg: DictConfig) -> None:
         raise UserError("hydra.sweep: is for src.train -m; set study_name=… or hydra.run.dir=… for a study")
     silence_routine_output()
     folder = Path(cfg.output_dir)
-    study = open_study(cfg, folder)
+    study = open_study(cfg, folder, HydraConfig.get().overrides.task)
     optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials)
     write_report([folder], folder, study=study)
 

@@ -71,7 +71,9 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                     stack.enter_context(exclusive_lock(folder))
                     stack.enter_context(run_folder.record_status(folder))
                 config = run_folder.load_resumed_config(config, changes) if is_resumed else config
-                config = resolve_and_validate(config)
+                mode, config = config.get("optimized_mode"), resolve_and_validate(config)
+                if mode != config.get("optimized_mode") == "min" and is_first_process() and not is_multirun:
+                    print(f"{config.optimized_metric}: lower is better, by its name; optimized_mode=max reverses it")
                 stack.enter_context(restore_global_state())
                 configure_hardware(config)
                 if is_multirun:
@@ -121,6 +123,8 @@ def _complete_arguments(arguments: Namespace) -> list[str]:
 
     Return the overrides that change the config of a resumed run.
     """
+    if re.search(r"[\ud800-\udfff]", "".join(arguments.overrides)):  # Python's surrogates
+        raise UserError("a name has letters that this locale cannot encode; set PYTHONUTF8=1")
     overrides = arguments.overrides = [_quote(override) for override in arguments.overrides]
     if any(re.match(r"sweep=(?!null)|hydra\.mode=MULTIRUN", override) for override in overrides):
         arguments.multirun = arguments.cfg is None and arguments.info is None

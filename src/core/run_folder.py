@@ -214,12 +214,17 @@ def format_continue_command(multirun: Path) -> str:
     return shlex.join(["python", "-m", "src.train", *flag, *task, *overrides])
 
 
-def reject_different_config(before: Any, config: Any, name: str) -> None:
-    """Raise UserError for the first key in which a continued sweep or study differs from what it was begun with."""
+def reject_different_config(before: Any, config: Any, name: str, overrides: Sequence[str]) -> None:
+    """Raise UserError for the first key in which a continued sweep or study differs from what it was begun with.
+
+    A key that it lacks was added to conf/ later, unless the overrides add it.
+    """
     old, new = (
         {key: x for key, x in iterate_items(plain) if not isinstance(x, dict | list) and not key.startswith("hydra.")}
         for plain in (before, config)
     )
-    if key := next((key for key in sorted(old | new) if old.get(key) != new.get(key)), None):
+    added = tuple(item.lstrip("+").partition("=")[0] for item in overrides if item.startswith("+"))
+    keys = sorted(old.keys() | {key for key in new if key.startswith(added)})
+    if key := next((key for key in keys if old.get(key) != new.get(key)), None):
         fix = f"{name} was begun with {old.get(key)}; type that, or choose another folder"
         raise UserError(f"{key}={new.get(key)}: {fix}")

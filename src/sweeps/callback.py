@@ -54,7 +54,8 @@ class SweepCallback(Callback):
             jobs_before = []
             if (folder / "multirun.yaml").exists():
                 before = run_folder.read_yaml(folder / "multirun.yaml") or {}
-                run_folder.reject_different_config(before, OmegaConf.to_container(config), f"the sweep in {folder}")
+                plain, overrides = OmegaConf.to_container(config), config.hydra.overrides.task
+                run_folder.reject_different_config(before, plain, f"the sweep in {folder}", overrides)
                 jobs_before = grid.list_jobs_of_sweep(before["hydra"]) if before else []
             pattern: Any = OmegaConf.to_container(config.hydra.sweep)
             grid.reject_shared_folders(pattern["subdir"], jobs, jobs_before)

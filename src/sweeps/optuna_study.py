@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage
         raise UserError(f"storage={url}: {error}; install its driver, as pip install psycopg") from error
 
 
-def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
+def open_study(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> optuna.Study:
     """Begin or continue the study of the config. Raise UserError if it was begun with other settings."""
     if reason := explain_no_ranking(cfg.optimized_metric, bool(OmegaConf.select(cfg, "data.test_every_epoch"))):
         raise UserError(f"{reason}; set optimized_metric=val/acc and data.test_every_epoch=false")
@@ -70,7 +70,8 @@ def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
             raise UserError(f"{folder}: holds the trials of another study; type study_name=NAME for a new folder")
         ignored = *STUDY_KEYS[:-1], "output_dir", "threads"
         settings = {key: value for key, value in make_portable(cfg).items() if key not in ignored}
-        reject_different_config(study.user_attrs.get("settings", settings), settings, f"the study in {folder}")
+        before = study.user_attrs.get("settings", settings)
+        reject_different_config(before, settings, f"the study in {folder}", overrides)
         study.set_user_attr("settings", settings)
         # The same sampler seed in every process would suggest the same trials again.
         starts = study.user_attrs.get("starts", 0)

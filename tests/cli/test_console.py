@@ -85,6 +85,7 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["--config-name=foo"], "--config-name=foo: no such option; there are train, tune"),
         (["trainer.precision=oops"], "trainer.precision=oops: must be one of auto, 32-true"),
         (["+trainer.callbacks=[]"], "must be null"),
+        (["name=\udcc3\udc9cbung"], "set PYTHONUTF8=1"),
         (["output_dir=elsewhere"], "hydra.run.dir=… sets the folder"),
         (["scheduler=cosine", "trainer.max_epochs=-1"], "scheduler.T_max=-1: must be int ≥ 1"),
     ],

@@ -271,16 +271,16 @@ def test_lower_loss_ranks_first(tmp_path):
     assert compare(tmp_path).best.values == {"optimizer.lr": "0.2"}
 
 
-def test_mode_is_inferred_from_the_metric_and_can_be_set(run_main, tmp_path):
+def test_mode_is_inferred_from_the_metric_said_and_can_be_set(run_main, tmp_path):
     for name in "val_loss", "valLoss", "val/rmse", "ppl", "val/loss/dataloader_idx_0", "edit_rate", "neg_elbo":
         assert infer_mode(name) == "min", name
     for name in "val/acc", "val/f1", "neg_mean_squared_error", "true_negative_rate", "distance_intersection", None:
         assert infer_mode(name) == "max", name
     arguments = *TINY, "optimized_metric=val/loss", "trainer.limit_train_batches=2"
-    run_main(*arguments, f"hydra.run.dir={tmp_path / 'inferred'}")
+    assert "lower is better" in run_main(*arguments, f"hydra.run.dir={tmp_path / 'inferred'}").out
     saved = yaml.safe_load((tmp_path / "inferred/.hydra/config.yaml").read_text())
     assert saved["optimized_mode"] == saved["callbacks"]["best"]["mode"] == "min"
-    run_main(*arguments, "optimized_mode=max", f"hydra.run.dir={tmp_path / 'set'}")
+    assert "lower is" not in run_main(*arguments, "optimized_mode=max", f"hydra.run.dir={tmp_path / 'set'}").out
     saved = yaml.safe_load((tmp_path / "set/.hydra/config.yaml").read_text())
     assert saved["callbacks"]["best"]["mode"] == "max"
 
@@ -380,6 +380,8 @@ def test_sweep_continues_where_it_stopped_and_no_other_in_its_folder(run_main, t
     first, second = tmp_path / "seed=0", tmp_path / "seed=1"
     assert run_main(*arguments).code == 0
     scores, before = read_scores(second), (first / "metrics.json").stat()
+    multirun = tmp_path / "multirun.yaml"
+    multirun.write_text(multirun.read_text().replace("threads: null\n", "", 1))  # begun before there was the key
     (second / "metrics.json").rename(second / ".metrics.json.part")  # as if killed while writing it
     result = run_main(*arguments)
     assert result.code == 0 and "already finished: seed=0" in result.out and "2 runs: highest val/acc" in result.out
@@ -388,6 +390,7 @@ def test_sweep_continues_where_it_stopped_and_no_other_in_its_folder(run_main, t
         assert len(EventAccumulator(str(folder)).Reload().Scalars("val/loss")) == 1
     result = run_main(*arguments, "optimizer.momentum=0.5")
     assert result.code == 2 and result.err.startswith("error: optimizer.momentum=0.5: the sweep in")
+    assert "optimizer.maximize=False: the sweep in" in run_main(*arguments, "+optimizer.maximize=false").err
     assert (first / "metrics.json").stat() == before and len(result.err.splitlines()) == 1
     assert run_main(f"resume={first}", "trainer.max_epochs=2").code == 0
     assert "2 runs: 2 finished" in run_main(tmp_path, main=report.main).out
