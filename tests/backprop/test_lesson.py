@@ -253,6 +253,7 @@ def test_link_opens_at_its_question_and_hides_what_would_give_it_away(lesson):
 def test_play_trains_and_two_learning_rates_are_compared(lesson):
     page = lesson("eta2=2")
     page.check("#compare")
+    assert page.locator("#play").bounding_box()["y"] < 50 < page.evaluate("scrollY")  # Play stays in view
     page.click("#play")
     page.wait_for_function("document.getElementById('loss').textContent === 'loss 4'")
     page.click("#play")
@@ -348,18 +349,9 @@ def test_keyboard_reaches_every_control(lesson):
         if focused[-1] == "w1" and "w1" not in focused[:-1]:  # the weight; the field comes later
             assert find_highlighted(page) == {"w1", "i1", "h1", "w5", "w7", "o1", "o2", *ERROR}
             assert "Two ways" in page.locator("#why").text_content()
-        elif focused[-1] == "run10":
-            page.keyboard.press("Enter")
-            assert page.locator("#loss").text_content() == "loss 12"
-        elif focused[-1] == "bug":
-            page.keyboard.press("Space")
-            assert page.is_checked("#bug")
         elif focused[-1] == "w1-slider":
             page.keyboard.press("ArrowRight")
             assert page.input_value("#w1") == "0.16"
-        elif focused[-1] == "finite difference of ∂E/∂w3":
-            page.keyboard.press("Enter")
-            assert "apart by" in page.locator("#sheet").inner_text()
     expected = {*NAMES, *(f"{name}-slider" for name in NAMES), "run1", "run10", "run100", "η", "η-slider"}
     assert all(focused.count(f"w{n}") >= 2 for n in range(1, 9))
     expected |= {"back", "next", "first", "worked", "bug", "h", "ask", "answer", "reveal", "Check", "hint"}
