@@ -17,16 +17,13 @@ from src.core.value_types import PositiveFloat, Probability, UnitInterval
 from src.optim.configure import configure_optimizers
 
 
-def check_outputs(outputs: Tensor, classes: int | None = None) -> bool:
-    """Return whether [N, classes] outputs are logits, not log-probabilities. Raises UserError for any others."""
-    shape: tuple[int, ...] = getattr(outputs, "shape", ())
-    if len(shape) != 2 or (classes and shape[1] != classes):
-        found = tuple(shape) or type(outputs).__name__
-        raise UserError(f"model: returns {found}; it must return logits, [images, {classes or 'classes'}]")
-    values = outputs.detach().float()
-    if values.min() >= 0 and ((values.sum(1) - 1).abs() < 1e-3).all():
+def check_outputs(outputs: Any, classes: int) -> None:
+    """Raise UserError unless a network's outputs may be logits or log-probabilities, [images, classes]."""
+    shape = tuple(getattr(outputs, "shape", ()))
+    if len(shape) != 2 or shape[1] != classes:
+        raise UserError(f"model: returns {shape or type(outputs).__name__}; it must return logits, [images, {classes}]")
+    if outputs.min() >= 0 and ((outputs.sum(1) - 1).abs() < 1e-3).all():
         raise UserError("model: returns probabilities; it must return logits or log-probabilities")
-    return bool((values.logsumexp(1).abs() >= 1e-2).any())
 
 
 def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
@@ -87,7 +84,6 @@ class Classifier(L.LightningModule):
         self.label_smoothing, self.temperature, self.distill_weight = label_smoothing, temperature, distill_weight
         self.loss: Callable[[Tensor, Tensor], Tensor] = loss or nll_loss
         self.classes: Sequence[str] = ()
-        self.has_logits: bool | None = None  # unknown until the first outputs
         self.train_metric, self.val_metric, self.test_metric = LossAndAccuracy(), LossAndAccuracy(), LossAndAccuracy()
         extra = MetricCollection(dict(metrics or {}), compute_groups=False)
         self.extra_metrics: Any = nn.ModuleDict({stage: extra.clone() for stage in ("val", "test")})
@@ -99,10 +95,7 @@ class Classifier(L.LightningModule):
             self.classes, self.example_input_array = spec.classes, torch.zeros(1, *spec.shape)
 
     def forward(self, images: Tensor) -> Tensor:
-        outputs = self.net(images)
-        if self.has_logits is None:
-            self.has_logits = check_outputs(outputs, len(self.classes))
-        return outputs.log_softmax(dim=1) if self.has_logits else outputs
+        return self.net(images).log_softmax(dim=1)  # which leaves log-probabilities as they are
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self(batch if isinstance(batch, Tensor) else batch[0])

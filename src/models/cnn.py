@@ -28,33 +28,33 @@ class AntialiasedMaxPool(nn.Module):
 
 
 class CNN(nn.Module):
-    """Map [N, C, H, W] normalised images, 8×8 or larger, to [N, classes] log-probabilities.
+    """Map [N, C, H, W] normalised images, 8×8 or larger, to [N, classes] logits.
 
     The defaults have 15,544 parameters. `channels` are the outputs of the six 3×3 convolutions. `blur` is the fraction
     of each pixel that is spread to each neighbour; then `crop` pixels are cut off at each edge. `antialias` is for all
     three poolings or one value per pooling: the first has the largest maps, takes the most time and helps least.
     `early_pool` moves the first pooling right behind the first convolution, which saves a third of the time.
-    `inputs` is (C, H, W). Raises ValueError for too small images or another number of channels.
+    `input_shape` is (C, H, W). Raises ValueError for too small images or another number of channels.
     """
 
     def __init__(
         self,
         channels: Sequence[PositiveInt] = (16, 16, 16, 16, 16, 32),
         dropout: Probability = 0.25,
-        classes: int = 10,
+        num_classes: int = 10,
         blur: BlurFraction = 0.0,
         crop: NonNegativeInt = 0,
         activation: Literal["relu", "gelu"] = "relu",
         bn_before_activation: bool = False,
         antialias: bool | Sequence[bool] = False,
         early_pool: bool = False,
-        inputs: Sequence[int] = (1, 28, 28),
+        input_shape: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
         self.blur, self.crop = blur, crop
         if len(channels) != 6:
             raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
-        height, width = inputs[1] - 2 * crop, inputs[2] - 2 * crop
+        height, width = input_shape[1] - 2 * crop, input_shape[2] - 2 * crop
         if min(height, width) < 8:
             raise ValueError(f"model.crop={crop} leaves {max(height, 0)}×{max(width, 0)} pixels; the network needs 8×8")
         antialias = [antialias] * 3 if isinstance(antialias, bool) else antialias
@@ -69,11 +69,11 @@ class CNN(nn.Module):
             return nn.Sequential(*layers, nn.Dropout(dropout))
 
         c1, c2, c3, c4, c5, c6 = channels
-        self.conv1 = block(inputs[0], c1, c2, antialias[0], early_pool)  # 28×28 to 14×14 for MNIST
+        self.conv1 = block(input_shape[0], c1, c2, antialias[0], early_pool)  # 28×28 to 14×14 for MNIST
         self.conv2 = block(c2, c3, c4, antialias[1])  # to 7×7
         self.conv3 = block(c4, c5, c6, antialias[2])  # to 3×3
-        self.gap = nn.Conv2d(c6, classes, 1)
-        self.fc = nn.Linear(classes * (height // 8) * (width // 8), classes)
+        self.gap = nn.Conv2d(c6, num_classes, 1)
+        self.fc = nn.Linear(num_classes * (height // 8) * (width // 8), num_classes)
         # Convolutions on a CPU are 1.2 to 1.6 times as fast in this memory layout.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -81,4 +81,4 @@ class CNN(nn.Module):
         rows, columns = (slice(self.crop, length - self.crop) for length in images.shape[-2:])
         images = blur(images, self.blur)[..., rows, columns]
         features = self.gap(self.conv3(self.conv2(self.conv1(images))))
-        return self.fc(features.flatten(1)).log_softmax(dim=1)
+        return self.fc(features.flatten(1))

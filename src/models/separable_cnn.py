@@ -32,27 +32,28 @@ def _separable(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SeparableCNN(nn.Module):
-    """Map [N, C, H, W] normalised images, 8×8 or larger, to [N, classes] log-probabilities.
+    """Map [N, C, H, W] normalised images, 8×8 or larger, to [N, classes] logits.
 
     `stages` are the output channels of the convolutions before each of three poolings; the first convolution is a plain
-    3×3. A depthwise kernel weighs the positions of the last map. `inputs` is (C, H, W).
+    3×3. A depthwise kernel weighs the positions of the last map. `input_shape` is (C, H, W).
     """
 
     def __init__(
-        self, stages: Sequence[Sequence[PositiveInt]], classes: int = 10, inputs: Sequence[int] = (1, 28, 28)
+        self, stages: Sequence[Sequence[PositiveInt]], num_classes: int = 10, input_shape: Sequence[int] = (1, 28, 28)
     ) -> None:
         super().__init__()
         if len(stages) != 3:
             raise ValueError(f"model.stages has {len(stages)} lists; the network pools three times")
         first, last = stages[0][0], stages[-1][-1]
-        stem = nn.Conv2d(inputs[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first, affine=False)
+        stem = nn.Conv2d(input_shape[0], first, 3, padding=1, bias=False), nn.BatchNorm2d(first, affine=False)
         self.stem = nn.Sequential(*stem, ChannelBias(first), nn.ReLU())
         self.stages, widths = nn.ModuleList(), [first]
         for outputs in stages[0][1:], *stages[1:]:
             widths = [widths[-1], *outputs]
             self.stages.append(nn.Sequential(*map(_separable, widths, outputs), nn.MaxPool2d(2)))
-        self.spatial_weights = nn.Conv2d(last, last, (inputs[1] // 8, inputs[2] // 8), groups=last, bias=False)
-        self.fc = nn.Linear(last, classes)
+        _, height, width = input_shape
+        self.spatial_weights = nn.Conv2d(last, last, (height // 8, width // 8), groups=last, bias=False)
+        self.fc = nn.Linear(last, num_classes)
         # Convolutions on a CPU are 1.2 to 1.6 times as fast in this memory layout.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -60,4 +61,4 @@ class SeparableCNN(nn.Module):
         features = self.stem(images)
         for stage in self.stages:
             features = stage(features)
-        return self.fc(self.spatial_weights(features).flatten(1)).log_softmax(dim=1)
+        return self.fc(self.spatial_weights(features).flatten(1))

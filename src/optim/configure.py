@@ -27,7 +27,7 @@ class GroupedOptimizer(NamedTuple):
         raise UserError("optimizer.groups: needs names; the task must call src.optim.configure.configure_optimizers")
 
 
-class Scheduler(NamedTuple):
+class SchedulerConfig(NamedTuple):
     """A partial scheduler, when it steps, and the metric that it monitors, if any."""
 
     scheduler: Callable[..., LRScheduler]
@@ -49,7 +49,7 @@ def compile_layer_pattern(text: str) -> re.Pattern[str]:
 def configure_optimizers(
     module: L.LightningModule,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | GroupedOptimizer,
-    scheduler: Callable[..., LRScheduler] | Scheduler | None,
+    scheduler: Callable[..., LRScheduler] | SchedulerConfig | None,
 ) -> dict[str, Any]:
     """Return the result of LightningModule.configure_optimizers for a partial optimizer and scheduler.
 
@@ -70,9 +70,9 @@ def configure_optimizers(
         return {"optimizer": built}
     if any(isinstance(callback, LearningRateFinder) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
         raise UserError("LearningRateFinder: a scheduler would not use the rate that it finds; set scheduler=none")
-    partial, interval, monitor = scheduler if isinstance(scheduler, Scheduler) else Scheduler(scheduler)
-    takes_steps = "total_steps" in signature(partial).parameters
-    keywords, arguments = getattr(partial, "keywords", {}), dict[str, Any]()
+    config = scheduler if isinstance(scheduler, SchedulerConfig) else SchedulerConfig(scheduler)
+    takes_steps = "total_steps" in signature(config.scheduler).parameters
+    keywords, arguments = getattr(config.scheduler, "keywords", {}), dict[str, Any]()
     if takes_steps and "epochs" not in keywords:
         steps = module.trainer.estimated_stepping_batches
         total = keywords.get("total_steps") or steps
@@ -85,15 +85,16 @@ def configure_optimizers(
         arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
     try:
         try:
-            schedule = partial(built, **arguments)
+            lr_scheduler = config.scheduler(built, **arguments)
         except ZeroDivisionError:  # OneCycleLR divides by the length of its first phase
-            schedule = partial(built, **arguments | {"total_steps": arguments.get("total_steps", 0) + 1})
+            lr_scheduler = config.scheduler(built, **arguments | {"total_steps": arguments.get("total_steps", 0) + 1})
     except (TypeError, ValueError) as error:
         raise UserError(f"scheduler: {error}") from error
-    options: dict[str, Any] = {"interval": interval or ("step" if takes_steps else "epoch"), "monitor": monitor}
-    if str(monitor).startswith("val") and options["interval"] == "epoch":  # not every epoch may have a validation
-        options["frequency"] = module.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "name": "lr", **options}}
+    interval = config.interval or ("step" if takes_steps else "epoch")
+    settings = {"scheduler": lr_scheduler, "name": "lr", "interval": interval, "monitor": config.monitor}
+    if str(config.monitor).startswith("val") and interval == "epoch":  # not every epoch may have a validation
+        settings["frequency"] = module.trainer.check_val_every_n_epoch or 1  # type: ignore[attr-defined]
+    return {"optimizer": built, "lr_scheduler": settings}
 
 
 def _group_parameters(module: nn.Module, groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

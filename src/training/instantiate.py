@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.core.error_messages import describe_error
 from src.core.errors import UserError
-from src.models.classifier import Classifier
-from src.optim.configure import GroupedOptimizer, Scheduler
+from src.models.classifier import Classifier, check_outputs
+from src.optim.configure import GroupedOptimizer, SchedulerConfig
 
 RUN_CONFIG = "run_config"  # hyperparameter with the config of model, task and data
 
@@ -59,7 +59,7 @@ def instantiate_task(cfg: DictConfig, data: Any = None) -> tuple[Any, Any]:
         spec = data.spec
     task = build_task(cfg, spec)
     if isinstance(task, Classifier) and spec is not None:
-        _check_image_shape(task.net, spec.shape)
+        _check_network(task.net, spec)
     return task, data
 
 
@@ -79,7 +79,7 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
         parts["optimizer"] = GroupedOptimizer(factory, groups) if groups else factory
     if accepts("scheduler") and not node.get("scheduler"):
         factory, settings = instantiate_partial("scheduler", cfg.get("scheduler"), "interval", "monitor")
-        parts["scheduler"] = factory and Scheduler(factory, *settings)
+        parts["scheduler"] = factory and SchedulerConfig(factory, *settings)
     if OmegaConf.is_dict(node.get("loss")):
         tensors = {name: torch.tensor(x, dtype=torch.float) for name, x in node.loss.items() if OmegaConf.is_list(x)}
         count = len(spec.classes) if spec else None
@@ -105,8 +105,8 @@ def instantiate_for_images(key: str, node: Any, spec: Any) -> Any:
     """Instantiate a network or a metric with the image shape and the number of classes, if its constructor has them."""
     inferred: dict[str, Any] = {}
     if node and spec is not None:
-        accepts, count = _make_accepts(node), len(spec.classes)
-        values = {"inputs": spec.shape, "in_chans": spec.shape[0], "classes": count, "num_classes": count}
+        accepts = _make_accepts(node)
+        values = {"input_shape": spec.shape, "in_chans": spec.shape[0], "num_classes": len(spec.classes)}
         inferred = {name: value for name, value in values.items() if accepts(name) and name not in node}
     return instantiate_node(key, node, **inferred)
 
@@ -122,14 +122,17 @@ def _make_accepts(node: Any) -> Callable[[str], bool]:
     return lambda name: name in parameters or name in hidden
 
 
-def _check_image_shape(net: Any, shape: tuple[int, ...]) -> None:
+def _check_network(net: Any, spec: Any) -> None:
     try:
         with torch.no_grad():
-            deepcopy(net).eval()(torch.zeros(1, *shape))
+            outputs = deepcopy(net).eval()(torch.zeros(1, *spec.shape))
     except Exception as error:  # libraries raise different errors for a wrong shape
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fix = "set another model= or data=, or an experiment= that sets both"
-        raise UserError(f"model: {type(net).__name__} takes no images of shape {shape} ({reason}); {fix}") from error
+        raise UserError(
+            f"model: {type(net).__name__} takes no images of shape {spec.shape} ({reason}); {fix}"
+        ) from error
+    check_outputs(outputs, len(spec.classes))
 
 
 def instantiate_partial(key: str, node: Any, *settings: str) -> tuple[Any, list[Any]]:

@@ -36,12 +36,11 @@ class Predictor(nn.Module):
         self.ood_file = file.with_suffix(".ood.pt")
         self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
-        self.has_logits = check_outputs(net(torch.zeros(1, *spec.shape)), len(spec.classes))
+        check_outputs(net(torch.zeros(1, *spec.shape)), len(spec.classes))
 
     def log_probabilities(self, normalized: Tensor) -> Tensor:
         """Map [N, C, H, W] normalised images to [N, classes]."""
-        outputs = self.net(normalized)
-        return outputs.log_softmax(dim=1) if self.has_logits else outputs
+        return self.net(normalized).log_softmax(dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map [N, C, H, W] pixels from 0 to 255 to [N, classes] log-probabilities."""

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 
 from src.core.errors import UserError
-from src.data.datamodule import Batch
-from src.models.classifier import Classifier
+from src.models.classifier import Classifier, check_outputs
 from src.models.cnn import CNN, blur
 from src.models.separable_cnn import SeparableCNN
 from src.optim.muon import Muon, orthogonalize
@@ -22,10 +21,9 @@ def test_cnn_has_the_parameters_and_shapes_of_the_table():
     shapes, net = {}, CNN()
     for name, layer in net.named_children():
         layer.register_forward_hook(lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
-    log_probabilities = net(torch.zeros(2, 1, 28, 28))
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     blocks = {"conv1": (16, 14, 14), "conv2": (16, 7, 7), "conv3": (32, 3, 3)}
     assert shapes == {**blocks, "gap": (10, 3, 3), "fc": (10,)}
-    torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(2))
     assert CNN(channels=(4, 5, 6, 7, 8, 9))(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
 
 
@@ -91,15 +89,15 @@ def test_label_smoothing_changes_the_loss_but_not_the_metrics():
 
 def test_distillation_changes_the_loss_but_not_the_metrics():
     torch.manual_seed(0)
-    batch = Batch(torch.randn(8, 1, 28, 28), torch.arange(8), torch.randn(8, 10))
+    images, labels, teacher_log_probs = torch.randn(8, 1, 28, 28), torch.arange(8), torch.randn(8, 10)
     net = CNN(channels=(1,) * 6, dropout=0.0)
     module = make_classifier(net, temperature=4.0, distill_weight=0.7)
-    gradient = torch.autograd.grad(module.compute_training_loss(batch), net.fc.weight)[0]
-    student, teacher = net(batch.images), (batch.teacher_log_probs / 4).log_softmax(1)
+    gradient = torch.autograd.grad(module.compute_training_loss((images, labels, teacher_log_probs)), net.fc.weight)[0]
+    student, teacher = net(images).log_softmax(1), (teacher_log_probs / 4).log_softmax(1)
     divergence = kl_div((student / 4).log_softmax(1), teacher, log_target=True, reduction="batchmean")
-    loss = 0.3 * nll_loss(student, batch.labels) + 0.7 * 16 * divergence
+    loss = 0.3 * nll_loss(student, labels) + 0.7 * 16 * divergence
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, net.fc.weight)[0])
-    torch.testing.assert_close(module.train_metric.compute()["loss"], nll_loss(student, batch.labels))
+    torch.testing.assert_close(module.train_metric.compute()["loss"], nll_loss(student, labels))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1 / 12, 0.25])
@@ -113,7 +111,7 @@ def test_blur_is_a_separable_filter_that_keeps_constant_images(fraction):
 
 
 def test_cnn_blurs_and_crops_its_input():
-    cropped, cnn, blurred = CNN(inputs=(1, 24, 24)).eval(), CNN(crop=2).eval(), CNN(blur=0.1, crop=2).eval()
+    cropped, cnn, blurred = CNN(input_shape=(1, 24, 24)).eval(), CNN(crop=2).eval(), CNN(blur=0.1, crop=2).eval()
     cnn.load_state_dict(cropped.state_dict())
     blurred.load_state_dict(cropped.state_dict())
     images = torch.rand(2, 1, 28, 28)
@@ -164,7 +162,7 @@ def test_logits_and_log_probabilities_give_the_same_loss():
 @pytest.mark.parametrize("last", [nn.Softmax(1), nn.Unflatten(1, (5, 2))])
 def test_network_outputs_that_are_no_logits_raise(last):
     with pytest.raises(UserError, match=r"must return logits"):
-        make_classifier(make_linear(last))(torch.randn(8, 1, 28, 28))
+        check_outputs(make_linear(last)(torch.randn(8, 1, 28, 28)), 10)
 
 
 def test_labels_that_are_no_classes_raise():

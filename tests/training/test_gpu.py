@@ -74,7 +74,6 @@ import contextlib, ctypes, io, json, os, sys
 lib = ctypes.CDLL(None)
 kinds = {name: ctypes.c_long.in_dll(lib, "fake_" + name) for name in "kernels libs memset h2d d2h d2d syncs".split()}
 from src import train, tune
-from src.models import classifier
 from src.models.cnn import CNN
 from src.training.resume import ResumeCheckpoint
 import torch
@@ -88,7 +87,6 @@ def on_train_batch_end(self, trainer, *arguments):
 def read_sum(self, images):
     return forward(self, images) * (1 if images.sum().item() == 0 else 2)
 ResumeCheckpoint.on_train_batch_end = on_train_batch_end
-classifier.check_outputs = lambda *_: False  # the outputs are not computed
 
 results = {}
 for name, arguments in json.load(sys.stdin).items():
