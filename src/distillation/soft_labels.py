@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from src.data.sampler import make_generator
 from src.models.classifier import move_to_device
 from src.training.checkpoints import load_weights_only
 from src.training.predictor import load_predictor
-from src.training.run_record import get_device_name
 
 BATCH_SIZE = 250  # a constant, because other batches would give other last bits
 
@@ -46,8 +44,8 @@ class Ensemble(nn.Module):
 class SoftLabels:
     """Compute and cache the outputs of `teachers`, run folders or .pt files, for each epoch's augmented images.
 
-    `seed` alone keys the augmentation, so that runs with other seeds find the same files in `folder`. Files from other
-    devices or precisions differ in their last bits and in their names. A processor with AMX computes in bfloat16.
+    `seed` alone keys the augmentation, so that runs with other seeds find the same files in `folder`. A processor with
+    AMX computes in bfloat16; its files, and those of a GPU, have other names, because their last bits differ.
     """
 
     def __init__(self, teachers: Sequence[NonEmptyStr], folder: NonEmptyStr, seed: Seed = 0) -> None:
@@ -70,9 +68,10 @@ class SoftLabels:
         def augment_batch(batch: Tensor, indices: Tensor) -> Tensor:
             return augment.apply(batch.float(), [numbers[indices] for numbers in sample], progress)
 
+        rounding = images.device.type, has_amx_bf16(), torch.backends.cudnn.allow_tf32
         settings = self.ensemble.digest, sorted(vars(augment).items()), spec.mean, spec.std, self.seed, epoch, progress
-        key = hashlib.sha256(images.cpu().numpy().tobytes() + repr(settings).encode()).hexdigest()[:16]
-        file = self.folder / f"{key}{_format_device(images.device)}.pt"
+        key = hashlib.sha256(images.cpu().numpy().tobytes() + repr((settings, rounding)).encode()).hexdigest()[:16]
+        file = self.folder / f"{key}.pt"
         with FileLock(file.with_suffix(".lock")):  # one of several concurrent runs computes
             if not file.exists():
                 print(f"computing teacher outputs, epoch {epoch + 1} (cached in {self.folder})", file=sys.stderr)
@@ -95,10 +94,3 @@ class SoftLabels:
                 with torch.autocast("cpu", torch.bfloat16, enabled=use_bf16):  # the networks alone
                     outputs.append(self.ensemble(normalized).float())
         return torch.cat(outputs)
-
-
-def _format_device(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "-bfloat16" if has_amx_bf16() else ""
-    precision = "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
-    return f"-{re.sub(r'[^a-z0-9]+', '-', get_device_name(device).lower())}-{precision}"
