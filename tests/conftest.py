@@ -175,8 +175,8 @@ def small_weights(tmp_path_factory) -> Path:
     """A file of weights, untrained, of a network of 1,788 parameters."""
     import torch
 
-    from src.data.image_spec import MNIST_SPEC
     from src.models.cnn import CNN
+    from tests.specs import MNIST_SPEC
 
     torch.manual_seed(0)
     model = {"_target_": ".models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}

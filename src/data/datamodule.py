@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from shutil import disk_usage
-from textwrap import shorten
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,20 +17,9 @@ from src.core.value_types import NonEmptyStr, NonNegativeInt, PositiveFloat, Pos
 from src.data.augment import RandomAffine
 from src.data.datasets import DatasetSplits, LabeledImages, stratify
 from src.data.image_spec import ImageSpec
-from src.data.sampler import IndexBatchSampler, find_batch_sampler, hash_seed
+from src.data.sampler import IndexBatchSampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
-
-
-class Batch(NamedTuple):
-    """The input of a step. It iterates over what is not None: `images, labels = batch` works without soft labels."""
-
-    images: Tensor  # [N, C, H, W], normalised
-    labels: Tensor  # [N]
-    teacher_log_probs: Tensor | None = None  # [N, classes]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (part for part in (self.images, self.labels, self.teacher_log_probs) if part is not None)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -93,22 +80,22 @@ class ImageDataModule(L.LightningDataModule):
         self.device = self.trainer.strategy.root_device if self.trainer else self.device
         self.generator = torch.Generator(self.device)
         if not self.num_workers:
-            moved = [LabeledImages(*(x.to(self.device) for x in split)) for split in self.splits[2:] if split]
+            moved = [LabeledImages(*(x.to(self.device) for x in split[:])) for split in self.splits[2:]]  # type: ignore[arg-type, index]
             self.splits = DatasetSplits(*self.splits[:2], *moved)
 
     @cached_property
     def splits(self) -> DatasetSplits:
         """Load the images and hold the validation images out of the training images."""
-        name, classes, *loaded = self.dataset.load(self.root)
-        train, test, val = loaded if self.num_workers else [split and split.read() for split in loaded]
-        if val and self.folds:
-            train, val = train.append(val), None
-        count, order = len(train.labels), self._order(train.labels)
+        name, classes, train, test, val = self.dataset.load(self.root)
+        if not self.num_workers:
+            train, test, val = (split and LabeledImages(*split[:]) for split in (train, test, val))
+        count, order = len(train), self._order(train.labels)
         if self.folds:
             if not max(2, self.fold + 1) <= self.folds <= count:
                 raise UserError(f"data.folds={self.folds}: must be 2 to {count:,}, and above data.fold={self.fold}")
             parts = list(order.tensor_split(self.folds))
             held_out, order = parts.pop(self.fold), torch.cat(parts)
+            val = None
         else:
             val = None if self.val_size is not None else val
             val_size = self.val_size or (0 if val or self.val_size == 0 else min(max(1, count // 10), 5000))
@@ -118,12 +105,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.train_size and self.train_size > len(order):
             raise UserError(f"data.train_size={self.train_size}: {len(order):,} images are not held out; use fewer")
         val = test if self.test_every_epoch else val or train.select(held_out)
-        splits = DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
-        for part in "train", "val", "test":
-            found = {*getattr(splits, part).labels.tolist()}
-            if missing := [name for label, name in enumerate(classes) if found and label not in found]:
-                rank_zero_warn(f"{name}: the {part} split has no image of {shorten(', '.join(missing), 100)}")
-        return splits
+        return DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
 
     def _order(self, labels: Tensor) -> Tensor:
         """Return the order in which training images are held out, then trained on."""
@@ -136,10 +118,8 @@ class ImageDataModule(L.LightningDataModule):
     @cached_property
     def spec(self) -> ImageSpec:
         """Describe the images; measure on the training images what the config leaves open."""
-        train, count = self.splits.train, len(self.splits.train.labels)
-        if self.num_workers:
-            train = train.select(torch.arange(0, count, max(1, count // STATISTICS_SAMPLE)))
-        images = train.read().images
+        step = max(1, len(self.splits.train) // STATISTICS_SAMPLE) if self.num_workers else 1
+        images, _ = self.splits.train[::step]
         shape: Any = tuple(images.shape[1:])
         if self.preprocess == "mnist" and shape != (1, 28, 28):
             raise UserError(f"data.preprocess=mnist: {self.splits.name} has images of {shape}; use resize")
@@ -154,7 +134,7 @@ class ImageDataModule(L.LightningDataModule):
     @property
     def train_batch_size(self) -> int:
         """Return the batch size per process."""
-        count = len(self.splits.train.labels)
+        count = len(self.splits.train)
         return self.batch_size or (128 if count >= 10_000 else 32 if count >= 100 else 8)
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,43 +151,40 @@ class ImageDataModule(L.LightningDataModule):
         """Return a loader of index tensors for images in memory, otherwise of images and labels."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         device = "cpu" if self.num_workers else self.device
-        sampler: Any = IndexBatchSampler(len(split.labels), batch_size, seed, rank, world_size, device)
-        indices: Any = torch.arange(sampler.size, device=device)
+        sampler: Any = IndexBatchSampler(len(split), batch_size, seed, rank, world_size, device)
+        if seed is not None and self.sampler == "weighted":
+            labels = split.labels.cpu()
+            sampler.weights = 1 / labels.bincount()[labels]  # draws each class equally often
+        options: Any = {"sampler": sampler, "batch_size": None}  # the sampler makes the batches
         if not self.num_workers:
-            return DataLoader(indices, sampler=sampler, batch_size=None)
-        read_ahead = min(sampler.size, 2 * self.num_workers * batch_size) * math.prod(self.spec.shape)  # bytes
+            return DataLoader(torch.arange(len(split), device=device), **options)  # type: ignore[arg-type]
+        read_ahead = min(len(split), 2 * self.num_workers * batch_size) * math.prod(self.spec.shape)  # bytes
         if (memory := Path("/dev/shm")).is_dir() and disk_usage(memory).free < read_ahead:  # PyTorch would wait forever
             reason = f"{memory} is too small; it needs {read_ahead // 10**6 + 1:,} MB"
             fix = "use fewer workers, smaller batches (data.eval_batch_size), or docker run --shm-size=2g"
             raise UserError(f"data.num_workers={self.num_workers}: {reason}; {fix}")
-        options: Any = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        read = partial(_read, split)
-        return DataLoader(indices, batch_sampler=sampler, collate_fn=read, persistent_workers=True, **options)
+        options |= {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        return DataLoader(split, persistent_workers=True, **options)
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]
-        train: Any = self.splits.train
-        loader = self._make_loader(train, self.train_batch_size, None if is_overfitting else self.seed)
-        if self.sampler == "weighted" and (sampler := find_batch_sampler(loader)):
-            labels = train.labels.cpu()
-            sampler.weights = 1 / labels.bincount()[labels]  # draws each class equally often
-        return loader
+        return self._make_loader(self.splits.train, self.train_batch_size, None if is_overfitting else self.seed)
 
     def val_dataloader(self) -> DataLoader | list:
         val: Any = self.splits.val
-        return self._make_loader(val, self.eval_batch_size) if len(val.labels) else []
+        return self._make_loader(val, self.eval_batch_size) if val else []
 
     def test_dataloader(self) -> DataLoader:
         return self._make_loader(self.splits.test, self.eval_batch_size)
 
     predict_dataloader = test_dataloader
 
-    def raw_batches(self, split: Literal["train", "test"]) -> Iterator[LabeledImages]:
-        """Yield a split's uint8 images in order, neither augmented nor normalised."""
+    def raw_batches(self, split: Literal["train", "test"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a split's uint8 images and labels in order, neither augmented nor normalised."""
         every = getattr(self.splits, split)
         for batch in self._make_loader(every, self.eval_batch_size):
-            images, labels = every.select(batch) if isinstance(batch, Tensor) else batch
-            yield LabeledImages(images, labels if self.class_indices is None else self.class_indices[labels])
+            images, labels = every[batch] if isinstance(batch, Tensor) else batch
+            yield images, labels if self.class_indices is None else self.class_indices[labels]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         trainer: Any = self.trainer
@@ -216,10 +193,10 @@ class ImageDataModule(L.LightningDataModule):
             if is_example or (trainer.training and getattr(trainer.strategy, "wants_indices", False)):
                 return batch
         if trainer.training:
-            self.begin_batch()
+            self.seed_augmentation()
         return self.make_batch(batch)
 
-    def begin_batch(self) -> None:
+    def seed_augmentation(self) -> None:
         """Seed the generator of the augmentation by the batch, as a resumed run must, and set the progress."""
         trainer: Any = self.trainer
         batch_number = trainer.fit_loop.epoch_loop.batch_progress.total.completed
@@ -230,19 +207,23 @@ class ImageDataModule(L.LightningDataModule):
         else:
             self.progress = progress
 
-    def make_batch(self, batch: Any) -> Batch:
-        """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
+    def make_batch(self, batch: Any) -> tuple[Tensor, ...]:
+        """Normalise, and for training augment, the images at these indices or those that a worker process has read.
+
+        Return [N, C, H, W] images, [N] labels and, with soft labels, the teacher's [N, classes] log-probabilities.
+        """
         trainer: Any = self.trainer
-        teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
+        is_validation = trainer.validating or trainer.sanity_checking
         split: Any = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
-        images, labels = split.select(batch) if isinstance(batch, Tensor) else batch
+        images, labels = split[batch] if isinstance(batch, Tensor) else batch
+        teacher_log_probs: tuple[Tensor, ...] = ()
         if self.soft_labels and trainer.training:
-            images, teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
+            images, *teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
         images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
-        return Batch(images, labels, teacher_log_probs)
+        return images, labels, *teacher_log_probs
 
     def _get_epoch_soft_labels(self, trainer: Any) -> Any:
         epoch = trainer.current_epoch
@@ -252,7 +233,3 @@ class ImageDataModule(L.LightningDataModule):
             images, augment = self.splits.train.images, self.augment or RandomAffine()
             self.epoch_soft_labels = epoch, self.soft_labels.prepare_epoch(images, augment, self.spec, epoch, progress)
         return self.epoch_soft_labels[1]
-
-
-def _read(split: LabeledImages, indices: list[Tensor]) -> LabeledImages:
-    return split.select(torch.stack(indices)).read()

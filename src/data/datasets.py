@@ -1,12 +1,13 @@
 """Data sets, each with `download(root)`, which fetches what is missing or raises UserError, and `load(root)`."""
 
 import hashlib
+import re
 import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
+from torch.utils.data import Dataset
 from torchvision import datasets
 
 from src.core.errors import UserError
@@ -30,45 +32,27 @@ MNIST_FILES = {  # in root/MNIST/raw, with their SHA-256
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 TIMEOUT = 10.0  # seconds without an answer after which a download fails
-SPLIT_FOLDERS = {  # in any capitals
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
-}
+SPLIT_FOLDER = re.compile("(train|test|val)(ing|id|idation)?", re.IGNORECASE)
 
 
-class UnreadImages(NamedTuple):
-    """Images that are read when they are needed: `read` returns the [C, H, W] uint8 image of an item."""
+@dataclass(frozen=True)
+class LabeledImages(Dataset):
+    """Images with their labels; indices, [N], or a slice select a tensor of images and one of labels, in memory."""
 
-    read: Callable[[Any], Tensor]
-    items: Sequence[Any]
-
-
-class LabeledImages(NamedTuple):
-    """Images with their labels."""
-
-    images: Any  # [N, C, H, W] uint8 in memory, or UnreadImages
+    images: Tensor  # [N, C, H, W], uint8; or [N] numbers by which `read_image` returns [C, H, W]
     labels: Tensor  # [N], int64
+    read_image: Callable[[int], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Any) -> tuple[Tensor, Tensor]:
+        images, labels = self.images[indices], self.labels[indices]
+        return torch.stack(list(map(self.read_image, images.tolist()))) if self.read_image else images, labels
 
     def select(self, indices: Tensor) -> "LabeledImages":
-        """Return the images at these indices."""
-        if isinstance(self.images, Tensor):
-            return LabeledImages(self.images[indices], self.labels[indices])
-        items = [self.images.items[i] for i in indices]
-        return LabeledImages(self.images._replace(items=items), self.labels[indices])
-
-    def append(self, other: "LabeledImages") -> "LabeledImages":
-        """Return these images and after them the others, which are read in the same way."""
-        if isinstance(images := self.images, Tensor):
-            images = torch.cat([images, other.images])
-        else:
-            images = images._replace(items=[*images.items, *other.images.items])
-        return LabeledImages(images, torch.cat([self.labels, other.labels]))
-
-    def read(self) -> "LabeledImages":
-        """Return the images in memory."""
-        if isinstance(self.images, Tensor):
-            return self
-        return LabeledImages(torch.stack([self.images.read(item) for item in self.images.items]), self.labels)
+        """Return the images at these indices, without reading them."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 class DatasetSplits(NamedTuple):
@@ -87,8 +71,6 @@ class TorchvisionDataset:
     Images are resized to `size` × `size` pixels; None keeps their size. `options` are arguments of the class itself.
     """
 
-    fix = "set data.root to the folder that has it"
-
     def __init__(self, name: NonEmptyStr, size: PositiveInt | None = None, **options: Any) -> None:
         self.name, self.size, self.options = name, size, options
         self.dataset_class: Any = getattr(datasets, name, None)
@@ -96,9 +78,10 @@ class TorchvisionDataset:
         if not {"train", "split"} & parameters.keys():
             raise UserError(f"data.dataset.name={name}: no such data set with a test split in torchvision.datasets")
         has_flag = "train" in parameters or "split" in options  # EMNIST has `train`, and its `split` is something else
-        self.splits: Any = [{"train": x} if has_flag else {"split": "train" if x else "test"} for x in (True, False)]
+        self.splits: Any = [{"train": True}, {"train": False}] if has_flag else [{"split": "train"}, {"split": "test"}]
 
     def _open(self, root: Path, **arguments: Any) -> list[Any]:
+        """Return the training and the test split."""
         try:
             return [self.dataset_class(root, **split, **self.options, **arguments) for split in self.splits]
         except (TypeError, ValueError) as error:
@@ -116,7 +99,8 @@ class TorchvisionDataset:
                     self._open(root, download=True)
             except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError if every mirror has failed
                 reason = f"is not in {root}, or damaged, and could not be downloaded ({_first_line(error)})"
-                raise UserError(f"{self.name} {reason}; {self.fix}") from error
+                fix = f"set data.root to a folder that has {self.name}/raw/, or train on data=digits"
+                raise UserError(f"{self.name} {reason}; {fix}") from error
             finally:
                 socket.setdefaulttimeout(timeout)
 
@@ -128,18 +112,17 @@ class TorchvisionDataset:
             split.transform = partial(resize_image, shape=shape)
             labels = getattr(split, "targets", getattr(split, "labels", None))
             labels = [split[i][1] for i in range(len(split))] if labels is None else labels
-            images: Any = UnreadImages(partial(_get_image, split), range(len(split)))
             if isinstance(getattr(split, "data", None), Tensor) and not self.size:  # MNIST and data sets of its form
-                images = split.data[:, None]
-            splits.append(LabeledImages(images, torch.as_tensor(labels)))
+                splits.append(LabeledImages(split.data[:, None], torch.as_tensor(labels)))
+            else:
+                read = partial(_get_image, split)
+                splits.append(LabeledImages(torch.arange(len(split)), torch.as_tensor(labels), read))
         classes = getattr(opened[0], "classes", None) or range(1 + int(splits[0].labels.max()))
         return DatasetSplits(self.name.lower(), tuple(map(str, classes)), *splits)
 
 
 class MNIST(TorchvisionDataset):
     """The official 60,000 training and 10,000 test images, verified by their checksums."""
-
-    fix = "set data.root or MNIST_ROOT to a folder that has MNIST/raw/, or train on data=digits"
 
     def __init__(self) -> None:
         super().__init__("MNIST")
@@ -159,14 +142,13 @@ class Digits:
     def download(self, root: Path) -> None: ...
 
     def load(self, root: Path) -> DatasetSplits:
-        package = find_spec("sklearn")  # only its file is needed, and importing it takes a second
-        assert package and package.origin
-        file = Path(package.origin).with_name("datasets") / "data/digits.csv.gz"
-        rows = torch.from_numpy(np.loadtxt(file, delimiter=","))
-        images = rows[:, :64].float().view(-1, 1, 8, 8) * (255 / 16)
+        from sklearn.datasets import load_digits  # imported when needed: it takes a second
+
+        pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+        images = pixels.float().view(-1, 1, 8, 8) * (255 / 16)
         images = pad(interpolate(images, size=(20, 20), mode="bilinear", align_corners=False), (4, 4, 4, 4))
-        every = LabeledImages(images.round().to(torch.uint8), rows[:, 64].long())
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        every = LabeledImages(images.round().to(torch.uint8), labels)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         return DatasetSplits("digits", tuple("0123456789"), *map(every.select, order.split(1437)))
 
 
@@ -200,29 +182,30 @@ class ImageFolder:
             raise UserError(f"{root}: no such folder; set data.root to a folder with one folder of images per class")
 
     def load(self, root: Path) -> DatasetSplits:
-        named = [(SPLIT_FOLDERS[x.name.lower()], x) for x in list_folders(root) if x.name.lower() in SPLIT_FOLDERS]
-        folders = dict(named or [("train", root)])
-        if "train" not in folders or len(folders) < len(named):
-            found = ", ".join(folder.name for _, folder in named)
-            raise UserError(f"{root}: has {found}; it needs one train/, and may have one test/ and one val/")
+        matches = [(SPLIT_FOLDER.fullmatch(folder.name), folder) for folder in list_folders(root)]
+        named = {match[1].lower(): folder for match, folder in matches if match and list_files(folder, SUFFIXES)}
+        folders = named or {"train": root}
+        if "train" not in folders:
+            raise UserError(f"{root}: has {', '.join(folders)} and no train/ with images")
         _warn_of_other_files(root, [file for folder in folders.values() for file in list_files(folder)])
-        files = {
-            part: {x.name: list_files(x, SUFFIXES) for x in list_folders(folder)} for part, folder in folders.items()
+        files: dict[str, dict[str, list[Path]]] = {
+            part: {x.name: images for x in list_folders(folder) if (images := list_files(x, SUFFIXES))}
+            for part, folder in folders.items()
         }
-        classes = tuple(name for name, images in files["train"].items() if images)
-        unknown = [f"{part}/{name}" for part in files for name, x in files[part].items() if x and name not in classes]
-        if unknown:
+        classes = tuple(files["train"])
+        if unknown := [f"{part}/{name}" for part, images in files.items() for name in images if name not in classes]:
             raise UserError(f"{root}: {unknown[0]} has images and train/ has no such class; rename or remove it")
         if len(classes) < 2:
             needed = f"needs a folder of images ({', '.join(SUFFIXES)}) for each of at least two classes"
             raise UserError(f"{folders['train']}: {needed}; there is {', '.join(classes) or 'none'}")
         every = [file for images in files["train"].values() for file in images]
         channels = self.channels or max(map(count_channels, every[:: max(1, len(every) // 100)]))
-        read = partial(_read_file, shape=(channels, self.size, self.size))
         splits = {}
-        for part, images in files.items():
-            pairs = [(file, label) for label, name in enumerate(classes) for file in images.get(name, [])]
-            splits[part] = LabeledImages(UnreadImages(read, [x for x, _ in pairs]), torch.tensor([y for _, y in pairs]))
+        for part, by_class in files.items():
+            pairs = [(file, classes.index(name)) for name, images in by_class.items() for file in images]
+            paths, labels = zip(*pairs, strict=True)
+            read = partial(_read_file, paths, shape=(channels, self.size, self.size))
+            splits[part] = LabeledImages(torch.arange(len(paths)), torch.tensor(labels), read)
         if "test" not in splits:
             order = stratify(splits["train"].labels, seed=0)
             sizes = [count := max(1, round(self.test_size * len(order))), len(order) - count]
@@ -246,13 +229,13 @@ class NpzFile:
             with np.load(root, allow_pickle=False) as file:
                 names = ("x_{}", "y_{}") if "x_train" in file else ("{}_images", "{}_labels")
                 parts = ["train", "test"] + ["val"] * (names[0].format("val") in file)
-                arrays = [[file[name.format(part)] for name in names] for part in parts]
-                splits = [_to_labeled_images(x, y, arrays[0][0].shape[1:]) for x, y in arrays]
+                splits = [_to_labeled_images(*(file[name.format(part)] for name in names)) for part in parts]
                 labels = torch.cat([split.labels for split in splits]).unique().tolist()
                 classes = tuple(map(str, file["classes"] if "classes" in file else range(len(labels))))
+            if len({split.images.shape[1:] for split in splits}) > 1:
+                raise ValueError("the images of its splits differ in shape")
             if len(labels) < 2 or labels[0] < 0 or labels[-1] >= len(classes):
-                some = labels if len(labels) < 9 else [*labels[:3], "…", *labels[-3:]]
-                raise ValueError(f"labels {', '.join(map(str, some))} for {len(classes)} classes")
+                raise ValueError(f"labels from {labels[0]} to {labels[-1]} for {len(classes)} classes")
         except (OSError, ValueError, KeyError, BadZipFile, TypeError, AttributeError, RuntimeError) as error:
             form = "uint8 images [N, H, W] or [N, H, W, C] of at most 4 channels, labels 0, 1, 2, … without a gap"
             needed = f"train_images, train_labels, test_images, test_labels: {form}, one per image"
@@ -260,9 +243,9 @@ class NpzFile:
         return DatasetSplits(root.stem, classes, *splits)
 
 
-def _to_labeled_images(images: Any, labels: Any, shape: tuple[int, ...]) -> LabeledImages:
+def _to_labeled_images(images: Any, labels: Any) -> LabeledImages:
     channels = [axis for axis in (3, 1) if images.ndim == 4 and images.shape[axis] <= 4]
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not (channels or images.ndim == 3):
+    if images.dtype != np.uint8 or not (channels or images.ndim == 3):
         raise ValueError(f"images of {images.dtype}, {list(images.shape)}")
     if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images):
         raise ValueError(f"labels of {labels.dtype}, {list(labels.shape)}")
@@ -300,8 +283,8 @@ def _get_image(dataset: Any, index: int) -> Tensor:
     return dataset[index][0]
 
 
-def _read_file(file: Path, shape: tuple[int, int, int]) -> Tensor:
+def _read_file(files: Sequence[Path], number: int, shape: tuple[int, int, int]) -> Tensor:
     try:
-        return resize_image(file, shape)
+        return resize_image(files[number], shape)
     except UserError as error:
-        raise UserError(f"{file}: {error}; fix or remove it") from error
+        raise UserError(f"{files[number]}: {error}; fix or remove it") from error

@@ -11,7 +11,6 @@ from torch import Tensor
 from src.core.errors import UserError
 
 MAX_NUMBERS = 150_000_000  # per image: 50 million pixels in colour
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as fractions of white
 
 
 def make_constants(device: torch.device, *numbers: float) -> Tensor:
@@ -74,6 +73,3 @@ class ImageSpec(NamedTuple):
         """Convert normalised images back to uint8 pixels."""
         levels = normalized * self._scale(self.std, normalized) + self._scale(self.mean, normalized)
         return levels.round().clamp(0, 255).byte()
-
-
-MNIST_SPEC = ImageSpec("mnist", (1, 28, 28), tuple("0123456789"), (MNIST_MEAN,), (MNIST_STD,), "mnist")

@@ -23,7 +23,6 @@ FORMATS = "PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF"
 SUFFIXES = ".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"
 GREY_MODES = "1", "L", "LA", "I", "F"
 MAX_PIXELS = 50_000_000  # as of the best phone cameras; decoding takes some 500 MB
-MAX_BYTES = 100_000_000
 BOX, FIELD = 20, 28
 WORKING_SIZE = 400  # pixels per side that larger images are reduced to first, still 20 times the box
 EVEN_BORDER = 0.75  # share of the border that is of one colour if it is paper in even light
@@ -72,11 +71,8 @@ def resize_image(source: Path | bytes | Image.Image, shape: tuple[int, int, int]
         raise UserError(f"the network takes {channels} channels; image files have 1 or 3")
     side = max(WORKING_SIZE, 2 * height, 2 * width)
     image = _convert_to_rgb(source) if isinstance(source, Image.Image) else _decode(source, side, white=65535)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    return torch.tensor(np.atleast_3d(np.asarray(image))).permute(2, 0, 1).contiguous()
 
 
 def count_channels(source: Path | Image.Image) -> int:
@@ -106,21 +102,13 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE, white: int |
     """
     size = working_size, working_size
     try:
-        if isinstance(source, Path):
-            if source.exists() and not source.is_file():  # reading a pipe or a device might never end
-                raise UserError("not a file")
-            if source.stat().st_size > MAX_BYTES:
-                raise UserError(f"more than {MAX_BYTES:,} bytes")
-            source = source.read_bytes()
-        if not source:
-            raise UserError("empty")
-        image: Image.Image = Image.open(BytesIO(source), formats=FORMATS)  # reads only the header
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{image.width:,} × {image.height:,} pixels; at most {MAX_PIXELS:,} are read")
-        image.draft("RGB", size)  # a JPEG is decoded small at once
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F" and white:
-            raise UserError("its pixels are floating-point numbers; save it with 8 or 16 bits")
+        if isinstance(source, Path) and source.exists() and not source.is_file():  # reading a pipe might never end
+            raise UserError("not a file")
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as header:
+            if header.width * header.height > MAX_PIXELS:
+                raise UserError(f"{header.width:,} × {header.height:,} pixels; at most {MAX_PIXELS:,} are read")
+            header.draft("RGB", size)  # a JPEG is decoded small at once
+            image: Image.Image = ImageOps.exif_transpose(header)
         if image.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow would clip
             image = image.convert("F")
             image.thumbnail(size, Image.Resampling.BOX)

@@ -48,7 +48,6 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
         self.global_batch_size = batch_size * world_size
         self.epoch = self.skipped = 0
-        self.sampler = self  # Lightning sets the epoch of a loader's batch_sampler.sampler
         remainder = size % self.global_batch_size
         # A remainder with fewer images than processes joins the batch before it.
         self.joined = remainder if remainder < world_size and size > self.global_batch_size else 0
@@ -75,9 +74,3 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         start, self.skipped = self.skipped, 0
         for batch in order.to(self.device).tensor_split(ends)[start:]:
             yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch
-
-
-def find_batch_sampler(loader: Any) -> IndexBatchSampler | None:
-    """Return the loader's IndexBatchSampler, whose batches can be skipped, or None."""
-    samplers = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    return next((sampler for sampler in samplers if isinstance(sampler, IndexBatchSampler)), None)

@@ -61,7 +61,7 @@ class CUDAGraphStrategy(SingleDeviceStrategy):
             static.copy_(tensor)
         if self.has_indices:
             data.progress = torch.as_tensor(data.progress, dtype=torch.float64, device=self.root_device)
-            data.begin_batch()
+            data.seed_augmentation()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.is_capturing:

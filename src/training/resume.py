@@ -33,7 +33,7 @@ from src.core.compat import (
 )
 from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
-from src.data.sampler import find_batch_sampler, hash_seed
+from src.data.sampler import IndexBatchSampler, hash_seed
 from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
 
 
@@ -95,7 +95,8 @@ class ResumeCheckpoint(Checkpoint):
                 if isinstance(callback, GradientAccumulationScheduler):  # it acts where an epoch begins
                     callback.on_train_epoch_start(trainer)
             batches = epoch_loop.batch_progress.current.completed
-            if sampler := find_batch_sampler(trainer.train_dataloader):
+            sampler = getattr(trainer.train_dataloader, "sampler", None)
+            if isinstance(sampler, IndexBatchSampler):
                 sampler.set_epoch(trainer.current_epoch)
                 sampler.skip(batches)
             elif batches and not self.loader_states:

@@ -108,7 +108,7 @@ def test_position_margin_size_polarity_and_file_format_do_not_matter():
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "empty"),
+        (b"", "not an image"),
         (b"a note, not an image", "not an image"),
         (encode(draw_seven())[:-30], "damaged"),
         (encode(fill((9, 9, 9))), "all of one colour"),
