@@ -237,7 +237,7 @@ class NpzFile:
             if len(labels) < 2 or labels[0] < 0 or labels[-1] >= len(classes):
                 raise ValueError(f"labels from {labels[0]} to {labels[-1]} for {len(classes)} classes")
         except (OSError, ValueError, KeyError, BadZipFile, TypeError, AttributeError, RuntimeError) as error:
-            form = "uint8 images [N, H, W] or [N, H, W, C] of at most 4 channels, labels 0, 1, 2, … without a gap"
+            form = "uint8 images [N, H, W] or [N, H, W, C] with C ≤ 4, two or more labels 0, 1, … without a gap"
             needed = f"train_images, train_labels, test_images, test_labels: {form}, one per image"
             raise UserError(f"{root}: {_first_line(error)}; it needs {needed}") from error
         return DatasetSplits(root.stem, classes, *splits)

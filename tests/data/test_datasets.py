@@ -211,7 +211,8 @@ def test_npz_file_is_described_by_its_arrays(tmp_path):
     assert data.spec.shape == (3, 10, 12) and data.spec.classes == ("apple", "fig", "pear")
     assert data.spec.name == "fruit" and len(data.splits.train.labels) == 12
     few = {"train_images": np.zeros((4, 10, 12, 3), np.uint8), "train_labels": np.arange(4) % 3}
-    assert len(make_module(NpzFile(), write_npz(tmp_path / "few.npz", **few)).splits.val.labels) == 1
+    data = make_module(NpzFile(), write_npz(tmp_path / "few.npz", **few))
+    assert len(data.splits.val.labels) == 1 and data.train_batch_size == 8
 
 
 def test_npz_file_may_have_its_own_validation_images_channels_first(tmp_path):
