@@ -1,5 +1,6 @@
 """The runs that src.benchmark times, and how they take turns."""
 
+import copy
 import itertools
 import math
 import statistics
@@ -12,15 +13,17 @@ from typing import Any
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from scipy.stats import t
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from src.core.config import CONF, resolve_and_validate
+from src.core.errors import UserError
 from src.core.process import configure_hardware
 from src.core.run_folder import METRICS_FILE, read_metrics
 from src.data.sampler import hash_seed
@@ -28,6 +31,7 @@ from src.models.cnn import CNN
 from src.train import train
 from src.training.instantiate import instantiate_node
 
+WARMUP, TIMED = 10, 33  # steps of a turn; the turn before slows the first ones down
 BASELINE_EPOCHS = 19
 QUIET = (  # a run of a multirun prints nothing
     *("hydra.mode=MULTIRUN", "callbacks.progress=null", "callbacks.model_summary=null", "callbacks.best=null"),
@@ -45,12 +49,78 @@ def compose(overrides: list[str], folder: str = ".") -> DictConfig:
     return config
 
 
+def train_run(overrides: list[str], *callbacks: Callback) -> dict[str, Any]:
+    """Train as src.train does, without validating; return metrics.json. The run folder is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(compose(overrides, folder), *callbacks)
+        return read_metrics(Path(folder, METRICS_FILE))
+
+
+def train_bare(trainer: Any) -> Iterator[None]:
+    """Train copies of a run's network and optimizer without end, on batches made as those of the run."""
+    net, optimizer = copy.deepcopy((trainer.lightning_module.net, trainer.optimizers[0]))
+    data = trainer.datamodule
+    while True:
+        for images, labels in map(data.make_batch, data.train_dataloader()):
+            with trainer.precision_plugin.train_step_context():
+                loss = cross_entropy(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            if trainer.gradient_clip_val:
+                nn.utils.clip_grad_norm_(net.parameters(), trainer.gradient_clip_val)
+            optimizer.step()
+            yield
+
+
+class InterleavedTimer(Callback):
+    """Interrupt a fit every WARMUP + TIMED steps for as many of `train_bare`; measure the seconds of TIMED steps."""
+
+    def __init__(self) -> None:
+        self.started_at = 0.0
+        self.seconds: list[float] = []  # per turn of the fit
+        self.bare_seconds: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.bare, self.data = train_bare(trainer), trainer.datamodule
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        synchronize, step = torch.get_device_module(pl_module.device).synchronize, trainer.global_step
+        if step % (WARMUP + TIMED) == 0:
+            synchronize()
+            self.seconds += [perf_counter() - self.started_at] if step else []
+            for number in range(WARMUP + TIMED):
+                if number == WARMUP:
+                    synchronize()
+                    self.started_at = perf_counter()
+                next(self.bare)
+            synchronize()
+            self.bare_seconds.append(perf_counter() - self.started_at)
+        elif step % (WARMUP + TIMED) == WARMUP:
+            synchronize()
+            self.started_at = perf_counter()
+
+
+def compare_with_bare_loop(overrides: list[str], rounds: int) -> None:
+    """Print the images per second of src.train and of a bare loop, and their ratio."""
+    if "soft_labels" in compose(overrides).data:
+        raise UserError("data.soft_labels: the bare loop has no distillation; add data=mnist")
+    timer, steps = InterleavedTimer(), (WARMUP + TIMED) * rounds + 1  # the last step ends the last turn
+    options = f"trainer.max_steps={steps}", "trainer.max_epochs=-1", "trainer.accumulate_grad_batches=1", "test=false"
+    results = train_run([*overrides, *options], timer)
+    times = {"src.train": timer.seconds, "bare loop": timer.bare_seconds[:rounds]}
+    batch_size = timer.data.train_batch_size
+    print(f"{results['data']}, {results['device']}, batch {batch_size}")
+    for name, seconds in times.items():
+        print(f"{name}  {TIMED * rounds * batch_size / sum(seconds):8,.0f} images/s")
+    ratios = [bare / own for own, bare in zip(*times.values(), strict=True)]
+    spread = f"{standard_error(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f})"
+    print(f"ratio      {sum(times['bare loop']) / sum(times['src.train']):8.3f} ± {spread}")
+
+
 def time_experiment(name: str, overrides: list[str], seeds: range) -> Iterator[tuple[float, float, float]]:
     """Train with each seed; yield the seconds, the images per second and the test accuracy in percent."""
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            train(compose([*overrides, f"seed={seed}"], folder))
-            results = read_metrics(Path(folder, METRICS_FILE))
+        results = train_run([*overrides, f"seed={seed}"])
         seconds, accuracy = results["seconds"]["fit"], 100 * results["metrics"]["test/acc"]
         print(f"{name}  seed {seed}  {accuracy:.2f}% at the end, {seconds:.1f} s", flush=True)
         yield seconds, results["samples_per_second"], accuracy

@@ -5,6 +5,17 @@ import pytest
 from src.benchmark.__main__ import main
 
 
+def test_ratio_is_that_of_the_printed_speeds(run_main, monkeypatch):
+    monkeypatch.setattr("src.benchmark.speed.TIMED", 2)
+    result = run_main("data=digits", "model.channels=[4,4,4,4,4,4]", "--rounds", 2, main=main)
+    assert result.code == 0, result.err
+    own, bare = (float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) images/s$", result.out, re.M))
+    ratio, low, high = map(
+        float, re.search(r"^ratio +([\d.]+) ± .*\(([\d.]+) to ([\d.]+)\)$", result.out, re.M).groups()
+    )
+    assert (own - 0.5) / (bare + 0.5) - 0.001 < ratio < (own + 0.5) / (bare - 0.5) + 0.001 and low <= ratio <= high
+
+
 @pytest.mark.slow
 def test_time_to_accuracy_compares_whole_runs(run_main):
     seeds = "--seeds", 2, "--baseline-seeds", 2, "seed=3"
