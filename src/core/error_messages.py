@@ -67,7 +67,10 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
         return f"storage: the study cannot be used ({reason}); type study_name=NAME for a new one"
     if (package := module.partition(".")[0]) in ("wandb", "mlflow"):
         return f"logger={package}: {text}; or set logger=tensorboard"
-    *_, origin = ["", *(frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))]
+    modules = ["", *(frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))]
+    origin = modules[-1]
+    if isinstance(error, AttributeError) and "lightning.pytorch.callbacks.finetuning" in modules:
+        return f"BackboneFinetuning: {text}; 'callbacks=[default,freeze]' freezes layers of any task"
     key = next((key for package, key in LATE_CHECKS.items() if origin.startswith(package)), None)
     if key and isinstance(error, ValueError | RuntimeError):
         return f"{key}: {text}"

@@ -215,6 +215,7 @@ def test_cosine_schedule_steps_per_epoch(train):
         (["+scheduler.total_steps=9"], "scheduler.total_steps=9: the run has 41 steps"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.BackboneFinetuning}"], "'callbacks=[default,freeze]'"),
         (["-m", "seed=range(0)"], "seed=range(0)"),
     ],
 )
