@@ -15,7 +15,6 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     """Train as the resolved config says and return its optimized metric, which sweeps and searches rank by."""
     # Imported here, so that --help, --cfg and a typo do not wait for PyTorch.
     from pathlib import Path
-    from time import perf_counter
 
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor
@@ -45,11 +44,10 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     if cfg.init_from.path and not checkpoint:
         recorder.initial_weights = load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    started_at = perf_counter()
     metrics = dict(trainer.callback_metrics)
     if cfg.test:
         metrics |= run_record.test_weights(trainer, module, data, cfg.test)
-    results = run_record.write_results(recorder, trainer, metrics, perf_counter() - started_at)
+    results = run_record.write_results(recorder, trainer, metrics)
     if trainer.is_global_zero:
         print_results(results, Path(cfg.output_dir))
     if cfg.optimized_metric not in (None, *metrics):

@@ -9,7 +9,6 @@ from collections.abc import Sized
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -17,7 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -25,7 +24,6 @@ from torch.utils.data import DataLoader
 
 from src.core.compat import get_log_step
 from src.core.config import iterate_items
-from src.core.errors import UserError
 from src.core.files import write_atomically
 from src.core.run_folder import METRICS_FILE, merge_overrides, read_strings, read_yaml, write_config
 from src.training.checkpoints import find_monitored_checkpoint, load_weights_only
@@ -39,33 +37,26 @@ HYPERPARAMETERS = re.compile(
 )
 
 
-class RunRecorder(Callback):
-    """Log the hyperparameters, and measure the seconds of training with and without validation."""
+class RunRecorder(Timer):
+    """Log the hyperparameters, and measure the seconds of all parts of a resumed run."""
 
     def __init__(self, cfg: DictConfig) -> None:
+        super().__init__()
         self.cfg = cfg
-        if str(cfg.optimized_metric).startswith("test/"):
-            raise UserError(
-                f"optimized_metric={cfg.optimized_metric}: a test score must not choose anything; set val/acc or null"
-            )
         self.overrides, choices = _read_original_overrides(cfg)
         self.choices = {group: str(choices.get(group) or "null") for group in CHOICES}
-        self.seconds, self.started_at = {"train": 0.0, "validate": 0.0}, 0.0  # of all parts of a resumed run
         self.samples = 0.0
         self.initial_weights: dict[str, Any] | None = None  # what src.training.checkpoints has loaded
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "initial_weights": self.initial_weights, "samples": self.samples}
+        return super().state_dict() | {"initial_weights": self.initial_weights, "samples": self.samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
-
-    def _stop_clock(self, stage: str) -> None:
-        now = perf_counter()
-        self.seconds[stage] += now - self.started_at
-        self.started_at = now
+        super().load_state_dict(state_dict)
+        self.initial_weights, self.samples = state_dict["initial_weights"], state_dict["samples"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         has_new_config = self.cfg.resume or not HydraConfig.initialized()  # perhaps trained longer, or in a notebook
         if has_new_config and trainer.is_global_zero:
             write_config(self.cfg, Path(self.cfg.output_dir), self.overrides)
@@ -75,23 +66,9 @@ class RunRecorder(Callback):
             hyperparameters["data.batch_size"] = batch_size  # null in the config
         for logger in trainer.loggers:
             logger.log_hyperparams(hyperparameters)
-        self.started_at = perf_counter()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._stop_clock("train")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._stop_clock("validate")
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._stop_clock("train")  # before a checkpoint of this moment is written
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_clock("train")
+        super().on_train_end(trainer, pl_module)
         loader = trainer.train_dataloader  # gone once the run is tested
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, Sized):
             samples_per_batch = len(loader.dataset) / len(loader)
@@ -143,14 +120,13 @@ def test_weights(trainer: L.Trainer, module: L.LightningModule, data: Any, choic
     return metrics | scores
 
 
-def write_results(
-    recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor], test_seconds: float
-) -> dict[str, Any]:
+def write_results(recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, Tensor]) -> dict[str, Any]:
     """Write metrics.json, whose presence means that the run is finished, and return its content.
 
     It has the scores of the final epoch (epochs count from 1) and what they come from: settings, hardware, versions.
     """
     module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    seconds, test_seconds = recorder.time_elapsed(), recorder.time_elapsed("test")
     best = checkpoint.best_model_path if (checkpoint := find_monitored_checkpoint(trainer)) else None
     results = {
         "name": recorder.cfg.name,
@@ -165,8 +141,8 @@ def write_results(
         "best_epoch": load_weights_only(Path(best))["epoch"] + 1 if best else None,
         "steps": trainer.global_step,
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
-        "seconds": {"fit": round(sum(recorder.seconds.values()), 3), "test": round(test_seconds, 3)},
-        "samples_per_second": round(recorder.samples / recorder.seconds["train"], 1) if recorder.samples else 0.0,
+        "seconds": {"fit": round(seconds, 3), "test": round(test_seconds, 3)},
+        "samples_per_second": round(recorder.samples / seconds, 1) if recorder.samples else 0.0,
         "device": get_device_name(trainer.strategy.root_device),
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # null: all of the machine's
         "python": platform.python_version(),
