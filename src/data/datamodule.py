@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, Literal
+from textwrap import shorten
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,6 +22,17 @@ from src.data.image_spec import ImageSpec
 from src.data.sampler import IndexBatchSampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
+
+
+class Batch(NamedTuple):
+    """The input of a step. It iterates over what is not None: `images, labels = batch` works without soft labels."""
+
+    images: Tensor  # [N, C, H, W], normalised
+    labels: Tensor  # [N]
+    teacher_log_probs: Tensor | None = None  # [N, classes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (part for part in (self.images, self.labels, self.teacher_log_probs) if part is not None)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -105,7 +118,12 @@ class ImageDataModule(L.LightningDataModule):
         if self.train_size and self.train_size > len(order):
             raise UserError(f"data.train_size={self.train_size}: {len(order):,} images are not held out; use fewer")
         val = test if self.test_every_epoch else val or train.select(held_out)
-        return DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
+        splits = DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
+        for part in "train", "val", "test":
+            found = {*getattr(splits, part).labels.tolist()}
+            if missing := [one for label, one in enumerate(classes) if found and label not in found]:
+                rank_zero_warn(f"{name}: the {part} split has no image of {shorten(', '.join(missing), 100)}")
+        return splits
 
     def _order(self, labels: Tensor) -> Tensor:
         """Return the order in which training images are held out, then trained on."""
@@ -207,23 +225,19 @@ class ImageDataModule(L.LightningDataModule):
         else:
             self.progress = progress
 
-    def make_batch(self, batch: Any) -> tuple[Tensor, ...]:
-        """Normalise, and for training augment, the images at these indices or those that a worker process has read.
-
-        Return [N, C, H, W] images, [N] labels and, with soft labels, the teacher's [N, classes] log-probabilities.
-        """
+    def make_batch(self, batch: Any) -> Batch:
+        """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
         trainer: Any = self.trainer
-        is_validation = trainer.validating or trainer.sanity_checking
+        teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
         split: Any = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
         images, labels = split[batch] if isinstance(batch, Tensor) else batch
-        teacher_log_probs: tuple[Tensor, ...] = ()
         if self.soft_labels and trainer.training:
-            images, *teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
+            images, teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
         images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
-        return images, labels, *teacher_log_probs
+        return Batch(images, labels, teacher_log_probs)
 
     def _get_epoch_soft_labels(self, trainer: Any) -> Any:
         epoch = trainer.current_epoch

@@ -109,6 +109,8 @@ def _decode(source: Path | bytes, working_size: int = WORKING_SIZE, white: int |
                 raise UserError(f"{header.width:,} × {header.height:,} pixels; at most {MAX_PIXELS:,} are read")
             header.draft("RGB", size)  # a JPEG is decoded small at once
             image: Image.Image = ImageOps.exif_transpose(header)
+        if image.mode == "F" and white:
+            raise UserError("its pixels are floating-point numbers; save it with 8 or 16 bits")
         if image.mode.startswith(("I", "F")):  # 16 bits or more, which Pillow would clip
             image = image.convert("F")
             image.thumbnail(size, Image.Resampling.BOX)

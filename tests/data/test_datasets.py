@@ -152,7 +152,7 @@ def test_image_folder_keeps_its_splits_and_leaves_out_what_is_hidden(image_folde
         ImageFolder().load(image_folder)
 
 
-def test_splits_and_folds_are_stratified(image_folder):
+def test_splits_and_folds_are_stratified_and_a_missing_class_is_a_warning(image_folder):
     data = make_module(ImageFolder(), image_folder, folds=4, fold=1)
     counts = [split.labels.bincount().tolist() for split in (data.splits.train, data.splits.val, data.splits.test)]
     assert sorted(counts[2]) == [2, 2, 3] and max(counts[1]) - min(counts[1]) <= 1
@@ -160,6 +160,8 @@ def test_splits_and_folds_are_stratified(image_folder):
     assert len({image.numpy().tobytes() for fold in folds for image in fold}) == 29
     with pytest.raises(UserError, match=r"data\.folds=4: must be 2 to 29, and above data\.fold=4"):
         make_module(ImageFolder(), image_folder, folds=4, fold=4)
+    with pytest.warns(UserWarning, match="the val split has no image of"):
+        make_module(ImageFolder(), image_folder, val_size=2, val_split="stratified")
 
 
 def test_transparent_and_16_bit_images_are_converted_as_in_predict(tmp_path):
