@@ -48,11 +48,12 @@ backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates: 
 
 ##@ Inspect and use: the shipped network, or ARGS=outputs/mnist/FOLDER
 
-dashboard: $(VENV)/.installed  ## TensorBoard on outputs/
-	$(RUN) -m tensorboard.main --logdir outputs $(ARGS)
+dashboard: $(VENV)/.installed  ## TensorBoard on the newest sweep, or the runs beside the newest; ARGS=--logdir=outputs: all
+	@events=$$(ls -t outputs/*/*/events.out.* outputs/*/*/*/events.out.* 2>/dev/null | head -n 1); \
+	$(RUN) -m tensorboard.main --logdir "$$(dirname "$$(dirname "$${events:-outputs/none/none}")")" $(ARGS)
 
 report: $(VENV)/.installed  ## compare runs: ARGS=outputs/mnist/…_multirun; all of outputs/ by default
-	$(RUN) -m src.report $(if $(ARGS),,outputs) $(ARGS)
+	$(RUN) -m src.report --open $(if $(ARGS),,outputs) $(ARGS)
 
 evaluate: $(VENV)/.installed  ## score the test images, plot the mistakes
 	$(RUN) -m src.evaluate $(ARGS)

@@ -76,12 +76,14 @@ class TensorBoardCallback(Callback):
             self.is_batch_plotted = True
             is_indices = isinstance(batch, Tensor)  # for a CUDA graph
             images = (trainer.datamodule.make_batch(batch) if is_indices else batch)[0]
-            self.writer.add_image("augmented batch", make_grid(self.spec.denormalize(images[:64])), trainer.global_step)
+            self.writer.add_image(
+                "train/augmented batch", make_grid(self.spec.denormalize(images[:64])), trainer.global_step
+            )
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if self.writer and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
             gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-            self.writer.add_scalar("gradient norm", nn.utils.get_total_norm(gradients), trainer.global_step)
+            self.writer.add_scalar("train/gradient norm", nn.utils.get_total_norm(gradients), trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if not self.writer:
@@ -92,7 +94,9 @@ class TensorBoardCallback(Callback):
         for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)][:1]:
             filters = layer.weight.detach()[:64, : 3 if layer.in_channels == 3 else 1]
             grid = make_grid(filters, padding=1, normalize=True, scale_each=True)
-            self.writer.add_image("conv1 filters", nn.functional.interpolate(grid[None], scale_factor=16)[0], step)
+            self.writer.add_image(
+                "weights/conv1 filters", nn.functional.interpolate(grid[None], scale_factor=16)[0], step
+            )
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         # Each of several processes tests only a part.

@@ -30,11 +30,13 @@ def read_weights(folder: Path) -> torch.Tensor:
 def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     events = train(run_main, tmp_path, "trainer.max_epochs=2")
     tags = events.Tags()
-    assert {"augmented batch", "conv1 filters", "test/confusion matrix", "test/worst mistakes"} == {*tags["images"]}
+    assert {"train/augmented batch", "weights/conv1 filters", "test/confusion matrix", "test/worst mistakes"} == {
+        *tags["images"]
+    }
     assert {"weights/conv1.0.weight", "weights/fc.bias"} <= set(tags["histograms"])
-    assert len(events.Histograms("weights/fc.bias")) == len(events.Images("conv1 filters")) == 2
+    assert len(events.Histograms("weights/fc.bias")) == len(events.Images("weights/conv1 filters")) == 2
     assert "custom_scalars__config__" in tags["tensors"]
-    assert [event.step for event in events.Scalars("gradient norm")] == list(range(4, 2 * 41, 5))
+    assert [event.step for event in events.Scalars("train/gradient norm")] == list(range(4, 2 * 41, 5))
     assert tags["graph"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert not {"epoch", "val/acc"} & set(tags["scalars"])
@@ -55,7 +57,7 @@ def test_gradient_norm_is_the_step_over_the_learning_rate(run_main, tmp_path):
     after = read_weights(tmp_path)
     L.seed_everything(0, verbose=False)
     step = after - torch.cat([p.detach().flatten() for p in CNN([4] * 6, 0.0).parameters()])
-    assert events.Scalars("gradient norm")[0].value == pytest.approx(step.norm().item() / 0.05, rel=1e-3)
+    assert events.Scalars("train/gradient norm")[0].value == pytest.approx(step.norm().item() / 0.05, rel=1e-3)
 
 
 class VAE(L.LightningModule):
@@ -88,4 +90,4 @@ def test_other_task_is_tested_without_plots_of_predictions(tmp_path):
     assert not module.frozen.training
     trainer.test(module, data, verbose=False)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
-    assert "test/mse" in tags["scalars"] and tags["images"] == ["augmented batch", "conv1 filters"]
+    assert "test/mse" in tags["scalars"] and tags["images"] == ["train/augmented batch", "weights/conv1 filters"]
