@@ -32,7 +32,8 @@ def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any
     from sklearn.metrics import classification_report
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-    from src.training.plots import find_worst_mistakes, plot_confusion_matrix, plot_mistakes, save_figure
+    from src.core.plots import save_figure
+    from src.training.plots import find_worst_mistakes, plot_confusion_matrix, plot_mistakes
 
     with torch.inference_mode():
         parts = [(images, labels, predictor(images)) for images, labels in data.raw_batches("test")]

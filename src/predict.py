@@ -56,7 +56,8 @@ def main() -> int:
         rows.append(f"{result[label_name]:>{width}}  {result['probability']:11.2%}  {runner_up}  {name}{doubt}")
     print(json.dumps(results, indent=1) if arguments.json else "\n".join(rows))
     if arguments.show and images:
-        from src.training.plots import plot_image_grid, save_figure
+        from src.core.plots import save_figure
+        from src.training.plots import plot_image_grid
 
         captions = [f"{result[label_name]}  {result['probability']:.0%}" for result in read]
         save_figure(plot_image_grid(images, captions), arguments.show)

@@ -21,7 +21,8 @@ class TraceCallback(Callback):
     """Write trace.csv, losses.png and the worked first step (TensorBoard's Text tab); print the first and last loss."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        from src.backprop import plots  # imported late: Matplotlib is slow
+        from src.backprop.plots import plot_curves  # imported late: Matplotlib is slow
+        from src.core.plots import save_figure
 
         assert isinstance(pl_module, BackpropModule)
         folder, rows = Path(trainer.default_root_dir), pl_module.rows
@@ -29,7 +30,7 @@ class TraceCallback(Callback):
         columns = [name for name in COLUMNS if name in rows[0]]
         table = [[step, *(row[name] for name in columns)] for step, row in enumerate(rows, start=1)]
         _write_csv(folder / "trace.csv", [["step", *columns], *table])
-        plots.save_figure(plots.plot_curves({f"η = {lr:g}": losses}), folder / "losses.png")
+        save_figure(plot_curves({f"η = {lr:g}": losses}), folder / "losses.png")
         print(f"η = {lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
         print("trace.csv lists every number of every step, losses.png plots the losses")
         text = format_worked_step(rows[0], pl_module.gradients)
@@ -42,7 +43,9 @@ class SweepReport(HydraCallback):
     """After a sweep, write losses.csv, losses_by_lr.png and backprop.xlsx from those runs that have trace.csv."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from src.backprop import plots, workbook  # imported late: Hydra loads this module before the run starts
+        from src.backprop import workbook  # imported late: Hydra loads this module before the run starts
+        from src.backprop.plots import plot_curves
+        from src.core.plots import save_figure
 
         folder, runs = Path(config.hydra.sweep.dir), []
         for file in folder.glob("*/trace.csv"):
@@ -59,7 +62,7 @@ class SweepReport(HydraCallback):
         _write_csv(folder / "losses.csv", [["step", *losses], *([step, *values] for step, values in steps)])
         # The report of every sweep has a losses.png of its own.
         curves = {f"η = {name}" if only_lr_differs else name: values for name, values in losses.items()}
-        plots.save_figure(plots.plot_curves(curves), folder / "losses_by_lr.png")
+        save_figure(plot_curves(curves), folder / "losses_by_lr.png")
         # The workbook starts with the learning rate of docs/backprop.md, 0.5, if a run has it.
         lr, _, gradients, rows = next((run for run in runs if run[0] == 0.5), runs[0])
         with workbook.Workbook(folder / "backprop.xlsx", rows, losses) as book:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from src.backprop import plots
 from src.backprop.formulas import format_milestones, format_worked_step
 from src.backprop.network import INPUTS, TARGETS, WEIGHTS, Weights, equations, forward, make_row, spreadsheet
+from src.backprop.plots import plot_curves
+from src.core.plots import save_figure
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 SAMPLE = torch.tensor(INPUTS, dtype=torch.float64), torch.tensor(TARGETS, dtype=torch.float64)
@@ -67,18 +68,19 @@ def make_lesson(folder: Path) -> None:
     right = dict(zip(map(str, RATES), tables[0].tolist(), strict=True))
     study = past_two()
     names = [f"η = {rate}" for rate in RATES]
-    plots.save_figure(plots.plot_curves(dict(zip(names, tables[0], strict=True))), folder / "backprop_losses.png")
+    save_figure(plot_curves(dict(zip(names, tables[0], strict=True))), folder / "backprop_losses.png")
 
-    differences = dict(zip(names, tables[1] - tables[0], strict=True))
-    figure = plots.plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], ylabel="difference")
-    plots.save_figure(figure, folder / "backprop_bug.png")
+    differences = dict(zip(names, 1e10 * (tables[1] - tables[0]), strict=True))
+    labels = {"ylabel": "difference of E_total / 10⁻¹⁰"}
+    figure = plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], **labels)
+    save_figure(figure, folder / "backprop_bug.png")
 
     curves = {f"loss {n}": study.losses[:, n - 1].clamp(min=1e-33) for n in (2, 10, 100, 1000)}
-    labels = {"xlabel": "learning rate η", "ylabel": "E_total (smaller values are plotted at 1e-33)", "xscale": "log"}
+    labels = {"xlabel": "learning rate η", "ylabel": "E_total (smaller values are plotted at 10⁻³³)", "xscale": "log"}
     title = f"How large may a step be? The dashed line is 2/λ = {study.limit:.1f}."
-    figure = plots.plot_curves(curves, study.rates, title, ["log"], **labels)
+    figure = plot_curves(curves, study.rates, title, ["log"], **labels)
     figure.axes[0].axvline(study.limit, ls="--", color="0.4")
-    plots.save_figure(figure, folder / "backprop_past_two.png")
+    save_figure(figure, folder / "backprop_past_two.png")
 
     print(format_worked_step(compute_first_row(), "equations"), format_milestones(right), sep="\n")
     wrong_w3 = spreadsheet(START, forward(START, *SAMPLE), *SAMPLE).w3.item()

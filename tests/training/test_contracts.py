@@ -93,7 +93,7 @@ def test_option_trains_and_resumes_bitwise(
     assert outcome == read_outcome(tmp_path / "uninterrupted")
 
     if (accuracy := outcome["metrics"].get("test/acc")) is not None:
-        monkeypatch.setattr("src.training.plots.save_figure", lambda *_: None)
+        monkeypatch.setattr("src.core.plots.save_figure", lambda *_: None)
         result = run_main(folder, "--output", tmp_path, main=evaluate.main)
         assert result.code == 0, result.err
         assert json.loads((tmp_path / "scores.json").read_text())["accuracy"] == accuracy
