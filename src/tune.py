@@ -31,7 +31,7 @@ def tune(cfg: DictConfig) -> None:
     folder = Path(cfg.output_dir)
     study = open_study(cfg, folder, HydraConfig.get().overrides.task)
     optimize(study, lambda trial: run_trial(trial, train, cfg.search, folder), cfg.n_trials)
-    write_report([folder], folder, study=study)
+    write_report([folder], folder)
 
 
 def accept_new_keys(override: str) -> list[str]:

@@ -27,7 +27,7 @@ from src.core.errors import DivergenceError, UserError, format_metric
 from src.core.files import exclusive_lock
 from src.core.process import configure_hardware
 from src.core.run_folder import make_portable, record_status, reject_different_config, write_config
-from src.sweeps.runs import explain_no_ranking, format_setting
+from src.sweeps.runs import explain_no_ranking, format_value
 
 STUDY_KEYS = "n_trials", "study_name", "storage", "heartbeat", "sampler", "pruner", "search"  # not in conf/train.yaml
 COUNTED = TrialState.COMPLETE, TrialState.PRUNED
@@ -96,23 +96,23 @@ def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], ta
         study.optimize(objective, callbacks=[print_trial, MaxTrialsCallback(target, states=COUNTED)])
 
 
-def suggest(trial: optuna.Trial, space: Any, key: str = "") -> dict[str, str]:
-    """Suggest a value for each key of a search space. Raise UserError for a range that Optuna refuses.
+def suggest(trial: optuna.Trial, space: Any, key: str = "") -> list[str]:
+    """Suggest a value for each key of a search space, as an override. Raise UserError for a range that Optuna refuses.
 
     Choices are strings for Optuna, because it stores no lists.
     """
     if isinstance(space, dict) and "suggest" not in space:
         parts = [suggest(trial, child, f"{key}.{name}".removeprefix(".")) for name, child in space.items()]
-        return {name: value for part in parts for name, value in part.items()}
+        return [override for part in parts for override in part]
     try:
         arguments = {name: value for name, value in space.items() if name != "suggest"}
         if "choices" in arguments:
-            arguments["choices"] = [format_setting(choice) for choice in arguments["choices"]]
+            arguments["choices"] = [format_value(choice) for choice in arguments["choices"]]
         value = getattr(trial, f"suggest_{space['suggest']}")(key, **arguments)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         fix = "type a range as in conf/search/, with suggest: float, int or categorical"
         raise UserError(f"search.{key}={space}: {error}; {fix}") from error
-    return {key: f"{value:.6g}" if isinstance(value, float) else str(value)}  # 0.15, not 0.15000000000000002
+    return [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}"]  # 0.15, not 0.15000000000000002
 
 
 def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig, folder: Path) -> float:
@@ -122,7 +122,7 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     early, the training diverges or the score is not finite.
     """
     first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
-    settings = [f"{key}={value}" for key, value in suggest(trial, OmegaConf.to_container(search)).items()]
+    settings = suggest(trial, OmegaConf.to_container(search))
     name = "_".join([f"{trial.number if first is None else first:03d}", *settings]).replace("/", "-")[:200]
     is_own = re.compile(rf"[+~]*({'|'.join(STUDY_KEYS)})\b").match
     overrides = [item for item in HydraConfig.get().overrides.task if not is_own(item)]

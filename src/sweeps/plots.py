@@ -1,46 +1,33 @@
-"""Plots of a comparison: a heat map of the scores, loss curves, and Optuna's plots of a study."""
+"""Plots of a comparison: the scores over the keys in which groups differ, and loss curves."""
 
-import io
 import logging
 import math
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-from src.core.errors import escape_control_characters
-from src.core.files import write_atomically
+from src.core.errors import escape_control_characters, format_metric
+from src.core.plots import label_ends, project_style, save_figure, use_log_scale
 from src.sweeps.runs import Comparison
 
-MAX_CURVES, MAX_LABELED_CELLS = 100, 400
+MAX_CURVES, MAX_NAMED_GROUPS, MAX_LABELED_CELLS, MAX_PANELS = 100, 7, 400, 6
+BEST_COLOR = "C1"  # orange
 
 
-def plot_comparison(comparison: Comparison, study: Any, folder: Path) -> dict[str, str]:
-    """Write the plots that the comparison and an Optuna study, or None, allow; return captions by file name."""
-    figures: dict[str, Any] = {"heatmap": plot_heat_map(comparison), "losses": plot_loss_curves(comparison)}
-    captions = {"heatmap": f"{comparison.metric} over {' and '.join(comparison.keys)}", "losses": "loss curves"}
-    if study and any(trial.state.name == "COMPLETE" for trial in study.trials):
-        from optuna.visualization import matplotlib as visualization
-
-        with warnings.catch_warnings(action="ignore"):  # Optuna calls them experimental
-            figures["history"] = visualization.plot_optimization_history(study).figure
-            figures["parameters"] = visualization.plot_parallel_coordinate(study).figure
-    for name, figure in figures.items():
-        if figure:
-            stream = io.BytesIO()
-            figure.savefig(stream, dpi=150, bbox_inches="tight")
-            plt.close(figure)
-            write_atomically(folder / f"{name}.png", stream.getbuffer())
-    return {f"{name}.png": captions.get(name, f"{name} of the study") for name, figure in figures.items() if figure}
+def plot_comparison(comparison: Comparison, folder: Path) -> list[str]:
+    """Write the plots for which there are data; return their names."""
+    figures = {"heatmap.png": plot_heat_map(comparison), "losses.png": plot_loss_curves(comparison)}
+    if not figures["heatmap.png"]:
+        figures["scores.png"] = plot_scores(comparison)
+    written = {name: figure for name, figure in figures.items() if figure}
+    for name, figure in written.items():
+        save_figure(figure, folder / name)
+    return list(written)
 
 
 def _escape(text: object) -> str:
@@ -55,52 +42,86 @@ def _order(value: str) -> tuple[float, str]:
     return math.inf, value
 
 
+@project_style
 def plot_heat_map(comparison: Comparison) -> Figure | None:
     """Plot the mean score over one or two swept keys, the best cell framed; None if most cells would be empty."""
-    metric, settings, keys = comparison.metric, comparison.settings, ["", "", *comparison.keys][-2:]
-    rows, columns = (sorted({one.values.get(key, "") for one in settings}, key=_order) for key in keys)
-    is_grid = len(comparison.keys) in (1, 2) and len(rows) * len(columns) < 2 * len(settings)
+    metric, groups, keys = comparison.metric, comparison.groups, ["", "", *comparison.keys][-2:]
+    rows, columns = (sorted({group.values.get(key, "") for group in groups}, key=_order) for key in keys)
+    is_grid = len(comparison.keys) in (1, 2) and len(rows) * len(columns) < 2 * len(groups)
     if not comparison.best or not is_grid:
         return None
-    size = min(2.4 + 1.3 * len(columns), 30), min(1.6 + 0.8 * len(rows), 30)
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=(min(3 + 1.3 * len(columns), 30), min(1.8 + 0.8 * len(rows), 30)))
+    axes: Any = figure.add_subplot()
     grid = np.full((len(rows), len(columns)), np.nan)
-    for setting in settings:
-        y, x = (values.index(setting.values.get(key, "")) for values, key in zip((rows, columns), keys, strict=True))
-        grid[y, x] = setting.mean(metric) if math.isfinite(setting.mean(metric)) else math.nan
-        if len(settings) <= MAX_LABELED_CELLS:
-            text = setting.format_mean(metric).replace(" ± ", "\n± ")
-            axes.text(x, y, text, ha="center", va="center", bbox={"color": "white", "alpha": 0.5, "pad": 1})
-        if setting is comparison.best:
-            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=3))
+    cells = {}
+    for group in groups:
+        y, x = (values.index(group.values.get(key, "")) for values, key in zip((rows, columns), keys, strict=True))
+        grid[y, x] = group.mean(metric) if math.isfinite(group.mean(metric)) else math.nan
+        cells[y, x] = group
     # One diverged run must not make all others look alike: the worst fifth shares a color.
     low, high = np.nanquantile(grid, (0, 0.8) if comparison.lower_is_better else (0.2, 1))
-    colors = "viridis_r" if comparison.lower_is_better else "viridis"
-    figure.colorbar(axes.imshow(grid, cmap=colors, aspect="auto", vmin=low, vmax=high))
+    image = axes.imshow(grid, "Blues_r" if comparison.lower_is_better else "Blues", aspect="auto", vmin=low, vmax=high)
+    for (y, x), group in cells.items():
+        if len(groups) <= MAX_LABELED_CELLS:
+            is_dark = np.dot(image.to_rgba(grid[y, x])[:3], (0.3, 0.6, 0.1)) < 0.5
+            text = group.format_mean(metric).replace(" ± ", "\n± ")
+            axes.text(x, y, text, ha="center", va="center", color="white" if is_dark else "black")
+        if group is comparison.best:
+            axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, color=BEST_COLOR, linewidth=4))
+    worst, spread = (
+        "max" if comparison.lower_is_better else "min",
+        ": mean ± SD" * any(len(one.runs) > 1 for one in groups),
+    )
+    figure.colorbar(image, format=lambda value, _: format_metric(metric, value), extend=worst)
     axes.set_xticks(range(len(columns)), map(_escape, columns))
     axes.set_yticks(range(len(rows)), map(_escape, rows))
-    axes.set(xlabel=keys[1], ylabel=keys[0], title=_escape(metric))
+    axes.grid(False)
+    axes.set(xlabel=keys[1], ylabel=keys[0], title=_escape(f"{metric}{spread}, best framed"))
     return figure
 
 
+@project_style
+def plot_scores(comparison: Comparison) -> Figure | None:
+    """Plot the mean score of each group over each key in which groups differ, one panel per key."""
+    metric, best, keys = comparison.metric, comparison.best, comparison.keys[:MAX_PANELS]
+    groups = [group for group in comparison.groups if math.isfinite(group.mean(metric))]
+    if not best or not keys:
+        return None
+    figure = Figure(figsize=(1.5 + 3 * len(keys), 4))
+    for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
+        values = [_order(group.values[key])[0] for group in groups]
+        are_numbers = all(map(math.isfinite, values))
+        places: list[Any] = values if are_numbers else [_escape(group.values[key]) for group in groups]
+        axes.plot(places, [group.mean(metric) for group in groups], "o", alpha=0.6)
+        axes.plot(places[:1], [best.mean(metric)], "o", color=BEST_COLOR, markersize=11)
+        axes.set(xlabel=_escape(key))
+        if are_numbers and max(values) > 20 * min(values) > 0:
+            use_log_scale(axes, "x")
+    figure.axes[0].yaxis.set_major_formatter(lambda value, _: format_metric(metric, value))
+    figure.axes[0].set(ylabel=_escape(metric))
+    figure.suptitle("the best in orange")
+    return figure
+
+
+@project_style
 def plot_loss_curves(comparison: Comparison) -> Figure | None:
     """Plot training and validation losses of the best runs, as logged to TensorBoard; None if there are none."""
-    runs = [(rank, run) for rank, setting in enumerate(comparison.settings) for run in setting.runs]
-    curves = [(rank, _read_losses(run.folder)) for rank, run in runs[:MAX_CURVES]]
-    found = {tag for _, losses in curves for tag in losses}
+    ranked = [(rank, run) for rank, group in enumerate(comparison.groups) for run in group.runs][:MAX_CURVES]
+    curves = [(rank, run, losses) for rank, run in ranked if (losses := _read_losses(run.folder))]
+    found = {tag for *_, losses in curves for tag in losses}
     tags = [tag for tag in ("train/loss", "val/loss") if tag in found] or sorted(found)[:2]
     if not tags:
         return None
-    figure, panels = plt.subplots(1, len(tags), figsize=(1 + 5 * len(tags), 5), layout="constrained", squeeze=False)
-    for tag, axes in zip(tags, panels[0], strict=True):
-        for rank, losses in reversed(curves):
+    figure = Figure(figsize=(3 + 5 * len(tags), 4.5))
+    for tag, axes in zip(tags, figure.subplots(1, len(tags), squeeze=False)[0], strict=True):
+        for rank, run, losses in reversed(curves):  # the best on top
+            group, is_named = comparison.groups[rank], rank < MAX_NAMED_GROUPS
+            label = _escape(group.name) if is_named and run is group.runs[0] else None
             points = losses.get(tag, {})
-            axes.plot(points.keys(), points.values(), ".-" if len(points) < 10 else "-", color=f"C{rank % 10}")
-        axes.set(xlabel="step", title=_escape(tag), yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    for rank, setting in enumerate(comparison.settings[:10]):
-        panels[0][0].plot([], [], color=f"C{rank}", label=_escape(setting.name))
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+            axes.plot(points.keys(), points.values(), ".-", color=f"C{rank}" if is_named else "0.8", label=label)
+        axes.set(xlabel="step (batches)", ylabel=_escape(tag), xlim=(0, None))
+        use_log_scale(axes, "y")
+    label_ends(axes)
     return figure
 
 
@@ -110,4 +131,4 @@ def _read_losses(folder: Path) -> dict[str, dict[int, float]]:
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if "loss" in tag and not tag.startswith("test/")]
     curves = {tag: {one.step: one.value for one in events.Scalars(tag) if math.isfinite(one.value)} for tag in tags}
-    return {tag: points for tag, points in curves.items() if points}
+    return {tag: points for tag, points in curves.items() if len(points) > 1}

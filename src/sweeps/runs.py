@@ -1,4 +1,4 @@
-"""Read the runs below some folders, group them by their configs and rank the groups by their mean scores."""
+"""Read the runs below some folders, group those that are averaged, and rank the groups by their mean scores."""
 
 import math
 import re
@@ -6,22 +6,17 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from sys import intern
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-
 from src.core import run_folder
 from src.core.config import iterate_items
 from src.core.errors import UserError, format_metric
-from src.sweeps.grid import list_jobs_of_sweep
 
-STATES = "finished", "failed", "pruned", "unfinished", "not started", "unreadable"
-# Where and how a run is computed, which makes no other setting. The data set counts by its name.
+STATES = "finished", "failed", "pruned", "unfinished"
+# Where and how a run is computed, which does not keep runs from being averaged. The data set counts by its name.
 IGNORED = {"name", "output_dir", "resume", "sweep", "threads", "trainer.accelerator", "trainer.devices", "data.root"}
 
 
@@ -36,7 +31,6 @@ class Run:
     config: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # the content of metrics.json
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last epoch, without learning rates
-    seconds: float = 0.0
     error: str = ""
     has_traceback: bool = False
 
@@ -44,12 +38,17 @@ class Run:
         """Return the value of a key; null, the usual default, if the run is older than the key."""
         return self.config.get(key, self.named.get(key, "null"))
 
+    @property
+    def seconds(self) -> float:
+        return sum(self.results["seconds"].values()) if self.results else 0.0
+
 
 @dataclass
-class Setting:
-    """Finished runs that differ in nothing but the averaged keys, one per combination of these.
+class RunGroup:
+    """Finished runs that are averaged: their configs differ in nothing but the keys averaged over, as the seed.
 
-    `values` are those of the keys in which settings differ; `repeats` are further runs of the same combinations.
+    `values` are those of the keys in which groups differ; `repeats` are runs left out, because another run has the same
+    values of the averaged keys as well.
     """
 
     values: dict[str, str]
@@ -81,129 +80,134 @@ class Setting:
 
 @dataclass
 class Comparison:
-    """Settings, best first; those without a score last. `metric` is what they are ranked by, "" if by nothing."""
+    """Groups of runs, best first; those without a score last. `metric` is what ranks them, "" if nothing does."""
 
     runs: list[Run]
-    keys: list[str]  # what differs between settings
+    keys: list[str]  # in which groups differ
     average_over: Sequence[str]
-    settings: list[Setting]
+    groups: list[RunGroup]
     metric: str
     lower_is_better: bool
     reason_not_ranked: str
 
     @property
-    def best(self) -> Setting | None:
-        return next((setting for setting in self.settings[:1] if math.isfinite(setting.mean(self.metric))), None)
+    def best(self) -> RunGroup | None:
+        return next((group for group in self.groups[:1] if math.isfinite(group.mean(self.metric))), None)
 
 
-def format_setting(value: Any) -> str:
-    """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are one setting."""
+def format_value(value: Any) -> str:
+    """Format a config value so that equal values are equal strings: 0, 0.0 and 0e0 are the same."""
     if isinstance(value, list):
-        return f"[{','.join(map(format_setting, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{format_setting(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{key}:{format_value(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
-@cache  # ten thousand jobs have few different overrides
-def _parse_override(override: str) -> tuple[str, str]:
-    parsed = OverridesParser.create().parse_override(override)
-    return parsed.key_or_group, format_setting(parsed.value())
-
-
-def format_train_command(setting: Setting, average_over: Sequence[str] = ("seed",)) -> str:
+def format_train_command(group: RunGroup, average_over: Sequence[str] = ("seed",)) -> str:
     """Return the command that trains the runs again, bitwise on the same machine: a run, or a sweep if several."""
-    runs = setting.runs
-    first, keys = runs[0], [key for key in average_over if runs[0].get(key) != "null"]
-    columns = {key: [run.get(key) for run in runs] for key in keys}
-    zipped = keys if len(runs) < math.prod(len({*values}) for values in columns.values()) else []
+    runs, first = group.runs, group.runs[0]
+    keys = [key for key in average_over if first.get(key) != "null"]
+    zipped = keys if len(keys) > 1 else []
     command = ["python", "-m", "src.train", *["-m"] * (len(runs) > 1)]
-    command += [item for item in first.overrides if _parse_override(item)[0] not in keys]
-    command += [f"{key}={','.join(values if zipped else dict.fromkeys(values))}" for key, values in columns.items()]
-    for key, value in setting.values.items():  # of a file of conf/ that was edited between the runs
+    command += [item for item in first.overrides if item.lstrip("+~").partition("=")[0] not in keys]
+    command += [f"{key}={','.join(run.get(key) for run in runs)}" for key in keys]
+    for key, value in group.values.items():  # of a file of conf/ that was edited between the runs
         if key not in first.named and value != "null" and " " not in key:
             command.append(f"{key}={value}")
     if zipped or "sweep" in first.named:  # whose file may zip keys, which have one value each now
         command.append(f"hydra.callbacks.sweep.zip=[{','.join(zipped)}]")
     if len(runs) > 1 and keys != ["seed"]:
         command.append(f"hydra.callbacks.sweep.average_over=[{','.join(keys)}]")
-    if first.config and "threads" not in first.named:  # sums over another number of threads are rounded differently
+    if "threads" not in first.named:  # sums over another number of threads are rounded differently
         command.append(f"threads={first.get('threads')}")
     return shlex.join(command)
 
 
 def read_run(folder: Path) -> Run:
-    """Read the run in a folder. One that cannot be read has the state `unreadable` and says why in `error`."""
+    """Read the run in a folder. One whose files cannot be read is unfinished, and its `error` says why."""
     status: dict[str, str] = run_folder.read_status(folder) or {}
-    state = status.get("state", "")
-    run = Run(folder, state if state in STATES else "unfinished", error=status.get("message", ""))
-    run.has_traceback = bool(status.get("traceback"))
+    run = Run(folder, "unfinished", error=status.get("message", ""), has_traceback=bool(status.get("traceback")))
     try:
-        if (folder / run_folder.METRICS_FILE).exists():
-            run.state = "finished"
-            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
-            run.metrics = {key: x for key, x in run.results["metrics"].items() if not re.search("^lr(-|$)|_step$", key)}
-            run.seconds = sum(run.results["seconds"].values())
         run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
-        run.named = run.results.get("choices", {}) | dict(map(_parse_override, run.overrides))
+        run.named = dict(item.lstrip("+~").partition("=")[::2] for item in run.overrides)
         for key, value in iterate_items(run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)):
             if not isinstance(value, dict) and not key.rpartition(".")[2].isdigit():  # a list counts as one value
-                run.config[intern(key)] = intern(format_setting(value))  # ten thousand runs have few different ones
+                run.config[intern(key)] = intern(format_value(value))  # ten thousand runs have few different ones
         if "data.seed" not in run.named and run.get("data.seed") == run.get("seed"):
             run.config.pop("data.seed", None)  # it follows the seed by default
-        run.config |= {"data set": run.results["data"]} if "data" in run.results else {}  # data=auto may be one of two
-    except (UserError, HydraException) as error:
-        if run.state != "unfinished":  # in an unfinished run Hydra was killed while it wrote these files
-            run.state, run.error = "unreadable", " ".join(str(error).split())
+        if (folder / run_folder.METRICS_FILE).exists():
+            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+            run.metrics = {key: x for key, x in run.results["metrics"].items() if not re.search("^lr(-|$)|_step$", key)}
+            run.named = run.results.get("choices", {}) | run.named
+            run.config["data set"] = run.results.get("data", "null")  # data=auto may be one of two
+            run.state = "finished"
+        elif status.get("state") in ("failed", "pruned"):
+            run.state = status["state"]
+    except UserError as error:  # Hydra was killed while it wrote the files, for example
+        run.error = str(error)
     return run
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Read every run below the folders once, and list the jobs of their sweeps that have not started.
+    """Read every run below the folders once, and the keys over which their sweeps average.
 
-    Also returns the keys over which the sweeps average. Raises UserError if there is no run.
+    Raises UserError if there is no run.
     """
     runs: dict[Path, Run] = {}
+    average_over: list[str] | None = None
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; name a run or a sweep below outputs/")
         for file in sorted(folder.rglob(".hydra")):
             runs.setdefault(file.parent.resolve(), read_run(file.parent))
-    started = {frozenset(map(_parse_override, run.overrides)) for run in runs.values()}
-    average_over: list[str] | None = None
-    for file in (file for folder in folders for file in folder.rglob("multirun.yaml")):
-        with suppress(UserError, HydraException, TypeError, KeyError, AttributeError):  # cut short while it was written
-            hydra = run_folder.read_yaml(file)["hydra"]
-            averaged = hydra["callbacks"]["sweep"].get("average_over", ["seed"])  # that of a sweep before it was a key
-            average_over = list(dict.fromkeys([*(average_over or []), *averaged]))
-            jobs = list_jobs_of_sweep(hydra)
-            shared = set.intersection(*map(set, jobs))
-            for overrides in jobs:
-                named = frozenset(map(_parse_override, overrides))
-                path = file.parent / "_".join(sorted({*overrides} - shared)).replace("/", "-")
-                if named not in started and not path.exists():  # it exists if the run was trained longer
-                    runs[path] = Run(path, "not started", overrides, dict(named))
+        for file in folder.rglob("multirun.yaml"):
+            with suppress(UserError, TypeError, KeyError):  # cut short while Hydra wrote it
+                sweep = run_folder.read_yaml(file)["hydra"]["callbacks"]["sweep"]
+                average_over = list(dict.fromkeys([*(average_over or []), *sweep["average_over"]]))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")
     return list(runs.values()), ["seed"] if average_over is None else average_over
 
 
-def compare_runs(runs: list[Run], average_over: Sequence[str] = ("seed",)) -> Comparison:
-    """Group finished runs by everything in their configs but the averaged keys and IGNORED, and rank the groups."""
-    finished = [run for run in runs if run.state == "finished"]
+def group_runs(runs: Sequence[Run], average_over: Sequence[str]) -> list[RunGroup]:
+    """Group the runs that are averaged: their configs are equal in every key but those of `average_over` and IGNORED.
+
+    A group has one run per combination of values of the averaged keys; the others are its repeats.
+    """
     hidden = IGNORED.union(average_over)
-    groups: dict[frozenset[tuple[str, str]], list[Run]] = {}
-    for run in finished:
+    alike: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    for run in runs:
         items = {(key, value) for key, value in run.config.items() if key not in hidden and value != "null"}
-        groups.setdefault(frozenset(items), []).append(run)
-    keys = _find_differing_keys([group[0] for group in groups.values()], hidden)
-    settings = []
-    for group in groups.values():
-        distinct: dict[tuple[str, ...], Run] = {}
-        repeats = [run for run in group if distinct.setdefault(tuple(map(run.get, average_over)), run) is not run]
-        settings.append(Setting({key: group[0].get(key) for key in keys}, [*distinct.values()], repeats))
+        alike.setdefault(frozenset(items), []).append(run)
+    keys = _find_differing_keys([group[0] for group in alike.values()], hidden)
+    groups = []
+    for first, *others in alike.values():
+        distinct = {tuple(map(first.get, average_over)): first}
+        repeats = [run for run in others if distinct.setdefault(tuple(map(run.get, average_over)), run) is not run]
+        groups.append(RunGroup({key: first.get(key) for key in keys}, [*distinct.values()], repeats))
+    return groups
+
+
+def _find_differing_keys(runs: Sequence[Run], hidden: set[str]) -> list[str]:
+    """Return the keys whose values distinguish the runs: overrides and config groups that differ come first.
+
+    Another key of the config is added only if it distinguishes runs that the keys before it do not.
+    """
+    named = dict.fromkeys(key for run in runs for key in run.named if key not in hidden)
+    keys = [key for key in named if len({run.get(key) for run in runs}) > 1]
+    for key in dict.fromkeys(key for run in runs for key in run.config if key not in hidden):
+        if len({(*map(run.get, keys),) for run in runs}) < len({(*map(run.get, keys), run.get(key)) for run in runs}):
+            keys.append(key)
+    return keys
+
+
+def compare_runs(runs: list[Run], average_over: Sequence[str] = ("seed",)) -> Comparison:
+    """Group the finished runs, and rank the groups by the mean of the metric that their configs optimize."""
+    finished = [run for run in runs if run.state == "finished"]
+    groups = group_runs(finished, average_over)
     metrics = {(run.get("optimized_metric"), run.get("optimized_mode")) for run in finished}
     metric, mode = next(iter(metrics), ("", ""))
     reason = explain_no_ranking(metric, any(run.get("data.test_every_epoch") == "true" for run in finished))
@@ -211,21 +215,12 @@ def compare_runs(runs: list[Run], average_over: Sequence[str] = ("seed",)) -> Co
         reason = "the runs differ in optimized_metric or optimized_mode" if metrics else "no run has finished"
     metric = "" if reason else metric
 
-    def rank(setting: Setting) -> float:
-        mean = setting.mean(metric)
+    def rank(group: RunGroup) -> float:
+        mean = group.mean(metric)
         return (mean if mode == "min" else -mean) if math.isfinite(mean) else math.inf
 
-    return Comparison(runs, keys, average_over, sorted(settings, key=rank), metric, mode == "min", reason)
-
-
-def _find_differing_keys(runs: Sequence[Run], hidden: set[str]) -> list[str]:
-    """Return the named keys in which the runs differ, then other keys as far as these do not tell them apart."""
-    named = dict.fromkeys(key for run in runs for key in run.named if key not in hidden)
-    keys = [key for key in named if len({run.get(key) for run in runs}) > 1]
-    for key in dict.fromkeys(key for run in runs for key in run.config if key not in hidden):
-        if len({(*map(run.get, keys),) for run in runs}) < len({(*map(run.get, keys), run.get(key)) for run in runs}):
-            keys.append(key)
-    return keys
+    keys = list(groups[0].values) if groups else []
+    return Comparison(runs, keys, average_over, sorted(groups, key=rank), metric, mode == "min", reason)
 
 
 def explain_no_ranking(metric: str | None, is_tested_every_epoch: bool) -> str:

@@ -254,7 +254,7 @@ def test_sweep_writes_losses_plots_and_workbook(run, tmp_path, losses):
     assert float(cells["B3"]) == 0.5  # of the six learning rates, that of docs/backprop.md
     # The loss curves of the sweep's own report have one panel, E_total.
     figure = plot_loss_curves(compare_runs(read_runs([tmp_path])[0]))
-    assert [axes.get_title() for axes in figure.axes] == ["loss/E_total"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss/E_total"]
 
 
 @pytest.mark.slow
