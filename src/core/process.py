@@ -131,7 +131,7 @@ def pin_gpu(config: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra, gpus = HydraConfig.get(), list_gpus(config)
-    is_parallel = str(hydra.launcher._target_).endswith(("JoblibLauncher", "LocalLauncher"))
+    is_parallel = str(hydra.launcher._target_).endswith("JoblibLauncher")  # Slurm gives its jobs their own
     if is_parallel and len(gpus) > 1 and config.trainer.devices == 1:
         config.trainer.devices = [hydra.job.num % len(gpus)]
 
