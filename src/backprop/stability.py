@@ -41,7 +41,7 @@ def compute_step_limit(weights: Tensor) -> float:
     return 2 / torch.linalg.eigvalsh(hessian)[-1].item()
 
 
-def past_two() -> SimpleNamespace:
+def scan_learning_rates() -> SimpleNamespace:
     """Train with 1,201 learning rates from 0.01 to 10,000 for 1,000 steps.
 
     Return `rates`; their `losses`, shape [1201, 1000]; `limit` and `flatter`, 2/λ at the minima of η = 1 and η = 500;
@@ -66,7 +66,7 @@ def make_lesson(folder: Path) -> None:
     rates = torch.tensor(RATES, dtype=torch.float64)
     tables = [descend(rates, 100, gradients)[0] for gradients in (equations, spreadsheet)]
     right = dict(zip(map(str, RATES), tables[0].tolist(), strict=True))
-    study = past_two()
+    study = scan_learning_rates()
     names = [f"η = {rate}" for rate in RATES]
     save_figure(plot_curves(dict(zip(names, tables[0], strict=True))), folder / "backprop_losses.png")
 

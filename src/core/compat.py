@@ -60,7 +60,7 @@ def apply_overrides(overrides: Sequence[str], config: DictConfig) -> None:
 
 
 def get_composed_config(error: BaseException) -> DictConfig:
-    """The config that an override did not fit into; an empty one where it was to choose of a group."""
+    """Return the config that an override was applied to; an empty one if it chose an option of a config group."""
     cause: Any = error.__cause__
     return cause.parent_node._get_root() if cause else DictConfig({})
 

@@ -23,7 +23,7 @@ def is_first_process() -> bool:
 
 
 def import_lightning() -> None:
-    """Import Lightning and PyTorch, with a message on a terminal, without garbage collection, which finds nothing."""
+    """Import Lightning and PyTorch; show a message on a terminal. Imports leave no garbage, so none is collected."""
     if "lightning" in sys.modules:  # freezing once more would keep what an earlier job left
         return
     message = "loading PyTorch …" if sys.stderr.isatty() else ""

@@ -29,7 +29,7 @@ EARLY_FILES = (  # what a run or study writes before the first batch
     *(".hydra", ".tune", STATUS_FILE, "train.log", "tune.log", "layers.txt", "hparams.yaml", "metrics.csv"),
     *("events.out.tfevents.*", "study.db", ".study.lock", "checkpoints"),
 )
-# An interpolation that is neither of the config's own keys nor one that conf/ itself has.
+# An interpolation other than of the config's own keys and by the two resolvers that conf/ uses.
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})")
 # What may change when a run is resumed; callbacks.resume and its dirpath tell where the checkpoints are.
 RESUME_OVERRIDES = re.compile(
@@ -183,7 +183,7 @@ def record_status(folder: Path, is_trial: bool = False) -> Iterator[None]:
         status = "pruned" if is_pruned else "failed", message, trace
         raise
     finally:
-        has_finished = (folder / METRICS_FILE).exists()  # perhaps before, and could not be trained longer
+        has_finished = (folder / METRICS_FILE).exists()  # perhaps earlier, if it failed when it was to train longer
         with suppress(OSError):  # a full disk must not hide the error
             write_status(folder, *(("finished",) if has_finished else status))
 

@@ -17,7 +17,7 @@ Probability = Annotated[float, "0 ≤ float < 1", lambda x: 0 <= x < 1]
 BlurFraction = Annotated[float, "0 ≤ float ≤ 0.25", lambda x: 0 <= x <= 0.25]
 NonEmptyStr = Annotated[str, "non-empty string", lambda text: text != ""]
 # A test score must not choose anything.
-Metric = Annotated[str, "metric other than test/…", lambda text: text[:5] not in ("", "test/")]
+MetricName = Annotated[str, "metric other than test/…", lambda text: text[:5] not in ("", "test/")]
 
 # Keys of conf/train.yaml and conf/tune.yaml that are no class's arguments.
 ROOT_KEYS: dict[str, Any] = {
@@ -25,7 +25,7 @@ ROOT_KEYS: dict[str, Any] = {
     "seed": Seed,
     "threads": PositiveInt | None,
     "test": Literal["last", "best"] | bool,  # true: last
-    "optimized_metric": Metric | None,
+    "optimized_metric": MetricName | None,
     "optimized_mode": Literal["max", "min"] | None,
     "allowed_packages": Sequence[NonEmptyStr],
     "resume": NonEmptyStr | None,
@@ -35,7 +35,6 @@ ROOT_KEYS: dict[str, Any] = {
     "heartbeat": PositiveInt,
     **dict.fromkeys(("init_from", "output_dir", "sampler", "pruner"), Any),
 }
-ROOT_NODES = "hydra", "init_from", "output_dir", "pruner", "sampler"  # and the config groups
 # Keys of config nodes that are not arguments of their _target_ but read by src.training.instantiate.
 NODE_KEYS: dict[str, dict[str, Any]] = {
     "optimizer": {"groups": Any},

@@ -70,7 +70,8 @@ def fit_ood_detector(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -
         numbers = f"{features.shape[1]:,} features, a class has {counts.min()} training images"
         raise UserError(f"{numbers}; an OOD detector needs at most {MAX_FEATURES} and at least {FOLDS}")
     distances = torch.empty(len(features), len(counts))
-    # The threshold is chosen on images left out, in blocks: neighbours in MNIST share a writer. The last fit is to all.
+    # Each fold scores images that it was not fitted to. Folds are contiguous, because neighbours in MNIST share their
+    # writer. The last pass fits to all images and scores none.
     for train, test in (*StratifiedKFold(FOLDS).split(features, labels), (slice(None), [])):
         scale = features[train].std(0) + 1e-6
         by_class = [(features[train] / scale)[labels[train] == label] for label in range(len(counts))]

@@ -42,7 +42,7 @@ class SweepCallback(Callback):
     """
 
     def __init__(self, zip: Sequence[str] = (), average_over: Sequence[str] = ("seed",)) -> None:
-        self.average_over, self.n_jobs = average_over, 0
+        self.average_over, self.job_count = average_over, 0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
@@ -62,7 +62,7 @@ class SweepCallback(Callback):
                 pairs = zip(list_jobs(OmegaConf.create(before["hydra"])), jobs, strict=False)
                 if "job.num" in OmegaConf.to_yaml(config.hydra.sweep) and any(old != new for old, new in pairs):
                     raise UserError(f"{folder}: other jobs have these numbers already; choose another folder")
-            path, metric, self.n_jobs = os.path.relpath(folder), config.optimized_metric, len(jobs)
+            path, metric, self.job_count = os.path.relpath(folder), config.optimized_metric, len(jobs)
             order = "lowest" if (config.optimized_mode or infer_mode(metric)) == "min" else "highest"
             print(f"{len(jobs)} jobs in {path}" + (f", ranked by {metric}, {order} first" if metric else ""))
             print(f"to continue an interrupted sweep, add hydra.sweep.dir={shlex.quote(path)} to the same command")
@@ -86,7 +86,7 @@ class SweepCallback(Callback):
             # Otherwise the sweeper would raise the first failure before the report.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         elif (score := job_return.return_value) is not None:
-            line = f"{config.hydra.job.num + 1} of {self.n_jobs}  {folder.name}  "
+            line = f"{config.hydra.job.num + 1} of {self.job_count}  {folder.name}  "
             print(escape_control_characters(line + format_metric(config.optimized_metric, score)), flush=True)
 
 

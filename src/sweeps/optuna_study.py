@@ -82,7 +82,7 @@ def open_study(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> 
 
 
 def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], target: int) -> None:
-    """Run trials until `target` of them are complete or pruned, or up to one more per further process on the study."""
+    """Run trials until `target` of them are complete or pruned. Each further process may run one more."""
     metric, count = study.user_attrs["settings"]["optimized_metric"], len(study.get_trials(states=COUNTED))
     print(f"{count} of {target} trials are done; {study.direction.name.lower()} {metric}")
 

@@ -16,18 +16,18 @@ from src.core.config import iterate_items
 from src.core.errors import UserError, format_metric
 
 STATES = "finished", "failed", "pruned", "unfinished"
-# Where and how a run is computed, which does not keep runs from being averaged. The data set counts by its name.
+# Keys in which the runs of a group may differ: where and how a run is computed. Data sets are compared by their names.
 IGNORED = {"name", "output_dir", "resume", "sweep", "threads", "trainer.accelerator", "trainer.devices", "data.root"}
 
 
 @dataclass
 class Run:
-    """One run: `named` has the values of its overrides and config groups, `config` every leaf of its saved config."""
+    """One run: `chosen` has the values of its overrides and config groups, `config` every leaf of its saved config."""
 
     folder: Path
     state: str
     overrides: list[str] = field(default_factory=list)
-    named: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
     config: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)  # the content of metrics.json
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last epoch, without learning rates
@@ -36,7 +36,7 @@ class Run:
 
     def get(self, key: str) -> str:
         """Return the value of a key; null, the usual default, if the run is older than the key."""
-        return self.config.get(key, self.named.get(key, "null"))
+        return self.config.get(key, self.chosen.get(key, "null"))
 
     @property
     def seconds(self) -> float:
@@ -115,13 +115,13 @@ def format_train_command(group: RunGroup, average_over: Sequence[str] = ("seed",
     command += [item for item in first.overrides if item.lstrip("+~").partition("=")[0] not in keys]
     command += [f"{key}={','.join(run.get(key) for run in runs)}" for key in keys]
     for key, value in group.values.items():  # of a file of conf/ that was edited between the runs
-        if key not in first.named and value != "null" and " " not in key:
+        if key not in first.chosen and value != "null" and " " not in key:
             command.append(f"{key}={value}")
-    if zipped or "sweep" in first.named:  # whose file may zip keys, which have one value each now
+    if zipped or "sweep" in first.chosen:  # whose file may zip keys, which have one value each now
         command.append(f"hydra.callbacks.sweep.zip=[{','.join(zipped)}]")
     if len(runs) > 1 and keys != ["seed"]:
         command.append(f"hydra.callbacks.sweep.average_over=[{','.join(keys)}]")
-    if "threads" not in first.named:  # sums over another number of threads are rounded differently
+    if "threads" not in first.chosen:  # sums over another number of threads are rounded differently
         command.append(f"threads={first.get('threads')}")
     return shlex.join(command)
 
@@ -132,16 +132,16 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, "unfinished", error=status.get("message", ""), has_traceback=bool(status.get("traceback")))
     try:
         run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
-        run.named = dict(item.lstrip("+~").partition("=")[::2] for item in run.overrides)
+        run.chosen = dict(item.lstrip("+~").partition("=")[::2] for item in run.overrides)
         for key, value in iterate_items(run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)):
             if not isinstance(value, dict) and not key.rpartition(".")[2].isdigit():  # a list counts as one value
                 run.config[intern(key)] = intern(format_value(value))  # ten thousand runs have few different ones
-        if "data.seed" not in run.named and run.get("data.seed") == run.get("seed"):
+        if "data.seed" not in run.chosen and run.get("data.seed") == run.get("seed"):
             run.config.pop("data.seed", None)  # it follows the seed by default
         if (folder / run_folder.METRICS_FILE).exists():
             run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
             run.metrics = {key: x for key, x in run.results["metrics"].items() if not re.search("^lr(-|$)|_step$", key)}
-            run.named = run.results.get("choices", {}) | run.named
+            run.chosen = run.results.get("choices", {}) | run.chosen
             run.config["data set"] = run.results.get("data", "null")  # data=auto may be one of two
             run.state = "finished"
         elif status.get("state") in ("failed", "pruned"):
@@ -196,8 +196,8 @@ def _find_differing_keys(runs: Sequence[Run], hidden: set[str]) -> list[str]:
 
     Another key of the config is added only if it distinguishes runs that the keys before it do not.
     """
-    named = dict.fromkeys(key for run in runs for key in run.named if key not in hidden)
-    keys = [key for key in named if len({run.get(key) for run in runs}) > 1]
+    chosen = dict.fromkeys(key for run in runs for key in run.chosen if key not in hidden)
+    keys = [key for key in chosen if len({run.get(key) for run in runs}) > 1]
     for key in dict.fromkeys(key for run in runs for key in run.config if key not in hidden):
         if len({(*map(run.get, keys),) for run in runs}) < len({(*map(run.get, keys), run.get(key)) for run in runs}):
             keys.append(key)

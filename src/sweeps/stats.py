@@ -20,8 +20,8 @@ def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
 def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     """Return, for each sample but the first, the p-value that its mean equals that of the first.
 
-    Welch's t-test with Bonferroni's correction for all pairs, not only those with the first, which looks better than it
-    is because it was chosen for being best.
+    Welch's t-test. Bonferroni's correction is for all pairs, though only those with the first are tested: the first was
+    chosen for being the best, which biases its mean.
     """
     from scipy.stats import ttest_ind_from_stats
 

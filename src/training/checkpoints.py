@@ -1,8 +1,11 @@
 """Read and write checkpoints, and start from the weights of another run.
 
-Besides Lightning's state a checkpoint has, under `resume`, the sums of metrics and all that ResumeCheckpoint restores;
-the ImageSpec of the data module; the config of the task, among the hyperparameters, for `src.load`; and the seconds,
-samples and initial weights of RunRecorder for metrics.json.
+Besides Lightning's state a checkpoint has:
+- `resume`, of ResumeCheckpoint: the sums of metrics and whatever else a run needs to continue within an epoch
+- the ImageSpec of the data module: `src.load` prepares images by it, and a resumed run refuses others
+- the config of model, task and data, among the hyperparameters: `src.load` builds the network from it
+- seconds, samples and initial weights, of RunRecorder, for metrics.json
+- `rows`, of the backprop task, for trace.csv
 """
 
 import io
@@ -26,7 +29,7 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replace a checkpoint when the new one is on the disk (Lightning moves it from /tmp); keep previous.ckpt."""
+    """Write to a temporary file beside the checkpoint and rename it; the last.ckpt before becomes previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         file, buffer = Path(path), io.BytesIO()
@@ -36,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         if file.name == LAST and file.exists():
             file.with_name(PREVIOUS).write_bytes(file.read_bytes())
-        file.with_suffix(".ood.pt").unlink(missing_ok=True)  # the detector was fitted to the weights before
+        file.with_suffix(".ood.pt").unlink(missing_ok=True)  # the OOD detector was fitted to the old weights
         write_atomically(file, buffer.getbuffer())
 
 

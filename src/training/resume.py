@@ -64,9 +64,10 @@ def find_resume_checkpoint(trainer: Trainer) -> Path | None:
 class ResumeCheckpoint(Checkpoint):
     """Seed the random generators before each batch; write last.ckpt regularly, on a signal and at the end.
 
-    It is written where a batch starts: from the end of an epoch's last batch, Lightning resumes without validation.
-    Each batch has a seed, so no generator's state is saved. SIGINT and SIGTERM raise SystemExit with 128 + their number
-    after a checkpoint, a second signal at once; SIGUSR1 and SIGUSR2 are passed on to a handler that requeues the job.
+    It is written where a batch starts: from one that is written at the end of an epoch's last batch, Lightning would
+    resume without this epoch's validation. Each batch has a seed, so no generator's state is saved. SIGINT and SIGTERM
+    raise SystemExit with 128 + their number after a checkpoint, a second signal at once. SIGUSR1 and SIGUSR2 are passed
+    on to a handler that requeues the job.
     Every `log_every_n_steps`, processes agree to save or stop, and a loss that is not finite raises DivergenceError.
     """
 
@@ -129,7 +130,7 @@ class ResumeCheckpoint(Checkpoint):
         request = self.signal or int(monotonic() - self.saved_at >= 60 * self.minutes)
         if trainer.world_size > 1:  # processes that compare wait for each other
             should_compare = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-            request = self._find_highest(trainer, request) if should_compare else 0
+            request = self._reduce_max(trainer, request) if should_compare else 0
         if request or trainer.global_step - self.saved_step >= self.steps:
             self._save(trainer)
         if request > 1:
@@ -137,10 +138,10 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        if request := self._find_highest(trainer, self.signal):
+        if request := self._reduce_max(trainer, self.signal):
             self._exit(request)
 
-    def _find_highest(self, trainer: Trainer, request: int) -> int:
+    def _reduce_max(self, trainer: Trainer, request: int) -> int:
         """Return the highest request of all processes."""
         tensor = torch.tensor(int(request), device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(tensor, reduce_op="max"))
@@ -166,7 +167,7 @@ class ResumeCheckpoint(Checkpoint):
             "log_step": get_log_step(trainer),
             "run_folder": str(self.file.parents[1]),
         }
-        if self.loader_states:  # those in the checkpoint are one batch ahead
+        if self.loader_states:  # Lightning's include the batch that it has already fetched
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self.loader_states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -235,7 +236,7 @@ class ResumeCheckpoint(Checkpoint):
         # Not after every step, because it waits for the GPU; a run does not recover from such a loss.
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-            if self._find_highest(trainer, isinstance(loss, torch.Tensor) and not is_finite({"loss": loss})):
+            if self._reduce_max(trainer, isinstance(loss, torch.Tensor) and not is_finite({"loss": loss})):
                 moment = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1}, batch {batch_idx + 1})"
                 raise self._describe_divergence(f"the loss is not finite at {moment}")
 

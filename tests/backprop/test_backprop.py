@@ -145,8 +145,8 @@ def test_vectorised_descent_equals_training(losses, gradients):
     np.testing.assert_allclose(curves, [*losses[gradients].values()], atol=1e-15, rtol=0)
 
 
-def test_past_two_finds_the_rates_at_which_the_loss_rises_and_sticks():
-    study = stability.past_two()
+def test_scan_finds_the_learning_rates_at_which_the_loss_rises_and_sticks():
+    study = stability.scan_learning_rates()
     assert study.limit < study.first_rise < study.stuck
     assert study.flatter > 500 > study.limit  # otherwise η = 500 could not stay at its minimum
     assert (study.losses[study.rates >= study.stuck, -1] > 0.249).all()

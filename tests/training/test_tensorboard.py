@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
@@ -80,14 +81,22 @@ class VAE(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def test_other_task_is_tested_without_plots_of_predictions(tmp_path):
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_task_has_no_plots_of_predictions_and_a_failing_plot_is_one_warning(
+    fails, tmp_path, monkeypatch, recwarn
+):
     data, module = ImageDataModule(Digits()), VAE()
     options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     limits = {"max_epochs": 2, "limit_train_batches": 3, "limit_test_batches": 1, "log_every_n_steps": 1}
     logger, callbacks = TensorBoardLogger(tmp_path, name=""), [tensorboard.TensorBoardCallback()]
+    if fails:
+        monkeypatch.setattr(logger.experiment, "add_image", Mock(side_effect=OSError("disk is full")))
     trainer = L.Trainer(logger=logger, accelerator="cpu", callbacks=callbacks, **options, **limits)
     trainer.fit(module, data)
     assert not module.frozen.training
     trainer.test(module, data, verbose=False)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
-    assert "test/mse" in tags["scalars"] and tags["images"] == ["train/augmented batch", "weights/conv1 filters"]
+    images = [] if fails else ["train/augmented batch", "weights/conv1 filters"]
+    assert "test/mse" in tags["scalars"] and tags["images"] == images
+    messages = [str(warning.message) for warning in recwarn if "TensorBoard lacks" in str(warning.message)]
+    assert len(messages) == 2 * fails and all("(OSError: disk is full)" in message for message in messages)
