@@ -3,7 +3,7 @@
 Without --time-to, steps of python -m src.train take turns with those of a bare PyTorch loop, the upper limit: the same
 network, optimizer and batches without Lightning and logging.
 
---time-to 99.4 trains `experiment=fastest`, or the experiment named, to its end with several seeds. It trains the
+--time-to 99.4 trains `experiment=fast`, or the experiment named, to its end with several seeds. It trains the
 baseline with several seeds until that has this test accuracy in percent, tested after each epoch; tests are not timed.
 The baseline has the pipeline of its authors: torchvision's transforms per image in a DataLoader, default memory layout.
 After each run of the experiment, each baseline trains for an epoch. Soft labels are computed anew for each run, and
@@ -40,7 +40,7 @@ def main() -> None:
 
     if arguments.time_to is None:
         return compare_with_bare_loop(arguments.overrides, arguments.rounds)
-    overrides = ["experiment=fastest", *arguments.overrides]  # Hydra takes the last experiment
+    overrides = ["experiment=fast", *arguments.overrides]  # Hydra takes the last experiment
     compare_times(arguments.time_to, overrides, arguments.seeds, arguments.baseline_seeds)
 
 

@@ -33,7 +33,6 @@ class CNN(nn.Module):
     The defaults have 15,544 parameters. `channels` are the outputs of the six 3×3 convolutions. `blur` is the fraction
     of each pixel that is spread to each neighbour; then `crop` pixels are cut off at each edge. `antialias` is for all
     three poolings or one value per pooling: the first has the largest maps, takes the most time and helps least.
-    `early_pool` moves the first pooling right behind the first convolution, which saves a third of the time.
     `input_shape` is (C, H, W). Raises ValueError for too small images or another number of channels.
     """
 
@@ -47,7 +46,6 @@ class CNN(nn.Module):
         activation: Literal["relu", "gelu"] = "relu",
         bn_before_activation: bool = False,
         antialias: bool | Sequence[bool] = False,
-        early_pool: bool = False,
         input_shape: Sequence[int] = (1, 28, 28),
     ) -> None:
         super().__init__()
@@ -63,13 +61,12 @@ class CNN(nn.Module):
             layers = [nn.ReLU() if activation == "relu" else nn.GELU(), nn.BatchNorm2d(outputs)]
             return [nn.Conv2d(inputs, outputs, 3, padding=1), *(layers[::-1] if bn_before_activation else layers)]
 
-        def block(inputs: int, hidden: int, outputs: int, antialias: bool, early_pool: bool = False) -> nn.Sequential:
-            layers = [*convolution(inputs, hidden), *convolution(hidden, outputs)]
-            layers.insert(1 if early_pool else len(layers), AntialiasedMaxPool() if antialias else nn.MaxPool2d(2))
-            return nn.Sequential(*layers, nn.Dropout(dropout))
+        def block(inputs: int, hidden: int, outputs: int, antialias: bool) -> nn.Sequential:
+            pool = AntialiasedMaxPool() if antialias else nn.MaxPool2d(2)
+            return nn.Sequential(*convolution(inputs, hidden), *convolution(hidden, outputs), pool, nn.Dropout(dropout))
 
         c1, c2, c3, c4, c5, c6 = channels
-        self.conv1 = block(input_shape[0], c1, c2, antialias[0], early_pool)  # 28×28 to 14×14 for MNIST
+        self.conv1 = block(input_shape[0], c1, c2, antialias[0])  # 28×28 to 14×14 for MNIST
         self.conv2 = block(c2, c3, c4, antialias[1])  # to 7×7
         self.conv3 = block(c4, c5, c6, antialias[2])  # to 3×3
         self.gap = nn.Conv2d(c6, num_classes, 1)
