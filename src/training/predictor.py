@@ -134,8 +134,8 @@ def _read_config(content: dict[str, Any]) -> DictConfig:
     config = resolve_config(OmegaConf.create({key: saved[key] for key in ("model", "task", "data") if key in saved}))
     if model := config.get("model"):
         model._target_ = re.sub(r"^\.", f"{PACKAGE}.", model._target_)  # a name within this package
-        for key in {"weights", "pretrained"} & model.keys() if not model._target_.startswith(f"{PACKAGE}.") else ():
-            model[key] = None  # torchvision and timm would download what is replaced
+        if not model._target_.startswith(f"{PACKAGE}."):  # torchvision and timm would download what is replaced
+            model.update({key: value for key, value in {"weights": None, "pretrained": False}.items() if key in model})
     validate_config(config)
     return config
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src import export
-from src.core import config
+from src.core import allowed_targets
 from src.data.image_spec import ImageSpec
 from src.training.instantiate import instantiate_for_images
 from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
@@ -39,7 +39,7 @@ def test_exports_of_any_batch_size_compute_what_pytorch_does(run_main, small_wei
 def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, model):
     if model["_target_"].startswith("timm"):
         pytest.importorskip("timm")
-        monkeypatch.setattr(config, "ALLOWED_TARGETS", re.compile("timm.create_model"))
+        monkeypatch.setattr(allowed_targets, "ALLOWED_TARGETS", re.compile("timm.create_model"))
     spec = ImageSpec("pets", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
     net = instantiate_for_images("model", model, spec)
     torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import nn
 
 import src
 from src import evaluate
+from src.core import allowed_targets
 from src.core.errors import UserError
 from src.data.datamodule import ImageDataModule
 from src.data.datasets import Digits
 from src.models.classifier import Classifier
 from src.models.cnn import CNN
-from src.training.predictor import SHIPPED_WEIGHTS, load_predictor
+from src.training.predictor import SHIPPED_WEIGHTS, _read_config, load_predictor
 from tests.specs import MNIST_SPEC
 
 CHANNELS = [4, 4, 4, 4, 4, 4]
@@ -35,6 +37,13 @@ def test_run_folder_checkpoint_and_pt_file_give_the_same_network(finished_run, t
     assert not from_folder.net.training and torch.equal(from_checkpoint(images), from_folder(images))
     normalized = torch.randn(3, 1, 28, 28)
     assert torch.equal(load_predictor(tmp_path / "net.pt").net(normalized), from_folder.net(normalized))
+
+
+def test_a_library_network_downloads_no_weights_that_are_replaced(tmp_path, monkeypatch):
+    (tmp_path / "zoo.py").write_text("def build(pretrained: bool = False): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(allowed_targets, "ALLOWED_TARGETS", re.compile("zoo.build"))
+    assert _read_config({"model": {"_target_": "zoo.build", "pretrained": True}}).model.pretrained is False
 
 
 def test_evaluation_repeats_the_test_scores_of_the_run(finished_run, run_main, tmp_path):
