@@ -78,6 +78,7 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["optimizer.lr=0.1,0.2"], "add -m for one run per value"),
         (["model.channels=[16,", "16]"], "quote a list with spaces"),
         (["~optimizer.momentun"], "--help lists all keys"),
+        (["logger=null"], "type logger=none"),
         (["model@net=cnn"], "did you mean model?"),
         (["-m", "optimizer.rl=1,2"], "did you mean optimizer.lr?"),
         (["+foo.bar=1"], "foo.bar: no such key"),
