@@ -32,10 +32,10 @@ fast: $(VENV)/.installed  ## 99.5% after one epoch: 28 s; needs MNIST, as record
 record: $(VENV)/.installed  ## best accuracy with 15,544 parameters: 565 s, the first time 18 min more
 	$(RUN) -m src.train experiment=record $(ARGS)
 
-sweep: $(VENV)/.installed  ## learning rate × dropout, nine runs: 20 minutes
+sweep: $(VENV)/.installed  ## learning rate × dropout: nine runs of 260 s
 	$(RUN) -m src.train sweep=lr_dropout data=auto $(ARGS)
 
-tune: $(VENV)/.installed  ## search both with Optuna, bad trials are pruned: half an hour
+tune: $(VENV)/.installed  ## search both with Optuna: 20 trials of at most 260 s, bad ones are pruned
 	$(RUN) -m src.tune data=auto $(ARGS)
 
 ##@ Learn
@@ -43,7 +43,7 @@ tune: $(VENV)/.installed  ## search both with Optuna, bad trials are pruned: hal
 lesson:  ## interactive backpropagation lesson in the browser
 	@$(PYTHON) -c "import pathlib, webbrowser as w; a = pathlib.Path('docs/lesson.html').resolve().as_uri(); print(a); w.open(a)"
 
-backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates: 20 seconds
+backprop: $(VENV)/.installed  ## train the 2-2-2 network at six learning rates: 15 s
 	$(RUN) -m src.train experiment=backprop sweep=backprop_lr $(ARGS)
 
 ##@ Inspect and use: the shipped network, or ARGS=outputs/mnist/FOLDER
