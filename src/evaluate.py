@@ -28,6 +28,7 @@ def fit_ood(predictor: Any, data: Any) -> None:
 
 def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any], str]:
     """Score the test images; plot the confusion matrix and the worst mistakes. Return the scores and their text."""
+    import numpy as np
     import torch
     from sklearn.metrics import classification_report
     from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
@@ -67,7 +68,7 @@ def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any
         "{mistakes:,} mistakes in {images:,} images: accuracy {accuracy:.2%}, loss {loss:.5f}, expected calibration "
     )
     lines = [report(digits=4), (totals + "error {calibration_error:.3%}").format(**scores)]
-    return scores, "\n".join([*lines, *(f"{name} {value}" for name, value in metrics.items())])
+    return scores, "\n".join([*lines, *(f"{name} {np.round(value, 4)}" for name, value in metrics.items())])
 
 
 def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
