@@ -245,13 +245,6 @@ def test_edited_config_file_is_a_setting_of_its_own(tmp_path):
     assert "optimizer.weight_decay=0.2" in format_train_command(groups[0])
 
 
-def test_default_option_of_a_swept_group_is_shown(tmp_path):
-    write_run(tmp_path / "one", "experiment=baseline", metrics={"val/acc": 0.5})
-    write_run(tmp_path / "two", metrics={"val/acc": 0.4})
-    groups = compare(tmp_path).groups
-    assert [group.values["experiment"] for group in groups] == ["baseline", "null"]
-
-
 def test_repeats_count_once_and_are_named(tmp_path, capsys):
     for name, seed in ("a", 0), ("b", 0), ("c", 1_000_001), ("d", 1_000_002):
         write_run(
