@@ -190,7 +190,6 @@ def test_imbalanced_classes_are_scored_by_own_metrics_and_trained_weights_fine_t
     metrics = project.read_metrics("run0")
     assert {"val/macro_f1", "test/macro_f1", "test/recall/cat"} <= metrics["metrics"].keys()
     assert metrics["best_epoch"] == 1 and "macro_f1 " in results[3].out
-    assert "28 of 45 tensors" in results[1].out or "of" in results[1].out
 
 
 def test_own_task_is_ranked_by_its_metric_and_resumes(project):

@@ -187,8 +187,9 @@ def test_stop_before_the_test_gives_identical_scores(run_main, tmp_path, monkeyp
     monkeypatch.setattr(L.Trainer, "test", terminate)
     assert run_main(*TINY, *noisy, f"hydra.run.dir={folder}").code == 143
     assert run_main(f"resume={folder}").code == 0
-    assert json.loads((folder / "metrics.json").read_text())["samples_per_second"] > 0  # of the part before
-    assert read_outcome(folder) == expected
+    results = json.loads((folder / "metrics.json").read_text())  # with the seconds and samples of the part before
+    samples = results["samples_per_second"] * results["seconds"]["fit"]
+    assert samples == pytest.approx(8 * results["steps"], rel=0.02) and read_outcome(folder) == expected
 
 
 def test_submitits_handler_requeues_after_a_checkpoint(run_main, tmp_path, interrupt_at, uninterrupted):
