@@ -38,10 +38,11 @@ HYPERPARAMETERS = re.compile(
 
 
 class RunRecorder(Timer):
-    """Log the hyperparameters, and measure the seconds of all parts of a resumed run."""
+    """Log the hyperparameters, and measure the seconds of all parts of a resumed run; trainer.max_time ends it."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        super().__init__()
+        plain: Any = OmegaConf.to_container(cfg.trainer)
+        super().__init__(plain.get("max_time"))  # a Trainer ignores its own max_time beside a Timer
         self.cfg = cfg
         self.overrides, choices = _read_original_overrides(cfg)
         self.choices = {group: str(choices.get(group) or "null") for group in CHOICES}
