@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from src.core.value_types import NonNegativeFloat, PositiveFloat, Probability
+
+MAX_BATCHED_SIZE = 2**16  # numbers per kernel: above, arithmetic takes longer than launching it
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -46,39 +49,46 @@ class Muon(Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
-            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                self.state[parameter] = self.state[parameter] or {"momentum_buffer": torch.zeros_like(parameter)}
+            gradients = [parameter.grad for parameter in parameters]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, gradients)
+            directions = torch._foreach_add(gradients, buffers, alpha=group["momentum"])
             for is_kernel, factor in (True, 1.0), (False, group["sgd_lr_ratio"]):
-                parameters = [x for x in with_gradient if (x.ndim == 4 and x.shape[1] > 1) == is_kernel]
-                if not parameters:
+                indices = [i for i, x in enumerate(parameters) if (x.ndim == 4 and x.shape[1] > 1) == is_kernel]
+                if not indices:
                     continue
-                for parameter in parameters:
-                    self.state[parameter] = self.state[parameter] or {"momentum_buffer": torch.zeros_like(parameter)}
-                gradients = [parameter.grad for parameter in parameters]
-                buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, gradients)
-                updates = list(torch._foreach_add(gradients, buffers, alpha=group["momentum"]))
+                chosen, updates = [parameters[i] for i in indices], [directions[i] for i in indices]
                 lr = group["lr"] * factor
                 decay = 1 - lr * group["weight_decay"]
                 if isinstance(lr, Tensor):  # in a CUDA graph, rounded like the floats
                     lr, decay = lr.to(updates[0].dtype), decay.to(updates[0].dtype)
                 if group["weight_decay"]:
-                    torch._foreach_mul_(parameters, decay)
+                    torch._foreach_mul_(chosen, decay)
                 updates = _orthogonalize_all(updates) if is_kernel else updates
                 torch._foreach_mul_(updates, lr)
-                torch._foreach_sub_(parameters, updates)
+                torch._foreach_sub_(chosen, updates)
         return loss
 
 
 def _orthogonalize_all(kernels: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize kernels of one shape at once."""
-    indices_by_shape, results = defaultdict(list), list(kernels)
+    """Orthogonalize kernels of one shape at once, on a GPU all small ones, padded, because launches take the time."""
+    groups, results = defaultdict(list), list(kernels)
     for index, kernel in enumerate(kernels):
-        indices_by_shape[kernel.shape].append(index)
-    for shape, indices in indices_by_shape.items():
-        rows, columns = shape[0], shape[1:].numel()
-        batch = torch.stack([kernels[index].flatten(1) for index in indices])
-        directions = orthogonalize(batch.mT).mT * (rows / columns) ** 0.5 if rows > columns else orthogonalize(batch)
-        for index, direction in zip(indices, directions, strict=True):
-            results[index] = direction.reshape(shape)
+        is_separate = kernel.device.type == "cpu" or kernel.numel() > MAX_BATCHED_SIZE
+        groups[kernel.shape if is_separate else None].append(index)
+    for indices in groups.values():
+        matrices = [kernels[index].flatten(1) for index in indices]
+        matrices = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+        rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices), strict=True))
+        batch = torch.stack([pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])) for x in matrices])
+        for result, matrix, index in zip(orthogonalize(batch), matrices, indices, strict=True):
+            shape, result = kernels[index].shape, result[: matrix.shape[0], : matrix.shape[1]]
+            ratio = shape[0] / shape[1:].numel()  # of rows to columns
+            results[index] = (result.mT * ratio**0.5 if ratio > 1 else result).reshape(shape)
     return results
