@@ -36,12 +36,12 @@ def tune(cfg: DictConfig) -> None:
 
 def accept_new_keys(override: str) -> list[str]:
     """Return overrides that replace search, sampler or pruner, or a part of it, whichever keys it had before."""
-    key, _, value = override.partition("=")
+    key, _, value = override.lstrip("+").partition("=")
     if not re.fullmatch(r"(search|sampler|pruner)(\.[\w.]+)?", key) or (key == "search" and not value.startswith("{")):
         return [override]
     plus = "" if key in ("sampler", "pruner") else "++"
     replaced = ["~search" if key == "search" else f"{plus}{key}=null"] if value.startswith("{") else []
-    return [*replaced, f"{plus}{override}"]
+    return [*replaced, f"{plus}{key}={value}"]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu or auto",
     "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
     "checkpoint of the same run",
-    "Config group override must be": "GROUP=null: no such option; type logger=none, scheduler=none or ~model",
+    "Config group override must be": "a config group takes the name of an option; for none, type logger=none, scheduler=none or ~model",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
@@ -80,7 +80,9 @@ def describe_error(error: BaseException, batch_size: Any = None) -> str | None:
 
 def _describe_hydra_error(error: BaseException, text: str) -> str | None:
     from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf import DictConfig, OmegaConf
 
+    from src.core.allowed_targets import get_parameters
     from src.core.compat import get_composed_config
     from src.core.config import CONF, describe_unknown_key, find_closest, list_keys
 
@@ -94,8 +96,12 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
         hint = f"did you mean {closest}? " if closest else ""
         return f"{group or '--config-name'}={option}: no such option; {hint}there are {', '.join(options)}"
     if match := re.match(r"(In '(.*?)': )?Could not (delete|override)[^']*'(.*?)'", text):
-        known = list_keys(get_composed_config(error)) if match[3] == "override" else []
-        line = describe_unknown_key(match[4], known)
+        is_override = match[3] == "override"
+        composed = get_composed_config(error) if is_override else DictConfig({})
+        node, _, name = match[4].rpartition(".")
+        if (target := OmegaConf.select(composed, f"{node}._target_")) and name in get_parameters(target):
+            return f"{match[4]}: is not in the YAML file; type +{match[4]}=… to add it"
+        line = describe_unknown_key(match[4], list_keys(composed) if is_override else [])
         return f"conf/{match[2]}.yaml: {line}" if match[2] else line
     if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)' 1\.", text):
         key, values = match.groups()
