@@ -70,7 +70,7 @@ class Workbook(xlsxwriter.Workbook):
         for row, step in enumerate(steps, start=end + len(NOTES) + 1):
             sheet.write(row, 0, f"loss {step}", self.bold)
             sheet.write_formula(row, 1, self._link_loss(step), self.tiny, self.trace["E_total"][step - 1].item())
-        sheet.insert_image("D3", ROOT / "docs/backprop_names.png", {"x_scale": 0.75, "y_scale": 0.75})
+        sheet.insert_image("D3", ROOT / "docs/backprop_names.png", {"x_scale": 0.32, "y_scale": 0.32})
         sheet.set_column(0, 0, 12)
         sheet.set_column(1, 1, 19)
 
