@@ -29,8 +29,7 @@ def main() -> int:
     import_lightning()
     import torch
 
-    from src.data.preprocess import find_images
-    from src.training.predictor import load_predictor
+    from src.training.predictor import find_images, load_predictor
 
     predictor = load_predictor(arguments.weights)
 

@@ -26,6 +26,7 @@ from src.core.error_messages import exit_on_error
 from src.core.errors import UserError, escape_control_characters, format_metric, print_error
 from src.core.files import exclusive_lock
 from src.core.process import count_cores, list_gpus
+from src.sweeps.continuation import format_continue_command, reject_different_config
 
 keep_configs_of_finished_runs()  # also in worker processes, which import this file
 
@@ -58,7 +59,7 @@ class SweepCallback(Callback):
             _validate_jobs(config, jobs)
             if (folder / "multirun.yaml").exists() and (before := run_folder.read_yaml(folder / "multirun.yaml")):
                 plain, overrides = OmegaConf.to_container(config), config.hydra.overrides.task
-                run_folder.reject_different_config(before, plain, f"the sweep in {folder}", overrides)
+                reject_different_config(before, plain, f"the sweep in {folder}", overrides)
                 pairs = zip(list_jobs(OmegaConf.create(before["hydra"])), jobs, strict=False)
                 if "job.num" in OmegaConf.to_yaml(config.hydra.sweep) and any(old != new for old, new in pairs):
                     raise UserError(f"{folder}: other jobs have these numbers already; choose another folder")
@@ -107,7 +108,7 @@ class ReportingSweeper(get_basic_sweeper()):  # type: ignore[misc]
             with exclusive_lock(folder), tolerance:
                 super().sweep(arguments)
         except SystemExit as stop:
-            command = run_folder.format_continue_command(folder / "multirun.yaml")
+            command = format_continue_command(folder / "multirun.yaml")
             run_folder.print_continue_command(stop.code, command)
             raise
         except Exception as error:

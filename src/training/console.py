@@ -157,7 +157,6 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     if not is_verbose():
         return
     path, scores = shlex.quote(os.path.relpath(folder)), results["metrics"]
-    is_tested = any(name.startswith("test/") for name in scores)
     rows = {
         name: format_metric(name, value, digits=4)
         for name, value in scores.items()
@@ -165,6 +164,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     }
     rows["time"] = f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"
     rows["folder"] = path
-    rows["next"] = f"python -m src.evaluate {path}" if is_tested else f"tensorboard --logdir {path}"
+    rows["next"] = f"tensorboard --logdir {path}"
+    if any(name.startswith("test/") for name in scores):
+        rows["next"] = f"python -m src.evaluate {path}"
     print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
     print(*(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), sep="\n", flush=True)

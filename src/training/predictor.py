@@ -1,5 +1,6 @@
 """Load trained networks from run folders, checkpoints and .pt files, and predict with them."""
 
+import os
 import re
 from pathlib import Path
 from textwrap import shorten
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from src.core.config import CONF, PACKAGE, ROOT, resolve_config, validate_config
 from src.core.errors import UserError, escape_control_characters
+from src.core.run_folder import holds_run
 from src.data.image_spec import ImageSpec
-from src.data.preprocess import preprocess_digit, resize_image
+from src.data.mnist_format import preprocess_digit
+from src.data.preprocess import SUFFIXES, list_files, resize_image
 from src.models.classifier import Classifier, check_outputs
 from src.models.ood import OODDetector
 from src.training.checkpoints import is_finite, load_weights_only
@@ -70,6 +73,17 @@ class Predictor(nn.Module):
             prediction = {self.spec.label_name: label, "probability": first, "sure": sure, "runner_up": runner_up}
             predictions.append(prediction | {"runner_up_probability": second, "probabilities": probabilities})
         return predictions
+
+
+def find_images(path: Path) -> list[Path]:
+    """Return a file itself, and of a folder the image files at any depth. Raises UserError for the folder of a run."""
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+        return [path]
+    if holds_run(path):  # with plots
+        raise UserError(f"{path}: a run, not an image; type --weights {path} IMAGE")
+    if not (files := list_files(path, SUFFIXES)):
+        raise UserError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
+    return files
 
 
 def find_weights_file(path: Path | str | None = None, best: bool = False) -> Path:

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from src import predict
 from src.core.errors import UserError
 from src.data.datasets import Digits
-from src.data.preprocess import find_images, preprocess_digit
-from src.training.predictor import SHIPPED_WEIGHTS
+from src.data.mnist_format import preprocess_digit
+from src.training.predictor import SHIPPED_WEIGHTS, find_images
 
 DRAWN = sorted((Path(__file__).parents[1] / "images").glob("[0-9].*"))
 

@@ -27,8 +27,9 @@ from omegaconf import OmegaConf
 from src import report
 from src.core.config import CONF, infer_mode
 from src.core.files import exclusive_lock
-from src.core.run_folder import format_continue_command, read_status, write_status
+from src.core.run_folder import read_status, write_status
 from src.sweeps.callback import list_jobs
+from src.sweeps.continuation import format_continue_command
 from src.sweeps.plots import plot_heat_map, plot_scores
 from src.sweeps.report import format_markdown, list_blocks, write_report
 from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs

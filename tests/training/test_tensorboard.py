@@ -12,7 +12,7 @@ from torch import nn
 from src.data.datamodule import ImageDataModule
 from src.data.datasets import Digits
 from src.models.cnn import CNN
-from src.training import tensorboard
+from src.training.tensorboard_callback import TensorBoardCallback
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "optimizer.lr=0.05", "trainer.log_every_n_steps=5"
 
@@ -88,7 +88,7 @@ def test_other_task_has_no_plots_of_predictions_and_a_failing_plot_is_one_warnin
     data, module = ImageDataModule(Digits()), VAE()
     options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     limits = {"max_epochs": 2, "limit_train_batches": 3, "limit_test_batches": 1, "log_every_n_steps": 1}
-    logger, callbacks = TensorBoardLogger(tmp_path, name=""), [tensorboard.TensorBoardCallback()]
+    logger, callbacks = TensorBoardLogger(tmp_path, name=""), [TensorBoardCallback()]
     if fails:
         monkeypatch.setattr(logger.experiment, "add_image", Mock(side_effect=OSError("disk is full")))
     trainer = L.Trainer(logger=logger, accelerator="cpu", callbacks=callbacks, **options, **limits)
