@@ -64,10 +64,8 @@ def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any
             for i in find_worst_mistakes(labels, probabilities).tolist()
         ],
     }
-    totals = (
-        "{mistakes:,} mistakes in {images:,} images: accuracy {accuracy:.2%}, loss {loss:.5f}, expected calibration "
-    )
-    lines = [report(digits=4), (totals + "error {calibration_error:.3%}").format(**scores)]
+    totals = "{mistakes:,} mistakes in {images:,} images: accuracy {accuracy:.2%}, loss {loss:.5f}".format(**scores)
+    lines = [report(digits=4), f"{totals}, expected calibration error {scores['calibration_error']:.3%}"]
     return scores, "\n".join([*lines, *(f"{name} {np.round(value, 4)}" for name, value in metrics.items())])
 
 

@@ -32,7 +32,6 @@ def main() -> int:
     from src.training.predictor import find_images, load_predictor
 
     predictor = load_predictor(arguments.weights)
-
     files = [file for path in arguments.images for file in find_images(path)]
     results: list[dict[str, Any]] = [{"file": str(file)} for file in files]
     images = []

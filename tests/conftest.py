@@ -89,11 +89,9 @@ def train_small(folder: Path, *overrides: str) -> Path:
     """Train a tiny network on a few digits into `folder`, in this process, and return `folder`."""
     from src import train
 
-    arguments = [*SMALL, *overrides]
+    place = f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={folder}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys, "argv", ["src/train.py", *arguments, f"hydra.{'sweep' if '-m' in overrides else 'run'}.dir={folder}"]
-        )
+        patch.setattr(sys, "argv", ["src/train.py", *SMALL, *overrides, place])
         try:
             train.main()
         except SystemExit as stop:
@@ -103,7 +101,7 @@ def train_small(folder: Path, *overrides: str) -> Path:
 
 SMALL = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "trainer.accelerator=cpu", "trainer.max_epochs=2"),
-    *("trainer.limit_train_batches=6", "callbacks.tensorboard=null"),
+    *("trainer.limit_train_batches=6", "++callbacks.tensorboard=null"),
 )
 
 

@@ -47,13 +47,7 @@ def label_ends(axes: Any) -> None:
     if order and (excess := heights[order[-1]] - 1) > 0:
         heights = [height - excess for height in heights]
     for curve, height in zip(curves, heights, strict=True):
-        axes.annotate(
-            f" {curve.get_label()}",
-            xy=curve.get_xydata()[-1],
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            color=curve.get_color(),
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": curve.get_color(), "linewidth": 0.8, "relpos": (0, 0.5)},
-        )
+        color, place = curve.get_color(), {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center"}
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "relpos": (0, 0.5)}
+        end, options = curve.get_xydata()[-1], {"color": color, "annotation_clip": False, "arrowprops": line}
+        axes.annotate(f" {curve.get_label()}", end, **place, **options)

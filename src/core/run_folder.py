@@ -63,9 +63,8 @@ def read_metrics(file: Path) -> dict[str, Any]:
             results[part] = {name: float(number) for name, number in results[part].items()}
         return results
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{file}: damaged ({type(error).__name__} {error}); delete it to finish the run again"
-        ) from error
+        reason = f"damaged ({type(error).__name__} {error})"
+        raise UserError(f"{file}: {reason}; delete it to finish the run again") from error
 
 
 def read_yaml(file: Path) -> Any:

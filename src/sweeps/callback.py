@@ -26,7 +26,7 @@ from src.core.error_messages import exit_on_error
 from src.core.errors import UserError, escape_control_characters, format_metric, print_error
 from src.core.files import exclusive_lock
 from src.core.process import count_cores, list_gpus
-from src.sweeps.continuation import format_continue_command, reject_different_config
+from src.sweeps.runs import format_continue_command, reject_different_config
 
 keep_configs_of_finished_runs()  # also in worker processes, which import this file
 

@@ -27,8 +27,7 @@ from src.core.errors import DivergenceError, UserError, format_metric
 from src.core.files import exclusive_lock
 from src.core.process import configure_hardware
 from src.core.run_folder import make_portable, record_status, write_config
-from src.sweeps.continuation import reject_different_config
-from src.sweeps.runs import explain_no_ranking, format_value
+from src.sweeps.runs import explain_no_ranking, format_value, reject_different_config
 
 STUDY_KEYS = "n_trials", "study_name", "storage", "heartbeat", "sampler", "pruner", "search"  # not in conf/train.yaml
 COUNTED = TrialState.COMPLETE, TrialState.PRUNED

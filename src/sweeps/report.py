@@ -17,9 +17,8 @@ from typing import Any
 
 from src.core.errors import UserError, escape_control_characters, format_metric
 from src.sweeps import stats
-from src.sweeps.continuation import format_continue_command
 from src.sweeps.plots import plot_comparison
-from src.sweeps.runs import STATES, Comparison, compare_runs, format_train_command, read_runs
+from src.sweeps.runs import STATES, Comparison, compare_runs, format_continue_command, format_train_command, read_runs
 
 VERDICT = "vs. best"
 STATISTICS = (

@@ -87,10 +87,8 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
             raise UserError(f"task.loss.weight={node.loss.weight}: needs one number for each of {count} classes")
         parts["loss"] = instantiate_node("task.loss", node.loss, **tensors)
     if OmegaConf.is_dict(node.get("metrics")):
-        metrics = {name: metric for name, metric in node.metrics.items() if metric}
-        parts["metrics"] = {
-            name: instantiate_for_images(f"task.metrics.{name}", x, spec) for name, x in metrics.items()
-        }
+        used = {f"task.metrics.{name}": metric for name, metric in node.metrics.items() if metric}
+        parts["metrics"] = {key.rpartition(".")[2]: instantiate_for_images(key, x, spec) for key, x in used.items()}
     task = instantiate_node("task", node, **parts)
     if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
         config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
@@ -129,9 +127,8 @@ def _check_network(net: Any, spec: Any) -> None:
     except Exception as error:  # libraries raise different errors for a wrong shape
         reason = (str(error) or type(error).__name__).splitlines()[0]
         fix = "set another model= or data=, or an experiment= that sets both"
-        raise UserError(
-            f"model: {type(net).__name__} takes no images of shape {spec.shape} ({reason}); {fix}"
-        ) from error
+        problem = f"{type(net).__name__} takes no images of shape {spec.shape} ({reason})"
+        raise UserError(f"model: {problem}; {fix}") from error
     check_outputs(outputs, len(spec.classes))
 
 

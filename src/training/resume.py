@@ -24,13 +24,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
 
-from src.core.compat import (
-    disable_requeue_and_broadcast,
-    get_loader_states,
-    get_log_step,
-    get_stopping_criteria,
-    restart_at_next_batch,
-)
+from src.core import compat
 from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
 from src.data.sampler import IndexBatchSampler, hash_seed
@@ -102,8 +96,8 @@ class ResumeCheckpoint(Checkpoint):
                 sampler.skip(batches)
             elif batches and not self.loader_states:
                 rank_zero_warn(f"this epoch is drawn anew after {batches} batches; use torchdata's StatefulDataLoader")
-            restart_at_next_batch(trainer, self.loader_states)
-        self.loader_states = get_loader_states(trainer)
+            compat.restart_at_next_batch(trainer, self.loader_states)
+        self.loader_states = compat.get_loader_states(trainer)
 
     def _handle_signal(self, number: int, frame: object) -> None:
         if self.signal:
@@ -163,8 +157,8 @@ class ResumeCheckpoint(Checkpoint):
             "metrics": metrics,
             "callback_metrics": dict(trainer.callback_metrics),
             "should_stop": trainer.should_stop,
-            "stopping_criteria": get_stopping_criteria(trainer),
-            "log_step": get_log_step(trainer),
+            "stopping_criteria": compat.get_stopping_criteria(trainer),
+            "log_step": compat.get_log_step(trainer),
             "run_folder": str(self.file.parents[1]),
         }
         if self.loader_states:  # Lightning's include the batch that it has already fetched
@@ -192,9 +186,9 @@ class ResumeCheckpoint(Checkpoint):
         checkpoint["callbacks"] = states
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        disable_requeue_and_broadcast(trainer)
+        compat.disable_requeue_and_broadcast(trainer)
         if self.resumed:
-            criteria = get_stopping_criteria(trainer)
+            criteria = compat.get_stopping_criteria(trainer)
             if (previous := self.resumed.get("stopping_criteria", criteria)) == criteria:
                 trainer.should_stop |= self.resumed["should_stop"]
             elif previous[:2] != criteria[:2]:  # the numbers of epochs and steps
@@ -232,7 +226,7 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.loader_states = get_loader_states(trainer)
+        self.loader_states = compat.get_loader_states(trainer)
         # Not after every step, because it waits for the GPU; a run does not recover from such a loss.
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -15,8 +15,7 @@ from torchvision.utils import make_grid
 from src.models.classifier import Classifier
 
 CHARTS = {
-    "loss": ["Multiline", ["train/loss$", "val/loss$"]],
-    "accuracy": ["Multiline", ["train/acc %$", "val/acc %$"]],
+    name: ["Multiline", [f"train/{tag}$", f"val/{tag}$"]] for name, tag in [("loss", "loss"), ("accuracy", "acc %")]
 }
 
 
@@ -66,9 +65,8 @@ class TensorBoardCallback(Callback):
             self.is_batch_plotted = True
             is_indices = isinstance(batch, Tensor)  # for a CUDA graph
             images = (trainer.datamodule.make_batch(batch) if is_indices else batch)[0]
-            self.writer.add_image(
-                "train/augmented batch", make_grid(self.spec.denormalize(images[:64])), trainer.global_step
-            )
+            grid = make_grid(self.spec.denormalize(images[:64]))
+            self.writer.add_image("train/augmented batch", grid, trainer.global_step)
 
     @_plot("the gradient norm")
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -84,9 +82,8 @@ class TensorBoardCallback(Callback):
         for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)][:1]:
             filters = layer.weight.detach()[:64, : 3 if layer.in_channels == 3 else 1]
             grid = make_grid(filters, padding=1, normalize=True, scale_each=True)
-            self.writer.add_image(
-                "weights/conv1 filters", nn.functional.interpolate(grid[None], scale_factor=16)[0], step
-            )
+            enlarged = nn.functional.interpolate(grid[None], scale_factor=16)[0]
+            self.writer.add_image("weights/conv1 filters", enlarged, step)
 
     @_plot("the plots of the test")
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:

@@ -10,9 +10,8 @@ def test_ratio_is_that_of_the_printed_speeds(run_main, monkeypatch):
     result = run_main("data=digits", "model.channels=[4,4,4,4,4,4]", "--rounds", 2, main=main)
     assert result.code == 0, result.err
     own, bare = (float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) images/s$", result.out, re.M))
-    ratio, low, high = map(
-        float, re.search(r"^ratio +([\d.]+) ± .*\(([\d.]+) to ([\d.]+)\)$", result.out, re.M).groups()
-    )
+    line = re.search(r"^ratio +([\d.]+) ± .*\(([\d.]+) to ([\d.]+)\)$", result.out, re.M)
+    ratio, low, high = map(float, line.groups())
     assert (own - 0.5) / (bare + 0.5) - 0.001 < ratio < (own + 0.5) / (bare - 0.5) + 0.001 and low <= ratio <= high
 
 

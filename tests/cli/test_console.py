@@ -1,4 +1,4 @@
-"""What a run, a sweep, a mistake and --help print."""
+"""What a run, a mistake and --help print."""
 
 import io
 import json
@@ -15,7 +15,6 @@ import pytest
 from conftest import SMALL
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from src import predict, train, tune
 from src.cli.hydra_main import _quote
 from src.core.config import CONF, ROOT
 
@@ -31,13 +30,13 @@ class Terminal(io.StringIO):
 def terminal(run_main, monkeypatch):
     """Run a main with a terminal as its output; return the lines that stay on it."""
 
-    def run(*arguments: object, main=train.main, columns: int = 80) -> list[str]:
+    def run(*arguments: object) -> list[str]:
         screen = Terminal()
         monkeypatch.setattr(sys, "stdout", screen)
-        for name, value in ("TERM", "xterm"), ("COLUMNS", str(columns)), ("LINES", "50"):
+        for name, value in ("TERM", "xterm"), ("COLUMNS", "80"), ("LINES", "50"):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("rich._console", None)  # the one of a test before has its width
-        run_main(*arguments, main=main)
+        run_main(*arguments)
         # A line that is erased later was a state of the bar.
         seen = re.sub(r"[^\n]*\n?(\r|\x1b\[1A|\x1b\[\?25h)*\x1b\[2K", "", screen.getvalue())
         return re.sub(r"\r|\x1b\[[?\d;]*[A-Za-z]", "", seen).splitlines()
@@ -60,14 +59,7 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
     wide = [line for line in lines if len(line) > 80 and str(tmp_path.name) not in line]
     assert not wide
     assert any(re.match(r"time +\d+\.\d s, [\d,]+ samples/s$", line) for line in lines)
-    assert lines[-1].split()[:4] == ["next", "python", "-m", "src.evaluate"]
-
-
-def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
-    lines = terminal("-m", *SMALL, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}", columns=45)
-    jobs = [line for line in lines if re.match(r"\d of 2  optimizer.lr=0.\d  \d+.\d\d%$", line)]
-    assert [line[0] for line in jobs] == ["1", "2"]
-    assert not any(line.startswith(("epoch", "next", "layer")) for line in lines)
+    assert re.match(r"next +(python -m src.evaluate|tensorboard --logdir) ", lines[-1])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +76,7 @@ def test_sweep_on_a_terminal_prints_one_line_per_job(terminal, tmp_path):
         (["-m", "optimizer.rl=1,2"], "did you mean optimizer.lr?"),
         (["+foo.bar=1"], "foo.bar: no such key"),
         (["logger=[tensorboard,foo]"], "logger=foo: no such option; there are csv"),
-        (["--config-name=foo"], "--config-name=foo: no such option; there are train, tune"),
+        (["--config-name=foo"], "--config-name=foo: no such option; there are train"),
         (["trainer.precision=oops"], "trainer.precision=oops: must be one of auto, 32-true"),
         (["+trainer.callbacks=[]"], "must be null"),
         (["name=\udcc3\udc9cbung"], "set PYTHONUTF8=1"),
@@ -138,24 +130,11 @@ def test_paths_and_names_are_taken_as_typed(override, value):
     assert (values or parsed.value()) == value
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["~model", "+model={_target_:torch.nn.MaxPool1d,kernel_size:2}", "data=digits"], "experiment= that sets both"),
-        (["-m", "model=cnn,cn"], "model=cn: no such option; did you mean cnn?"),
-    ],
-)
-def test_parts_that_do_not_fit_print_one_line_and_change_no_folder(run_main, tmp_path, arguments, words):
-    (tmp_path / "sweep/mine").mkdir(parents=True)
-    result = run_main(*arguments, f"hydra.run.dir={tmp_path / 'run'}", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
-    assert [*tmp_path.rglob("*")] == [tmp_path / "sweep", tmp_path / "sweep/mine"]
-
-
-def test_study_refuses_a_sweep_folder(run_main, tmp_path):
-    places = f"hydra.run.dir={tmp_path / 'study'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    result = run_main(*places, main=tune.main)
-    assert result.code == 2 and "hydra.run.dir" in result.err and not list(tmp_path.iterdir())
+def test_parts_that_do_not_fit_print_one_line_and_make_no_folder(run_main, tmp_path):
+    parts = "~model", "+model={_target_:torch.nn.MaxPool1d,kernel_size:2}", "data=digits"
+    result = run_main(*parts, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "experiment= that sets both" in result.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -163,8 +142,7 @@ def test_study_refuses_a_sweep_folder(run_main, tmp_path):
     [
         (["-S", "-m", "src.train"], "make train installs them"),  # without site-packages
         (["-S", "src/train.py"], "python -m src.train"),
-        (["-S", "src/tune.py"], "python -m src.tune"),
-        (["src/predict.py", "x.png"], "python -m src.predict"),
+        (["src/train.py", "data=digits"], "python -m src.train"),
     ],
 )
 def test_wrong_start_names_the_right_one(start, fix):
@@ -178,13 +156,12 @@ def test_help_prints_recipes_groups_and_the_lines_of_conf_that_set_a_key(run_mai
     for experiment in (CONF / "experiment").glob("*.yaml"):
         assert re.search(rf"^  {experiment.stem}\b", result.out, re.M)  # an own one may lack a comment
     assert re.search(r"^seed: 0 +# int ≥ 0; determines initial weights", result.out, re.M)
-    assert "n_trials: 20" in run_main("--help", main=tune.main).out
-    assert run_main("--version").out == run_main("--version", main=predict.main).out == "digitlab 0.1.0\n"
-    group = run_main("--help", "optimizer=muon").out
-    assert "optimizer=sgd\n    stochastic gradient" in group and "\nsgd_lr_ratio: 0.2" in group
+    assert run_main("--version").out == "digitlab 0.1.0\n"
+    group = run_main("--help", "optimizer=adamw").out
+    assert "optimizer=sgd\n    stochastic gradient" in group and "\nbetas: [0.9, 0.999]" in group
     assert re.search(r"images.yaml:.*mnist.yaml:.*digits.yaml:", run_main("--help", "data=digits").out, re.S)
     lines = run_main("-h", "max_epochs").out
-    assert re.search(r"^trainer.max_epochs$.*trainer/default.yaml: max_epochs: 5 .*record.yaml", lines, re.M | re.S)
+    assert re.search(r"^trainer.max_epochs$.*trainer/default.yaml: max_epochs: 5 .*baseline.yaml", lines, re.M | re.S)
     result = run_main("--help", "optimzer")
     assert result.code == 2 and "did you mean optimizer?" in result.err
 

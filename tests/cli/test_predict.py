@@ -177,6 +177,7 @@ def test_exit_code_tells_whether_all_some_or_no_files_were_read(run_predict, tmp
     some = run_predict(tmp_path / "none.png", DRAWN[0])
     assert some.code == 1 and some.err == f"error: {tmp_path / 'none.png'}: no such file or directory\n"
     assert run_predict(tmp_path / "none.png").code == 2
+    assert run_predict("--version").out == "digitlab 0.1.0\n"
 
 
 def test_file_of_any_name_at_any_depth_is_read_and_a_pipe_is_refused(run_predict, tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import json
 import threading
 import warnings
 from functools import partial
@@ -15,7 +14,6 @@ import torch
 import torchvision
 from PIL import Image
 
-from src import evaluate, export, predict
 from src.core.errors import UserError
 from src.data.datamodule import ImageDataModule
 from src.data.datasets import MNIST, Digits, ImageFolder, MNISTOrDigits, NpzFile, TorchvisionDataset
@@ -243,29 +241,3 @@ def test_torchvision_dataset_without_splits_raises():
     for name in "Nothing", "os", "Omniglot":
         with pytest.raises(UserError, match=f"{name}: no such data set with a test split"):
             TorchvisionDataset(name)
-
-
-def test_torchvision_dataset_is_trained_evaluated_predicted_and_exported(run_main, mnist_root, tmp_path):
-    folder = tmp_path / "run"
-    (mnist_root / "MNIST").rename(mnist_root / "FashionMNIST")
-    result = run_main(*TINY, "data=fashion", f"data.root={mnist_root}", f"hydra.run.dir={folder}")
-    assert result.code == 0, result.err
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["data"] == "fashionmnist"
-    result = run_main(folder, "--output", tmp_path / "out", main=evaluate.main)
-    assert result.code == 0, result.err
-    scores = json.loads((tmp_path / "out/scores.json").read_text())
-    assert scores["accuracy"] == pytest.approx(metrics["metrics"]["test/acc"]) and "Ankle boot" in result.out
-
-    splits = TorchvisionDataset("FashionMNIST").load(mnist_root)
-    images, labels = splits.test[:]
-    (tmp_path / "images").mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{i:03}.png")
-    result = run_main(tmp_path / "images", "--weights", folder, "--json", main=predict.main)
-    predicted = [splits.classes.index(answer["class"]) for answer in json.loads(result.out)]
-    assert (torch.tensor(predicted) == labels).float().mean().item() == pytest.approx(scores["accuracy"])
-
-    pytest.importorskip("onnxruntime")
-    result = run_main(folder, "--output", tmp_path / "out", main=export.main)
-    assert result.code == 0 and (tmp_path / "out/fashionmnist.onnx").exists(), result.err

@@ -22,7 +22,7 @@ from src.core.config import ROOT
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs/own.md").read_text()
-FAST = "callbacks.tensorboard=null", "trainer.accelerator=cpu"
+FAST = "++callbacks.tensorboard=null", "trainer.accelerator=cpu"
 SHORT = *FAST, "trainer.max_epochs=1", "trainer.limit_train_batches=10"  # for runs that need not learn
 # Run programs one after another in one process, which imports PyTorch once.
 DRIVER = """
@@ -251,9 +251,7 @@ def test_notebook_trains_and_checks_a_gradient(project):
     notebook = nbformat.read(project.folder / "docs/notebook.ipynb", as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": project.folder / "docs"}}).execute()
     text = "".join(str(output.get("text")) for cell in notebook.cells for output in cell.get("outputs", []))
-    accuracy, test_acc = (
-        re.findall(pattern, text)[0] for pattern in (r"test accuracy ([\d.]+)%", r"test/acc +([\d.]+)%")
-    )
+    accuracy, test_acc = (re.findall(rf"{name} +([\d.]+)%", text)[0] for name in ("test accuracy", "test/acc"))
     assert min(float(accuracy), float(test_acc)) > 90  # by Lightning alone, and by the command
     assert len(set(re.findall(r"(0\.\d+) by", text))) == 1
 
@@ -270,16 +268,27 @@ def test_renamed_package_trains_and_predicts(project):
 
 
 def test_deleted_parts_are_not_missed(project):
-    commands = read_commands(read_section("What may be deleted"))
-    for number, command in enumerate(commands):  # each part by itself
+    text = read_section("What may be deleted")
+    parts = re.findall(r"^# ([\d,]+) lines: .*\n((?:(?![#`]).+\n)+)", text, re.M)
+
+    def count_lines(folder: Path) -> int:
+        return sum(file.read_text().count("\n") for file in folder.glob("src/**/*.py"))
+
+    names = [file.relative_to(project.folder) for file in project.folder.glob("[sc]*/**/*.[py]*")]
+    for number, (lines, command) in enumerate(parts):  # each part by itself, the last one after all others
+        earlier = "".join(command for _, command in parts[:number]) if number == len(parts) - 1 else ""
         part = project.folder.parent / f"part{number}"
-        project.execute("bash", "-ec", f"cp -r . {part} && cd {part} && {command}")
-        names = [file.relative_to(project.folder) for file in project.folder.glob("[sc]*/**/*.[py]*")]
+        project.execute("bash", "-ec", f"cp -r . {part} && cd {part}\n{earlier}find src -name '*.py' | xargs cat > all")
+        before = (part / "all").read_text().count("\n")
+        project.execute("bash", "-ec", f"cd {part}\n{command.replace('rm -rf', 'rm -r')}")  # it names what exists
+        assert before - count_lines(part) == pytest.approx(int(lines.replace(",", "")), rel=0.1), command
         deleted = [(".".join(name.parent.parts), name.stem) for name in names if not (part / name).exists()]
         uses = [rf"from {parent}(\.| import .*\b){name}\b|_target_: {parent}\.{name}\b" for parent, name in deleted]
         uses += [f'"{parent[5:]}={name}"' for parent, name in deleted if parent.startswith("conf.")]
         for file in (*part.glob("src/**/*.py"), *part.glob("conf/**/*.yaml"), *part.glob("tests/[!d]*/*.py")):
             assert not (use := re.search("|".join(uses), file.read_text())), (command, file, use)
-    project.execute("bash", "-ec", "\n".join(commands))
-    chosen = "-m", "not slurm", "-k", "test_every_config_composes", "--ignore=tests/docs"
-    assert " passed" in project.execute(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *chosen)
+    (left,) = re.findall(r"leave ([\d,]+) lines", text)
+    assert count_lines(part) == pytest.approx(int(left.replace(",", "")), rel=0.02)
+    chosen = "-n0", "-k", "test_every_config_composes or alone_and_in_a_multirun", "tests/training/test_train.py"
+    pytest_command = f"cd {part} && {sys.executable} -m pytest -q -p no:cacheprovider"
+    assert " passed" in project.execute("bash", "-ec", f"{pytest_command} {shlex.join(chosen)}")

@@ -1,7 +1,6 @@
 """Files from strangers and damaged files are refused in one line; no code in them runs, nothing is overwritten."""
 
 import os
-import pickle
 import random
 import shutil
 import subprocess
@@ -12,15 +11,12 @@ import pytest
 import torch
 from conftest import SMALL
 from omegaconf import OmegaConf
-from PIL import Image
 
-from src import predict
 from src.core.config import resolve_and_validate
 from src.core.errors import UserError
 from src.core.files import exclusive_lock
 from src.data import datasets
 from src.training.instantiate import instantiate_all
-from src.training.predictor import load_predictor
 
 
 class Trap:
@@ -53,16 +49,6 @@ def test_checkpoint_with_code_in_it_does_not_run_it(run_main, stopped, tmp_path)
     (tmp_path / "trapped").unlink()
     result = run_main(f"resume={stopped}")
     assert result.code == 2 and "last.ckpt" in result.err and "more than tensors and plain values" in result.err
-    with pytest.raises(UserError, match="more than tensors and plain values"):
-        load_predictor(stopped)
-    assert not (tmp_path / "trapped").exists()
-
-
-@pytest.mark.parametrize("dump", [torch.save, lambda trap, file: file.write_bytes(pickle.dumps(trap))])
-def test_weights_file_with_code_in_it_does_not_run_it(run_main, tmp_path, dump):
-    dump(Trap(tmp_path / "trapped"), tmp_path / "x.pt")
-    result = run_main(tmp_path / "x.png", "--weights", tmp_path / "x.pt", main=predict.main)
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "x.pt: cannot be loaded" in result.err
     assert not (tmp_path / "trapped").exists()
 
 
@@ -74,11 +60,6 @@ def test_config_of_a_run_folder_that_names_a_function_is_refused(run_main, stopp
     result = run_main(f"resume={stopped}")
     assert result.code == 2 and len(result.err.splitlines()) == 1 and f"_target_={target}" in result.err
     assert read_files(stopped).keys() == before.keys()
-    content = torch.load(file := stopped / "checkpoints/last.ckpt", weights_only=True)
-    content["hyper_parameters"]["run_config"]["model"]["_target_"] = target
-    torch.save(content, file)
-    with pytest.raises(UserError, match=f"_target_={target}"):
-        load_predictor(stopped)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +67,7 @@ def test_config_of_a_run_folder_that_names_a_function_is_refused(run_main, stopp
     [
         "{_target_: builtins.exec}",
         "{_target_: src.cli.hydra_main.os.system}",
-        "{_target_: src.sweeps.callback.SweepCallback}",
+        "{_target_: src.cli.hydra_main.CheckCommand}",
         "{_target_: torch.hub.load}",
         "{_target_: torch.nn.modules.module.torch.load}",
         "{_target_: '${name}', name: os.system}",
@@ -101,20 +82,11 @@ def test_target_outside_the_allow_list_is_refused(node):
         resolve_and_validate(OmegaConf.create(f"{{name: os.system, model: {{x: {node}}}}}"))
 
 
-@pytest.mark.parametrize(("key", "target"), [("callbacks", "src.optim.muon.Muon"), ("logger", "torch.nn.Identity")])
+@pytest.mark.parametrize(("key", "target"), [("callbacks", "torch.optim.SGD"), ("logger", "torch.nn.Identity")])
 def test_callback_or_logger_of_another_class_is_refused(key, target):
-    node = {"_target_": target} | ({"params": [torch.nn.Parameter(torch.zeros(2, 2))]} if "Muon" in target else {})
+    node = {"_target_": target} | ({"params": [torch.nn.Parameter(torch.zeros(2, 2))]} if "SGD" in target else {})
     with pytest.raises(UserError, match=f"{key}.x"):
         instantiate_all(key, {"x": node})
-
-
-def test_weights_that_are_not_finite_are_refused(stopped):
-    file = stopped / "checkpoints/last.ckpt"
-    checkpoint = torch.load(file, weights_only=True)
-    next(iter(checkpoint["state_dict"].values())).fill_(float("nan"))
-    torch.save(checkpoint, file)
-    with pytest.raises(UserError, match="finite"):
-        load_predictor(stopped)
 
 
 def make_damaged(content: bytes, count: int):
@@ -144,37 +116,6 @@ def test_damaged_mnist_files_are_refused_by_name(mnist_root):
                     datasets.MNIST().load(mnist_root)
         file.write_bytes(content)
     assert datasets.MNIST().load(mnist_root).train.images.shape == (40, 1, 28, 28)
-
-
-def test_damaged_weights_are_refused_in_one_line_or_harmless(small_weights, tmp_path):
-    file, content, refused = tmp_path / "x.pt", small_weights.read_bytes(), 0
-    expected = load_predictor(small_weights).net.state_dict()
-    for damaged in make_damaged(content, 40):
-        file.write_bytes(damaged)
-        try:  # a flipped bit may fall into padding
-            state = load_predictor(file).net.state_dict()
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
-        except UserError as error:
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 30
-
-
-def test_oversized_image_is_one_line(run_main, small_weights, tmp_path):
-    Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
-    result = run_main(tmp_path / "huge.png", "--weights", small_weights, main=predict.main)
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "at most 50,000,000" in result.err
-
-
-def test_names_of_files_and_classes_inject_no_lines_or_terminal_codes(run_main, small_weights, tmp_path):
-    name = "a\nerror: everything is lost\x1b[31m"
-    (tmp_path / f"{name}.png").touch()
-    result = run_main(tmp_path, "--weights", small_weights, main=predict.main)
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "\x1b" not in result.err
-    content = torch.load(small_weights, weights_only=True)
-    content["data"]["classes"] = [name, *"123456789"]
-    torch.save(content, tmp_path / "x.pt")
-    assert load_predictor(tmp_path / "x.pt").spec.classes[0] == r"a\nerror: everything is lost\x1b[31m"
 
 
 def test_run_folder_is_used_by_one_process_at_a_time(run_main, stopped):

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_sweeps import TINY, read_csv, read_scores
 
 from src import tune
 from src.core.config import CONF
+from src.core.value_types import ROOT_KEYS
 
 optuna = pytest.importorskip("optuna")
 
@@ -192,3 +194,18 @@ def test_interrupted_trial_continues_from_its_checkpoint_bitwise(run_main, tmp_p
     assert run_main(*training, dropout, f"hydra.run.dir={tmp_path / 'whole'}").code == 0
     assert read_scores(folder) == read_scores(tmp_path / "whole")
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_study_has_rules_for_its_keys_help_and_refuses_a_sweep_folder(run_main, tmp_path):
+    places = f"hydra.run.dir={tmp_path / 'study'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    result = run_main(*places, main=tune.main)
+    assert result.code == 2 and "hydra.run.dir" in result.err and not list(tmp_path.iterdir())
+    assert "n_trials: 20" in run_main("--help", main=tune.main).out
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert ROOT_KEYS.keys() <= compose("tune").keys()
+
+
+def test_study_on_several_devices_is_refused(run_main, tmp_path):
+    several = "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"
+    result = run_main(*TINY, *several, f"hydra.run.dir={tmp_path / 'study'}", main=tune.main)
+    assert result.code == 2 and "a job of a sweep or study trains on one device" in result.err.splitlines()[-1]

@@ -6,10 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import run_with_processes
 from slurm import Cluster, cluster, lacking
-from test_sweeps import TINY
+from test_sweeps import TINY, read_weights
 
 from src.core.config import CONF
 
@@ -24,11 +23,6 @@ def slurm(tmp_path_factory):
         pytest.skip(f"no Slurm: {reason}")
     with cluster(tmp_path_factory.mktemp("slurm")) as up:
         yield up
-
-
-def read_weights(run: Path) -> dict[str, list]:
-    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    return {name: tensor.tolist() for name, tensor in state.items()}
 
 
 def wait_for(condition, seconds: float = 120) -> None:

@@ -29,14 +29,13 @@ from src.core.config import CONF, infer_mode
 from src.core.files import exclusive_lock
 from src.core.run_folder import read_status, write_status
 from src.sweeps.callback import list_jobs
-from src.sweeps.continuation import format_continue_command
 from src.sweeps.plots import plot_heat_map, plot_scores
 from src.sweeps.report import format_markdown, list_blocks, write_report
-from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
+from src.sweeps.runs import Comparison, compare_runs, format_continue_command, format_train_command, read_runs
 from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values, required_seeds
 
 TINY = (
-    *("data=digits", "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1", "callbacks.tensorboard=null"),
+    *("data=digits", "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1", "++callbacks.tensorboard=null"),
     *("callbacks.model_summary=null", "trainer.max_epochs=1", "trainer.limit_train_batches=20"),
 )
 
@@ -114,7 +113,7 @@ def test_printed_command_trains_the_best_setting_again_bitwise(run_main, tmp_pat
     hydra = {"mode": "MULTIRUN", "callbacks": {"sweep": sweep}, "sweeper": {"params": params}}
     text = yaml.safe_dump({"trainer": {"max_epochs": 2}, "hydra": hydra})
     (tmp_path / "conf/sweep/mine.yaml").write_text(f"# @package _global_\n{text}")
-    settings = *TINY[:2], "callbacks.tensorboard=null", "trainer.limit_train_batches=3"
+    settings = *TINY[:2], "++callbacks.tensorboard=null", "trainer.limit_train_batches=3"
     result = run_main("sweep=mine", *settings, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     best = compare(tmp_path / "sweep").best
     assert result.code == 0 and len(best.runs) == 4 and len(best.values) == 2, result.err
@@ -457,6 +456,8 @@ def test_killed_sweep_continues_to_bitwise_equal_weights(finished_sweep, run_mai
         (["seed=0,1", "optimizer.momentum=2"], "optimizer.momentum=2: must be"),
         (["optimizer=sgd,adamw", "optimizer.weight_decay=-1,0"], "optimizer.weight_decay=-1: must be"),
         (["optimizer=glob(x*)"], "a sweep without jobs"),
+        (["seed=range(0)"], "seed=range(0)"),
+        (["model=cnn,cn"], "model=cn: no such option; did you mean cnn?"),
         (["hydra.callbacks.sweep.average_over=[seed,data.sed]"], "did you mean data.seed?"),
         (["optimizer.lr=0.1,0.2", "hydra.sweep.subdir=${seed}"], "jobs would share folders"),
     ],
@@ -486,3 +487,31 @@ def test_folder_in_use_by_another_sweep_is_refused(run_main, tmp_path):
     with exclusive_lock(tmp_path):
         result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 2 and "another process is using" in result.err and not list(tmp_path.iterdir())
+
+
+def test_signal_ends_a_sweep_which_continues(run_main, tmp_path, interrupt_at):
+    interrupt_at(7, signal.SIGTERM)
+    result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert result.code == 143 and not (tmp_path / "sweep/seed=1").exists()
+    (line,) = [line for line in result.err.splitlines() if "continue with" in line]
+    command = shlex.split(line)
+    assert run_main(*command[command.index("src.train") + 1 :]).code == 0
+    assert run_main(*TINY, "seed=0", f"hydra.run.dir={tmp_path / 'whole'}").code == 0
+    assert read_weights(tmp_path / "sweep/seed=0") == read_weights(tmp_path / "whole")
+    assert len(list(tmp_path.glob("sweep/*/metrics.json"))) == 2
+
+
+def test_sweep_on_a_terminal_prints_one_line_per_job(run_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    lines = run_main("-m", *SMALL, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={tmp_path / 'sweep'}").out.splitlines()
+    jobs = [line for line in lines if re.match(r"\d of 2  optimizer.lr=0.\d  \d+.\d\d%$", line)]
+    assert [line[0] for line in jobs] == ["1", "2"]
+    assert not any(line.startswith(("epoch", "next", "layer")) for line in lines)
+
+
+@pytest.mark.parametrize("mark", [".hydra/config.yaml", ".tune/config.yaml"])
+def test_folder_of_a_run_or_a_study_is_refused(run_main, tmp_path, mark):
+    (tmp_path / mark).parent.mkdir()
+    (tmp_path / mark).write_text("seed: 0")
+    result = run_main("-m", *TINY, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert result.code == 2 and ": holds a " in result.err and len(result.err.splitlines()) == 1

@@ -30,9 +30,7 @@ def test_tensors_of_equal_name_and_shape_are_loaded(tmp_path, capsys, monkeypatc
     torch.save({"state_dict": (source.model if of_network else source).state_dict()}, tmp_path / "weights.pt")
     record = load_initial_weights(module, str(tmp_path / "weights.pt"), skip)
     for name in "body", "head":
-        pairs = zip(
-            source.model.get_submodule(name).parameters(), module.model.get_submodule(name).parameters(), strict=True
-        )
+        pairs = zip(*(each.model.get_submodule(name).parameters() for each in (source, module)), strict=True)
         if name[0] in loaded:
             assert all(torch.equal(*pair) for pair in pairs)
     count = 2 * len(loaded) or 1

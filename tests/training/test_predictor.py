@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from conftest import SMALL
+from PIL import Image
 from torch import nn
 
 import src
-from src import evaluate
+from src import evaluate, export, predict
 from src.core import allowed_targets
 from src.core.errors import UserError
 from src.data.datamodule import ImageDataModule
-from src.data.datasets import Digits
+from src.data.datasets import Digits, TorchvisionDataset
 from src.models.classifier import Classifier
 from src.models.cnn import CNN
 from src.training.predictor import SHIPPED_WEIGHTS, _read_config, load_predictor
@@ -163,3 +165,29 @@ def test_results_have_a_folder_per_network_and_data(tmp_path):
     assert folder == tmp_path / "evaluation/best_digits"
     assert evaluate.choose_folder(Path("weights/mnist.pt"), "mnist") == Path("outputs/evaluation/mnist_mnist")
     assert evaluate.choose_folder(Path("x.pt"), "pets", Path("a/pets")) == Path("outputs/evaluation/x_pets_a")
+
+
+def test_torchvision_dataset_is_trained_evaluated_predicted_and_exported(run_main, mnist_root, tmp_path):
+    folder = tmp_path / "run"
+    (mnist_root / "MNIST").rename(mnist_root / "FashionMNIST")
+    result = run_main(*SMALL, "data.batch_size=8", "data=fashion", f"data.root={mnist_root}", f"hydra.run.dir={folder}")
+    assert result.code == 0, result.err
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["data"] == "fashionmnist"
+    result = run_main(folder, "--output", tmp_path / "out", main=evaluate.main)
+    assert result.code == 0, result.err
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["accuracy"] == pytest.approx(metrics["metrics"]["test/acc"]) and "Ankle boot" in result.out
+
+    splits = TorchvisionDataset("FashionMNIST").load(mnist_root)
+    images, labels = splits.test[:]
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"images/{i:03}.png")
+    result = run_main(tmp_path / "images", "--weights", folder, "--json", main=predict.main)
+    predicted = [splits.classes.index(answer["class"]) for answer in json.loads(result.out)]
+    assert (torch.tensor(predicted) == labels).float().mean().item() == pytest.approx(scores["accuracy"])
+
+    pytest.importorskip("onnxruntime")
+    result = run_main(folder, "--output", tmp_path / "out", main=export.main)
+    assert result.code == 0 and (tmp_path / "out/fashionmnist.onnx").exists(), result.err

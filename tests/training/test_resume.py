@@ -29,7 +29,7 @@ TINY = (
 )
 CALLBACKS = "lightning.pytorch.callbacks"
 EARLY_STOPPING = f"+callbacks.stop={{_target_:{CALLBACKS}.EarlyStopping,monitor:val/loss,min_delta:9}}"
-PLAIN = "callbacks.tensorboard=null"  # halves the time of so short a run
+PLAIN = "++callbacks.tensorboard=null"  # halves the time of so short a run
 OUTCOMES: dict[tuple, dict] = {}  # of uninterrupted runs, by their overrides
 
 
@@ -74,7 +74,7 @@ def kill(run_main, interrupt_at):
         ),
         ([8, 19], (f"+callbacks.ema={{_target_:{CALLBACKS}.EMAWeightAveraging,decay:0.9}}", PLAIN)),
         ([8, 19], ("trainer.plugins=[]", "name='a$b'", "callbacks.resume.dirpath=${output_dir}/kept", PLAIN)),
-        ([8, 19], ("optimizer=muon", "data.augment.fade_out=1", "task.label_smoothing=0.1", PLAIN)),
+        ([8, 19], ("optimizer=adamw", "data.augment.fade_out=1", "task.label_smoothing=0.1", PLAIN)),
     ],
 )
 def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, kill, uninterrupted, batches, overrides):
@@ -90,9 +90,7 @@ def test_resume_after_kill_gives_bitwise_identical_results(run_main, tmp_path, k
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_writes_a_checkpoint_and_prints_the_command(
-    run_main, tmp_path, interrupt_at, uninterrupted, number, code
-):
+def test_signal_writes_a_checkpoint_and_prints_a_command(run_main, tmp_path, interrupt_at, uninterrupted, number, code):
     folder = tmp_path / "optimizer.lr=0.1,model.dropout=0 1"  # as a sweep names it, and worse
     interrupt_at(7, number)
     result = run_main(*TINY, PLAIN, f"hydra.run.dir='{folder}'")
@@ -108,9 +106,7 @@ CONSTANT = PLAIN, "scheduler=none"
 
 
 @pytest.mark.parametrize("overrides", [CONSTANT, (PLAIN, "scheduler=plateau", "trainer.accumulate_grad_batches=5")])
-def test_finished_run_trains_longer_as_if_it_had_not_stopped(
-    run_main, tmp_path, interrupt_at, uninterrupted, overrides
-):
+def test_finished_run_trains_longer_as_if_never_stopped(run_main, tmp_path, interrupt_at, uninterrupted, overrides):
     folder, longer = tmp_path / "run", ("trainer.max_epochs=2", "callbacks.resume.every_steps=4")
     assert run_main(*TINY, *overrides, "trainer.max_epochs=1", f"hydra.run.dir={folder}").code == 0
     assert "is finished" in run_main(f"resume={folder}").out
@@ -127,9 +123,7 @@ def test_finished_run_trains_longer_as_if_it_had_not_stopped(
 
 @pytest.mark.parametrize("scheduler", ["onecycle", "cosine"])
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_schedule_of_fixed_length_is_not_trained_longer(
-    run_main, tmp_path, interrupt_at, uninterrupted, scheduler, is_finished
-):
+def test_fixed_schedule_is_not_trained_longer(run_main, tmp_path, interrupt_at, uninterrupted, scheduler, is_finished):
     folder, arguments = tmp_path / "run", (PLAIN, f"scheduler={scheduler}", "logger=[tensorboard,csv]")
     if not is_finished:
         interrupt_at(7, signal.SIGTERM)
@@ -156,17 +150,6 @@ def test_second_signal_exits_without_a_checkpoint(tmp_path):
     callback._handle_signal(signal.SIGINT, None)
     with pytest.raises(SystemExit, match="143"):
         callback._handle_signal(signal.SIGTERM, None)
-
-
-def test_signal_ends_a_multirun_which_continues(run_main, tmp_path, interrupt_at, uninterrupted):
-    interrupt_at(7, signal.SIGTERM)
-    result = run_main("-m", *TINY, PLAIN, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
-    assert result.code == 143 and not (tmp_path / "seed=1").exists()
-    (line,) = [line for line in result.err.splitlines() if "continue with" in line]
-    command = shlex.split(line)
-    assert run_main(*command[command.index("src.train") + 1 :]).code == 0
-    assert len(list(tmp_path.glob("*/metrics.json"))) == 2
-    assert read_outcome(tmp_path / "seed=0") == uninterrupted(PLAIN)
 
 
 @pytest.mark.parametrize("overrides", [(), (EARLY_STOPPING, "trainer.max_epochs=6")], ids=["all epochs", "stops early"])
@@ -291,9 +274,8 @@ def test_divergence_is_reported_with_its_step_and_not_saved(run_main, tmp_path, 
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={tmp_path / 'run'}")
     line = result.err.splitlines()[-1]
     assert result.code == 2 and "Traceback" not in result.err
-    assert re.search(
-        rf"error: the loss is not finite at step {step} \(epoch 1, batch {step}\); {saved}; try a lower", line
-    )
+    moment = rf"step {step} \(epoch 1, batch {step}\)"
+    assert re.search(f"error: the loss is not finite at {moment}; {saved}; try a lower", line)
     file = tmp_path / "run/checkpoints/last.ckpt"
     assert torch.load(file, weights_only=True)["global_step"] == 5 if step == 9 else not file.exists()
 

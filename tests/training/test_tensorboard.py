@@ -31,9 +31,8 @@ def read_weights(folder: Path) -> torch.Tensor:
 def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     events = train(run_main, tmp_path, "trainer.max_epochs=2")
     tags = events.Tags()
-    assert {"train/augmented batch", "weights/conv1 filters", "test/confusion matrix", "test/worst mistakes"} == {
-        *tags["images"]
-    }
+    images = {"train/augmented batch", "weights/conv1 filters", "test/confusion matrix", "test/worst mistakes"}
+    assert images == {*tags["images"]}
     assert {"weights/conv1.0.weight", "weights/fc.bias"} <= set(tags["histograms"])
     assert len(events.Histograms("weights/fc.bias")) == len(events.Images("weights/conv1 filters")) == 2
     assert "custom_scalars__config__" in tags["tensors"]
@@ -82,9 +81,7 @@ class VAE(L.LightningModule):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_other_task_has_no_plots_of_predictions_and_a_failing_plot_is_one_warning(
-    fails, tmp_path, monkeypatch, recwarn
-):
+def test_other_task_has_fewer_plots_and_a_failing_plot_is_one_warning(fails, tmp_path, monkeypatch, recwarn):
     data, module = ImageDataModule(Digits()), VAE()
     options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     limits = {"max_epochs": 2, "limit_train_batches": 3, "limit_test_batches": 1, "log_every_n_steps": 1}

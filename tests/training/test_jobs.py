@@ -18,7 +18,7 @@ from src.core.process import restore_global_state
 
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
-    *("callbacks.tensorboard=null", "trainer.max_epochs=1", "trainer.limit_train_batches=12"),
+    *("++callbacks.tensorboard=null", "trainer.max_epochs=1", "trainer.limit_train_batches=12"),
 )
 
 
@@ -32,8 +32,9 @@ def final(folder: Path) -> dict:
 def test_job_is_bitwise_the_same_after_another_as_alone(run_main, tmp_path, before):
     assert run_main(*TINY, f"{before}=false", f"hydra.run.dir={tmp_path / 'alone'}").code == 0
     handlers, environment = list(logging.getLogger().handlers), dict(os.environ)
-    assert run_main("-m", *TINY, f"{before}=true,false", f"hydra.sweep.dir={tmp_path / 'sweep'}").code == 0
-    assert final(tmp_path / f"sweep/{before}=False") == final(tmp_path / "alone")
+    folders = f"hydra.sweep.dir={tmp_path}", f"hydra.sweep.subdir=${{{before}}}"
+    assert run_main("-m", *TINY, f"{before}=true,false", *folders).code == 0
+    assert final(tmp_path / "False") == final(tmp_path / "alone")
     assert dict(os.environ) == environment
     assert len(logging.getLogger().handlers) <= max(len(handlers), 2)
     assert not torch.are_deterministic_algorithms_enabled() and not torch.is_anomaly_enabled()
