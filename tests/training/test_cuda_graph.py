@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import read_outcome
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from test_gpu import OPTIMIZER, PLAIN, TINY, make_commands, run_cases, run_on_fake_gpu  # noqa: F401
+from test_gpu import OPTIMIZER, PLAIN, TINY, run_cases, run_on_fake_gpu  # noqa: F401
 
 from src.training.cuda_graph import CUDAGraphStrategy
 
@@ -58,8 +58,8 @@ def test_graphs_train_stop_and_resume_and_what_cannot_be_captured_is_one_line(ru
         "fp16": ("trainer.precision=16-mixed",),
         "stopped": (OPTIMIZER, "STOP:9"),
     }
-    commands = make_commands(tmp_path, {name: ("trainer=cuda_graph", *case) for name, case in cases.items()})
-    runs = run_cases(run_on_fake_gpu, commands | {"resumed": [f"resume={tmp_path}/stopped"]})
+    cases = {name: ("trainer=cuda_graph", *case) for name, case in cases.items()}
+    runs = run_cases(run_on_fake_gpu, tmp_path, cases, resumed=[f"resume={tmp_path}/stopped"])
     codes = {"graph": 0, "sgd": 0, "refused": 2, "fp16": 2, "stopped": 143, "resumed": 0}
     assert {name: run["code"] for name, run in runs.items()} == codes, runs
     assert "trainer=cuda_graph: this step cannot be captured" in runs["refused"]["err"].splitlines()[-1]

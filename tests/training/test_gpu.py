@@ -88,16 +88,13 @@ def run_on_fake_gpu(tmp_path_factory):
     return python
 
 
-def run_cases(run_on_fake_gpu, commands: dict[str, list[str]]) -> dict[str, dict]:
-    """Return by name the results of commands that train on the fake GPU."""
-    done = run_on_fake_gpu("-c", DRIVER, stdin=json.dumps(commands))
+def run_cases(run_on_fake_gpu, folder: Path, cases: dict[str, tuple[str, ...]], **others: list[str]) -> dict[str, dict]:
+    """Train every case on the fake GPU, in a folder of its name, then run the `others`; return results by name."""
+    run_dir = f"hydra.run.dir={folder}/"
+    commands = {name: [*TINY, *GPU, *case, run_dir + name.replace(" ", "_")] for name, case in cases.items()}
+    done = run_on_fake_gpu("-c", DRIVER, stdin=json.dumps(commands | others))
     assert "RESULTS" in done.stdout, done.stderr
     return json.loads(done.stdout.rpartition("RESULTS")[2])
-
-
-def make_commands(folder: Path, cases: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
-    run_dir = f"hydra.run.dir={folder}/"
-    return {name: [*TINY, *GPU, *case, run_dir + name.replace(" ", "_")] for name, case in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +116,9 @@ def runs(run_on_fake_gpu, tmp_path_factory, small_weights):
         "stopped again": ("STOP:9",),
     }
     cases |= {"tune": ("PROGRAM:src.tune", "n_trials=2")} if find_spec("src.tune") else {}
-    commands = make_commands(folder, cases) | {"resumed": [f"resume={folder}/stopped_again"]}
-    commands["multirun"] = ["-m", *TINY, *GPU, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={folder / 'multirun'}"]
-    return run_cases(run_on_fake_gpu, commands) | {"folder": folder}
+    sweep = ["-m", *TINY, *GPU, "optimizer.lr=0.1,0.2", f"hydra.sweep.dir={folder / 'multirun'}"]
+    results = run_cases(run_on_fake_gpu, folder, cases, resumed=[f"resume={folder}/stopped_again"], multirun=sweep)
+    return results | {"folder": folder}
 
 
 @pytest.mark.slow
