@@ -157,11 +157,8 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     if not is_verbose():
         return
     path, scores = shlex.quote(os.path.relpath(folder)), results["metrics"]
-    rows = {
-        name: format_metric(name, value, digits=4)
-        for name, value in scores.items()
-        if "/" in name and not name.endswith("_step")
-    }
+    shown = {name: value for name, value in scores.items() if "/" in name and not name.endswith("_step")}
+    rows = {name: format_metric(name, value, digits=4) for name, value in shown.items()}
     rows["time"] = f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"
     rows["folder"] = path
     rows["next"] = f"tensorboard --logdir {path}"

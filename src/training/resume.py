@@ -218,10 +218,9 @@ class ResumeCheckpoint(Checkpoint):
         for config in trainer.lr_scheduler_configs:
             for schedule in [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]:
                 if hasattr(schedule, "total_steps") or hasattr(schedule, "T_max"):
-                    raise UserError(
-                        f"trainer.max_epochs, max_steps: the length of {type(schedule).__name__} is fixed; leave them "
-                        f"out, or start a new run: init_from={os.path.relpath(self.file.parents[1])} instead of resume"
-                    )
+                    kind, folder = type(schedule).__name__, os.path.relpath(self.file.parents[1])
+                    fix = f"leave them out, or start a new run: init_from={folder} instead of resume"
+                    raise UserError(f"trainer.max_epochs, max_steps: the length of {kind} is fixed; {fix}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
