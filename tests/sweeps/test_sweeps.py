@@ -224,7 +224,7 @@ def test_required_seeds_have_the_promised_power():
 @pytest.mark.parametrize("width", [80, 100])
 def test_table_fits_the_terminal_and_has_own_metrics(tmp_path, width):
     write_five_seeds(tmp_path)
-    overrides = "optimizer.lr=0.2", "model=separable_cnn", "model.dropout=0.25"
+    overrides = "optimizer.lr=0.2", "model=convolutions", "model.dropout=0.25"
     for seed in range(5):
         metrics = {"val/acc": 0.5 + seed / 1000, "test/rmse": 0.25}
         write_run(tmp_path / f"other_{seed}", *overrides, f"seed={seed}", metrics=metrics)
@@ -232,7 +232,7 @@ def test_table_fits_the_terminal_and_has_own_metrics(tmp_path, width):
     whole, fitting = (format_markdown(list_blocks(comparison, "title"), limit) for limit in (1000, width))
     rows = [line for line in fitting.splitlines() if line.startswith("|")]
     assert max(map(len, rows)) <= width and "test/rmse" in whole and "0.2500 ± 0.0" in whole
-    assert all(words in "".join(rows) for words in ("separable_cnn", "0.25", " ± ", "worse", "99.30")), rows
+    assert all(words in "".join(rows) for words in ("convolutions", "0.25", " ± ", "worse", "99.30")), rows
 
 
 def test_edited_config_file_is_a_setting_of_its_own(tmp_path):
