@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from io import TextIOWrapper
 from traceback import walk_tb
 from typing import Any
@@ -96,12 +97,14 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
         hint = f"did you mean {closest}? " if closest else ""
         return f"{group or '--config-name'}={option}: no such option; {hint}there are {', '.join(options)}"
     if match := re.match(r"(In '(.*?)': )?Could not (delete|override)[^']*'(.*?)'", text):
-        is_override = match[3] == "override"
-        composed = get_composed_config(error) if is_override else DictConfig({})
+        composed = get_composed_config(error) if match[3] == "override" else DictConfig({})
+        known = list_keys(composed) if match[3] == "override" else []
         node, _, name = match[4].rpartition(".")
-        if (target := OmegaConf.select(composed, f"{node}._target_")) and name in get_parameters(target):
+        is_typo = get_close_matches(match[4], known, cutoff=0.9)  # known without importing the class
+        target = None if is_typo else OmegaConf.select(composed, f"{node}._target_")
+        if target and name in get_parameters(target):
             return f"{match[4]}: is not in the YAML file; type +{match[4]}=… to add it"
-        line = describe_unknown_key(match[4], list_keys(composed) if is_override else [])
+        line = describe_unknown_key(match[4], known)
         return f"conf/{match[2]}.yaml: {line}" if match[2] else line
     if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)' 1\.", text):
         key, values = match.groups()

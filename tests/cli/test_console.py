@@ -70,7 +70,7 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
         (["optimizer.lr=0.1,0.2"], "add -m for one run per value"),
         (["model.channels=[16,", "16]"], "quote a list with spaces"),
         (["~optimizer.momentun"], "--help lists all keys"),
-        (["optimizer=5"], "type logger=none"),
+        (["optimizer=5"], "as logger=none"),
         (["optimizer.fused=true"], "type +optimizer.fused=… to add it"),
         (["model@net=cnn"], "did you mean model?"),
         (["-m", "optimizer.rl=1,2"], "did you mean optimizer.lr?"),
