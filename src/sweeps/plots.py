@@ -21,9 +21,9 @@ BEST_COLOR = "C1"  # orange
 
 def plot_comparison(comparison: Comparison, folder: Path) -> list[str]:
     """Write the plots for which there are data; return their names."""
-    figures = {"heatmap.png": plot_heat_map(comparison), "losses.png": plot_loss_curves(comparison)}
-    if not figures["heatmap.png"]:
-        figures["scores.png"] = plot_scores(comparison)
+    heat_map = plot_heat_map(comparison)
+    scores = None if heat_map else plot_scores(comparison)
+    figures = {"heatmap.png": heat_map, "scores.png": scores, "losses.png": plot_loss_curves(comparison)}
     written = {name: figure for name, figure in figures.items() if figure}
     for name, figure in written.items():
         save_figure(figure, folder / name)
@@ -47,17 +47,14 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
     """Plot the mean score over one or two swept keys, the best cell framed; None if most cells would be empty."""
     metric, groups, keys = comparison.metric, comparison.groups, ["", "", *comparison.keys][-2:]
     rows, columns = (sorted({group.values.get(key, "") for group in groups}, key=_order) for key in keys)
-    is_grid = len(comparison.keys) in (1, 2) and len(rows) * len(columns) < 2 * len(groups)
-    if not comparison.best or not is_grid:
+    if not comparison.best or len(comparison.keys) not in (1, 2) or len(rows) * len(columns) >= 2 * len(groups):
         return None
     figure = Figure(figsize=(min(3 + 1.3 * len(columns), 30), min(1.8 + 0.8 * len(rows), 30)))
     axes: Any = figure.add_subplot()
+    cells = {(rows.index(one.values.get(keys[0], "")), columns.index(one.values[keys[1]])): one for one in groups}
     grid = np.full((len(rows), len(columns)), np.nan)
-    cells = {}
-    for group in groups:
-        y, x = (values.index(group.values.get(key, "")) for values, key in zip((rows, columns), keys, strict=True))
-        grid[y, x] = group.mean(metric) if math.isfinite(group.mean(metric)) else math.nan
-        cells[y, x] = group
+    for place, group in cells.items():
+        grid[place] = group.mean(metric) if math.isfinite(group.mean(metric)) else math.nan
     # One diverged run must not make all others look alike: the worst fifth shares a color.
     low, high = np.nanquantile(grid, (0, 0.8) if comparison.lower_is_better else (0.2, 1))
     image = axes.imshow(grid, "Blues_r" if comparison.lower_is_better else "Blues", aspect="auto", vmin=low, vmax=high)
@@ -68,14 +65,12 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
             axes.text(x, y, text, ha="center", va="center", color="white" if is_dark else "black")
         if group is comparison.best:
             axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, color=BEST_COLOR, linewidth=4))
-    worst, spread = (
-        "max" if comparison.lower_is_better else "min",
-        ": mean ± SD" * any(len(one.runs) > 1 for one in groups),
-    )
+    worst = "max" if comparison.lower_is_better else "min"
     figure.colorbar(image, format=lambda value, _: format_metric(metric, value), extend=worst)
     axes.set_xticks(range(len(columns)), map(_escape, columns))
     axes.set_yticks(range(len(rows)), map(_escape, rows))
     axes.grid(False)
+    spread = ": mean ± SD" * any(len(one.runs) > 1 for one in groups)
     axes.set(xlabel=keys[1], ylabel=keys[0], title=_escape(f"{metric}{spread}, best framed"))
     return figure
 

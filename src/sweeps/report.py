@@ -13,19 +13,18 @@ from pathlib import Path
 from statistics import fmean
 from string import Template
 from textwrap import shorten
-from typing import Any
 
-from src.core.errors import UserError, escape_control_characters, format_metric
-from src.sweeps import stats
+from markdown_it import MarkdownIt
+
+from src.core.errors import UserError, escape_control_characters
 from src.sweeps.plots import plot_comparison
-from src.sweeps.runs import STATES, Comparison, compare_runs, format_continue_command, format_train_command, read_runs
+from src.sweeps.runs import Comparison, compare_runs, format_continue_command, format_train_command, read_runs
 
 VERDICT = "vs. best"
 STATISTICS = (
     "CI: of the mean. vs. best: Welch's t-test at 5%, Bonferroni's correction for all pairs of rows; n: runs per row "
     "that tell a tie apart with 80% power."
 )
-Blocks = list[tuple[str, Any]]  # HTML elements: h1, h2, p and pre of a text, a table of columns, img of a file
 
 
 def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[str] | None = None) -> Comparison:
@@ -38,15 +37,12 @@ def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[s
     comparison = compare_runs(runs, average_over or keys_of_sweeps)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(comparison, output / "sweep.csv")
-    blocks = list_blocks(comparison, ", ".join(folder.resolve().name for folder in folders))
-    images = plot_comparison(comparison, output)
-    figures = [("img", image) for image in images]
-    for name, text in {
-        "report.md": format_markdown([*blocks, *figures]),
-        "report.html": format_html([*blocks[:2], *figures, *blocks[2:]], output),
-    }.items():
+    title, images = ", ".join(folder.resolve().name for folder in folders), plot_comparison(comparison, output)
+    report = format_report(comparison, title, images)
+    pages = {"report.md": report, "report.html": format_html(report, title, [output / image for image in images])}
+    for name, text in pages.items():
         (output / name).write_text(text, encoding="utf-8", errors="backslashreplace")
-    print(format_markdown(blocks, shutil.get_terminal_size((200, 0)).columns))
+    print(format_report(comparison, title, width=shutil.get_terminal_size((200, 0)).columns))
     print(f"report in {os.path.relpath(output)}: report.html report.md sweep.csv {' '.join(images)}", flush=True)
     return comparison
 
@@ -64,15 +60,13 @@ def report_ended_sweep(sweep: Path) -> int:
 
 def write_csv(comparison: Comparison, file: Path) -> None:
     """Write one row per run, best group first. Accuracies are fractions, durations seconds."""
-    ranked = [run for group in comparison.groups for run in group.runs + group.repeats]
     rows = [
         {"state": run.state}
         | {key: run.get(key) for key in (*comparison.keys, *comparison.average_over)}
-        | {key: run.results.get(key) for key in ("data", "parameters", "epochs", "best_epoch")}
+        | {key: run.results.get(key) for key in ("data", "parameters", "epochs", "best_epoch", "seconds")}
         | run.metrics
-        | {"seconds": run.seconds or None, "error": run.error}
-        | {"overrides": " ".join(run.overrides), "folder": run.folder}
-        for run in ranked + [run for run in comparison.runs if run.state != "finished"]
+        | {"error": run.error, "overrides": " ".join(run.overrides), "folder": run.folder}
+        for run in comparison.runs
     ]
     with file.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         writer = csv.DictWriter(stream, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
@@ -80,54 +74,45 @@ def write_csv(comparison: Comparison, file: Path) -> None:
         writer.writerows(rows)
 
 
-def list_blocks(comparison: Comparison, title: str) -> Blocks:
-    """Return the content of the report: the table, the best runs, repeats, and runs that have not finished."""
+def format_report(comparison: Comparison, title: str, images: Sequence[str] = (), width: float = math.inf) -> str:
+    """Return the report as Markdown: plots, the table, the best runs, repeats, and runs that have not finished.
+
+    Columns at the right are left out of a table that is wider than `width`.
+    """
     runs, metric, averaged = comparison.runs, comparison.metric, " and ".join(comparison.average_over) or "nothing"
-    counts = Counter(run.state for run in runs)
-    states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    blocks: Blocks = [("h1", title), ("p", f"{len(runs)} run{'s' * (len(runs) != 1)}: {states}")]
+    states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
+    lines = [f"# {title}", "", f"{len(runs)} run{'s' * (len(runs) != 1)}: {states}", ""]
+    for image in images:
+        lines += [f"![{image}]({image})", ""]
     if comparison.groups:
         columns = make_columns(comparison)
         tested = STATISTICS if VERDICT in columns else "Differences are not tested: too few runs per row."
         note = f"Scores at the last epoch: mean ± standard deviation over {averaged}. {tested}"
-        blocks += [("table", columns), ("p", note)]
-    blocks.append(("h2", "Best"))
+        lines += [*_format_table(columns, width), "", note, ""]
+    lines += ["## Best", ""]
     if best := comparison.best:
         order = "lowest" if comparison.lower_is_better else "highest"
-        blocks.append(("p", f"{best.name}: {order} {metric}, {best.format_mean(metric)}"))
-        blocks.append(("pre", format_train_command(best, comparison.average_over)))
+        lines += [f"{best.name}: {order} {metric}, {best.format_mean(metric)}", ""]
+        lines += [f"    {format_train_command(best, comparison.average_over)}", ""]
     else:
-        blocks.append(("p", f"not ranked: {comparison.reason_not_ranked or 'no score is a number'}"))
-    if repeats := [run.folder for group in comparison.groups for run in group.repeats]:
-        names = shorten(", ".join(f"{one.parent.name}/{one.name}" for one in repeats), 500, placeholder=" …")
-        blocks += [("h2", f"Left out: {len(repeats)}"), ("p", f"same config and {averaged} as another run: {names}")]
+        lines += [f"not ranked: {comparison.reason_not_ranked or 'no score is a number'}", ""]
+    if repeats := [f"{run.folder.parent.name}/{run.folder.name}" for run in comparison.repeats]:
+        names = shorten(", ".join(repeats), 500, placeholder=" …")
+        lines += [f"## Left out: {len(repeats)}", "", f"same config and {averaged} as another run: {names}", ""]
     if missing := [run for run in runs if run.state not in ("finished", "pruned")]:
-        blocks.append(("h2", f"Not finished: {len(missing)}"))
-        blocks += [("p", ": ".join(filter(None, (run.folder.name, run.state, run.error)))) for run in missing]
+        lines += [f"## Not finished: {len(missing)}", ""]
+        for run in missing:
+            lines += [": ".join(filter(None, (run.folder.name, run.state, run.error))), ""]
         for sweep in dict.fromkeys(run.folder.parent / "multirun.yaml" for run in missing):
             with suppress(UserError):  # a run without a sweep
-                blocks += [("p", "continue with"), ("pre", format_continue_command(sweep))]
-    return blocks
-
-
-def format_markdown(blocks: Blocks, width: float = math.inf) -> str:
-    """Return the report as Markdown. Columns at the right are left out of a table that is wider than `width`."""
-    prefixes = {"h1": "# ", "h2": "## ", "p": "", "pre": "    "}
-    parts = []
-    for kind, content in blocks:
-        if kind == "table":
-            parts.append("\n".join(_format_table(content, width)))
-        elif kind == "img":
-            parts.append(f"![{content}]({content})")
-        else:
-            parts.append(prefixes[kind] + escape_control_characters(content))
-    return "\n\n".join(parts) + "\n"
+                lines += ["continue with", "", f"    {format_continue_command(sweep)}", ""]
+    return "\n".join(map(escape_control_characters, lines))
 
 
 def _format_table(columns: dict[str, list[str]], width: float) -> list[str]:
     """Return the lines of a Markdown table with aligned cells."""
     rows = [list(columns), *zip(*columns.values(), strict=True)]
-    cells = [[escape_control_characters(cell).replace("|", "&#124;") for cell in row] for row in rows]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     sizes = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     while len(sizes) > 2 and sum(sizes) + 3 * len(sizes) >= width:
         sizes.pop()
@@ -135,21 +120,14 @@ def _format_table(columns: dict[str, list[str]], width: float) -> list[str]:
     return [f"| {' | '.join(map(str.rjust, row, sizes))} |" for row in cells]
 
 
-def format_html(blocks: Blocks, folder: Path) -> str:
-    """Return the report as a page of its own: a click on a head sorts the table, and images of `folder` are inside."""
-    parts = []
-    for kind, content in blocks:
-        if kind == "table":
-            heads, *rows = (map(html.escape, row) for row in (content, *zip(*content.values(), strict=True)))
-            lines = "\n".join(f"<tr><td>{'<td>'.join(row)}" for row in rows)
-            parts.append(f"<table><thead><tr><th>{'<th>'.join(heads)}<tbody>{lines}</table>")
-        elif kind == "img":
-            data = base64.b64encode((folder / content).read_bytes()).decode()
-            parts.append(f'<img src="data:image/png;base64,{data}" alt="{content}">')
-        else:
-            parts.append(f"<{kind}>{html.escape(content)}</{kind}>")
+def format_html(markdown: str, title: str, images: Sequence[Path]) -> str:
+    """Return the report as a page of its own: a click on a head sorts the table, and its images are inside."""
+    body = MarkdownIt("zero").enable(["heading", "table", "code"]).render(markdown)  # all else is plain text
+    for file in images:
+        image = f'<img src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" alt="{file.name}">'
+        body = body.replace(f"![{file.name}]({file.name})", image)
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    return template.substitute(title=html.escape(blocks[0][1]), body="\n".join(parts))
+    return template.substitute(title=html.escape(title), body=body)
 
 
 def make_columns(comparison: Comparison) -> dict[str, list[str]]:
@@ -162,34 +140,14 @@ def make_columns(comparison: Comparison) -> dict[str, list[str]]:
         columns[name if short[name] == 1 else key] = [group.values[key] for group in groups]
     if metric:
         columns[metric] = [group.format_mean(metric) for group in groups]
-    if verdicts := _compare_with_best([group.scores(metric) for group in groups]):
-        columns[VERDICT] = [verdicts.get(rank, "") for rank in range(len(groups))]
     if any(len(group.runs) > 1 for group in groups):
-        columns["95% CI"] = [_format_interval(metric, group.scores(metric)) for group in groups]
+        from src.sweeps.stats import compare_with_best, format_interval  # only if needed: SciPy takes a second
+
+        if verdicts := compare_with_best(groups, metric):
+            columns[VERDICT] = verdicts
+        columns["95% CI"] = [format_interval(group, metric) for group in groups]
         columns["n"] = [str(len(group.runs)) for group in groups]
     others = {name for group in groups for run in group.runs for name in run.metrics} - {metric}
     for name in sorted(others, key=lambda name: (name.startswith("train"), name)):
         columns[name] = [group.format_mean(name) for group in groups]
-    return columns | {"seconds": [f"{fmean(run.seconds for run in group.runs):.1f}" for group in groups]}
-
-
-def _format_interval(metric: str, scores: list[float]) -> str:
-    if len(scores) < 2 or not all(map(math.isfinite, scores)):
-        return ""
-    limits = stats.confidence_interval(scores)
-    if metric.endswith("acc"):  # the interval of two seeds may be wider
-        limits = max(limits[0], 0.0), min(limits[1], 1.0)
-    return " to ".join(format_metric(metric, limit, digits=4) for limit in limits)
-
-
-def _compare_with_best(samples: list[list[float]]) -> dict[int, str]:
-    """Return by rank whether a group is worse than the best; empty if the best cannot be tested."""
-    tested = {rank: one for rank, one in enumerate(samples) if len(one) > 1 and all(map(math.isfinite, one))}
-    if len(tested) < 2 or 0 not in tested:
-        return {}
-    (_, best), *others = tested.items()
-    verdicts = {0: "best"}
-    for (rank, sample), p in zip(others, stats.corrected_p_values([*tested.values()]), strict=True):
-        seeds = stats.required_seeds(best, sample, len(tested))
-        verdicts[rank] = "worse" if p <= stats.LEVEL else f"tied (n = {seeds:,})"
-    return verdicts
+    return columns | {"seconds": [f"{fmean(run.results['seconds'] for run in group.runs):.1f}" for group in groups]}

@@ -15,7 +15,6 @@ from src.core import run_folder
 from src.core.config import iterate_items
 from src.core.errors import UserError, format_metric
 
-STATES = "finished", "failed", "pruned", "unfinished"
 # Keys in which the runs of a group may differ: where and how a run is computed. Data sets are compared by their names.
 IGNORED = {"name", "output_dir", "resume", "sweep", "threads", "trainer.accelerator", "trainer.devices", "data.root"}
 
@@ -25,11 +24,11 @@ class Run:
     """One run: `chosen` has the values of its overrides and config groups, `config` every leaf of its saved config."""
 
     folder: Path
-    state: str
+    state: str  # finished, failed, pruned or unfinished
     overrides: list[str] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
     config: dict[str, str] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)  # the content of metrics.json
+    results: dict[str, Any] = field(default_factory=dict)  # the content of metrics.json, with the sum of its seconds
     metrics: dict[str, float] = field(default_factory=dict)  # those of the last epoch, without learning rates
     error: str = ""
     has_traceback: bool = False
@@ -38,22 +37,13 @@ class Run:
         """Return the value of a key; null, the usual default, if the run is older than the key."""
         return self.config.get(key, self.chosen.get(key, "null"))
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.results["seconds"].values()) if self.results else 0.0
-
 
 @dataclass
 class RunGroup:
-    """Finished runs that are averaged: their configs differ in nothing but the keys averaged over, as the seed.
+    """Finished runs that are averaged: their configs differ in nothing but the keys averaged over, as the seed."""
 
-    `values` are those of the keys in which groups differ; `repeats` are runs left out, because another run has the same
-    values of the averaged keys as well.
-    """
-
-    values: dict[str, str]
+    values: dict[str, str]  # of the keys in which groups differ
     runs: list[Run]
-    repeats: list[Run]
 
     @property
     def name(self) -> str:
@@ -82,7 +72,8 @@ class RunGroup:
 class Comparison:
     """Groups of runs, best first; those without a score last. `metric` is what ranks them, "" if nothing does."""
 
-    runs: list[Run]
+    runs: list[Run]  # in the order of their groups, then repeats, then those that have not finished
+    repeats: list[Run]  # left out: another run has the same values of the averaged keys as well
     keys: list[str]  # in which groups differ
     average_over: Sequence[str]
     groups: list[RunGroup]
@@ -92,7 +83,7 @@ class Comparison:
 
     @property
     def best(self) -> RunGroup | None:
-        return next((group for group in self.groups[:1] if math.isfinite(group.mean(self.metric))), None)
+        return self.groups[0] if self.groups and math.isfinite(self.groups[0].mean(self.metric)) else None
 
 
 def format_value(value: Any) -> str:
@@ -140,6 +131,7 @@ def read_run(folder: Path) -> Run:
             run.config.pop("data.seed", None)  # it follows the seed by default
         if (folder / run_folder.METRICS_FILE).exists():
             run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+            run.results["seconds"] = sum(run.results["seconds"].values())
             run.metrics = {key: x for key, x in run.results["metrics"].items() if not re.search("^lr(-|$)|_step$", key)}
             run.chosen = run.results.get("choices", {}) | run.chosen
             run.config["data set"] = run.results.get("data", "null")  # data=auto may be one of two
@@ -172,55 +164,41 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return list(runs.values()), ["seed"] if average_over is None else average_over
 
 
-def group_runs(runs: Sequence[Run], average_over: Sequence[str]) -> list[RunGroup]:
-    """Group the runs that are averaged: their configs are equal in every key but those of `average_over` and IGNORED.
+def compare_runs(runs: Sequence[Run], average_over: Sequence[str] = ("seed",)) -> Comparison:
+    """Group the finished runs, and rank the groups by the mean of the metric that their configs optimize.
 
-    A group has one run per combination of values of the averaged keys; the others are its repeats.
+    The configs of a group are equal in every key but those of `average_over` and IGNORED.
     """
-    hidden = IGNORED.union(average_over)
-    alike: dict[frozenset[tuple[str, str]], list[Run]] = {}
-    for run in runs:
+    finished, hidden = [run for run in runs if run.state == "finished"], IGNORED.union(average_over)
+    alike: dict[frozenset[tuple[str, str]], dict[tuple[str, ...], Run]] = {}
+    repeats = []
+    for run in finished:
         items = {(key, value) for key, value in run.config.items() if key not in hidden and value != "null"}
-        alike.setdefault(frozenset(items), []).append(run)
-    keys = _find_differing_keys([group[0] for group in alike.values()], hidden)
-    groups = []
-    for first, *others in alike.values():
-        distinct = {tuple(map(first.get, average_over)): first}
-        repeats = [run for run in others if distinct.setdefault(tuple(map(run.get, average_over)), run) is not run]
-        groups.append(RunGroup({key: first.get(key) for key in keys}, [*distinct.values()], repeats))
-    return groups
+        by_averaged_values = alike.setdefault(frozenset(items), {})
+        if by_averaged_values.setdefault(tuple(map(run.get, average_over)), run) is not run:
+            repeats.append(run)
+    members = [list(group.values()) for group in alike.values()]
+    keys = _find_differing_keys([first for first, *_ in members], hidden)
+    groups = [RunGroup({key: group[0].get(key) for key in keys}, group) for group in members]
 
-
-def _find_differing_keys(runs: Sequence[Run], hidden: set[str]) -> list[str]:
-    """Return the keys whose values distinguish the runs: overrides and config groups that differ come first.
-
-    Another key of the config is added only if it distinguishes runs that the keys before it do not.
-    """
-    chosen = dict.fromkeys(key for run in runs for key in run.chosen if key not in hidden)
-    keys = [key for key in chosen if len({run.get(key) for run in runs}) > 1]
-    for key in dict.fromkeys(key for run in runs for key in run.config if key not in hidden):
-        if len({(*map(run.get, keys),) for run in runs}) < len({(*map(run.get, keys), run.get(key)) for run in runs}):
-            keys.append(key)
-    return keys
-
-
-def compare_runs(runs: list[Run], average_over: Sequence[str] = ("seed",)) -> Comparison:
-    """Group the finished runs, and rank the groups by the mean of the metric that their configs optimize."""
-    finished = [run for run in runs if run.state == "finished"]
-    groups = group_runs(finished, average_over)
     metrics = {(run.get("optimized_metric"), run.get("optimized_mode")) for run in finished}
     metric, mode = next(iter(metrics), ("", ""))
     reason = explain_no_ranking(metric, any(run.get("data.test_every_epoch") == "true" for run in finished))
     if len(metrics) != 1:
         reason = "the runs differ in optimized_metric or optimized_mode" if metrics else "no run has finished"
-    metric = "" if reason else metric
+    metric, sign = "" if reason else metric, 1 if mode == "min" else -1
+    groups.sort(key=lambda group: mean * sign if math.isfinite(mean := group.mean(metric)) else math.inf)
+    ordered = [*(run for group in groups for run in group.runs), *repeats]
+    ordered += [run for run in runs if run.state != "finished"]
+    return Comparison(ordered, repeats, keys, average_over, groups, metric, mode == "min", reason)
 
-    def rank(group: RunGroup) -> float:
-        mean = group.mean(metric)
-        return (mean if mode == "min" else -mean) if math.isfinite(mean) else math.inf
 
-    keys = list(groups[0].values) if groups else []
-    return Comparison(runs, keys, average_over, sorted(groups, key=rank), metric, mode == "min", reason)
+def _find_differing_keys(runs: Sequence[Run], hidden: set[str]) -> list[str]:
+    """Return the overrides and config groups that differ; if these distinguish not all runs, all keys that differ."""
+    names = dict.fromkeys(key for run in runs for key in (*run.chosen, *run.config) if key not in hidden)
+    keys = [key for key in names if len({run.get(key) for run in runs}) > 1]
+    chosen = [key for key in keys if any(key in run.chosen for run in runs)]
+    return chosen if len({tuple(map(run.get, chosen)) for run in runs}) == len(runs) else keys
 
 
 def explain_no_ranking(metric: str | None, is_tested_every_epoch: bool) -> str:

@@ -30,7 +30,7 @@ from src.core.files import exclusive_lock
 from src.core.run_folder import read_status, write_status
 from src.sweeps.callback import list_jobs
 from src.sweeps.plots import plot_heat_map, plot_scores
-from src.sweeps.report import format_markdown, list_blocks, write_report
+from src.sweeps.report import format_report, write_report
 from src.sweeps.runs import Comparison, compare_runs, format_continue_command, format_train_command, read_runs
 from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values, required_seeds
 
@@ -229,7 +229,7 @@ def test_table_fits_the_terminal_and_has_own_metrics(tmp_path, width):
         metrics = {"val/acc": 0.5 + seed / 1000, "test/rmse": 0.25}
         write_run(tmp_path / f"other_{seed}", *overrides, f"seed={seed}", metrics=metrics)
     comparison = compare(tmp_path)
-    whole, fitting = (format_markdown(list_blocks(comparison, "title"), limit) for limit in (1000, width))
+    whole, fitting = (format_report(comparison, "title", width=limit) for limit in (1000, width))
     rows = [line for line in fitting.splitlines() if line.startswith("|")]
     assert max(map(len, rows)) <= width and "test/rmse" in whole and "0.2500 ± 0.0" in whole
     assert all(words in "".join(rows) for words in ("convolutions", "0.25", " ± ", "worse", "99.30")), rows
@@ -265,8 +265,8 @@ def test_only_keys_of_average_over_are_averaged(tmp_path):
     comparison = compare_runs(runs)
     assert [group.values for group in comparison.groups] == [{"data.seed": "1"}, {"data.seed": "0"}]
     assert [len(group.runs) for group in comparison.groups] == [2, 2]
-    (group,) = compare_runs(runs, ["seed", "data.seed"]).groups
-    assert sorted(group.scores("val/acc")) == [0, 0.1, 0.2, 0.3] and not group.repeats
+    comparison = compare_runs(runs, ["seed", "data.seed"])
+    assert sorted(comparison.best.scores("val/acc")) == [0, 0.1, 0.2, 0.3] and not comparison.repeats
 
 
 def test_lower_loss_ranks_first(tmp_path):
