@@ -14,8 +14,7 @@ from src.core.errors import UserError, print_error, print_warnings_in_one_line
 
 FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu or auto",
-    "Error(s) in loading state_dict": "the checkpoint does not fit the network of the config; use a config and a "
-    "checkpoint of the same run",
+    "Error(s) in loading state_dict": "the checkpoint does not fit the config's network; use those of one run",
     "Config group override must be": "a config group takes an option's name, as logger=none, scheduler=none or ~model",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
 }

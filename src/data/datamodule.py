@@ -73,14 +73,12 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augment, self.soft_labels = augment, soft_labels
         self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
-        self.sampler = sampler
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
         self.class_indices: Tensor | None = None  # of the network, for each class of these images
         self.preprocess, self.mean, self.std = preprocess, mean, std
-        self.is_prepared = False
+        self.sampler, self.is_prepared = sampler, False
         self.epoch_soft_labels: tuple[int, Any] = -1, None  # with their epoch
-        self.device = torch.device("cpu")
-        self.generator = torch.Generator()
+        self.device, self.generator = torch.device("cpu"), torch.Generator()
         self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
 
     def prepare_data(self) -> None:
