@@ -184,12 +184,12 @@ class Stop(Callback):
 def test_imbalanced_classes_are_scored_by_own_metrics_and_trained_weights_fine_tuned(project):
     imbalance, tuning = read_section("Loss, metrics and imbalance"), read_section("Fine-tuning")
     project.write(read_files(imbalance))
-    (weighted,), (tuned, other, _) = read_commands(imbalance), read_commands(tuning)
-    commands = [add(x, f"run{n}", *SHORT) for n, x in enumerate((weighted, tuned, other))]
-    results = project.run(*commands, "python -m src.evaluate run0 --best", codes=[0] * 4)
+    (weighted, sampled), (tuned, other, _) = read_commands(imbalance), read_commands(tuning)
+    commands = [add(x, f"run{n}", *SHORT) for n, x in enumerate((weighted, tuned, other, sampled))]
+    results = project.run(*commands, "python -m src.evaluate run0 --best", codes=[0] * 5)
     metrics = project.read_metrics("run0")
     assert {"val/macro_f1", "test/macro_f1", "test/recall/cat"} <= metrics["metrics"].keys()
-    assert metrics["best_epoch"] == 1 and "macro_f1 " in results[3].out
+    assert metrics["best_epoch"] == 1 and "macro_f1 " in results[4].out
 
 
 def test_own_task_is_ranked_by_its_metric_and_resumes(project):
@@ -224,7 +224,7 @@ def test_own_task_is_ranked_by_its_metric_and_resumes(project):
 
 
 def test_own_option_and_callback_take_effect(project):
-    project.write(read_files(text := read_section("Option") + read_section("Callback")))
+    project.write(read_files(text := read_section("Optimizer and scheduler") + read_section("Callbacks and loggers")))
     option, callback, *lightning = read_commands(text)
     option = add(option, "option", *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
     others = [add(command, f"lightning{n}", *SHORT) for n, command in enumerate(lightning)]
