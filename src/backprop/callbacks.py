@@ -30,7 +30,7 @@ class TraceCallback(Callback):
         columns = [name for name in COLUMNS if name in rows[0]]
         table = [[step, *(row[name] for name in columns)] for step, row in enumerate(rows, start=1)]
         _write_csv(folder / "trace.csv", [["step", *columns], *table])
-        save_figure(plot_curves({f"η = {lr:g}": losses}), folder / "losses.png")
+        save_figure(plot_curves({f"η = {lr:g}": losses}, title="The loss, step by step"), folder / "losses.png")
         print(f"η = {lr:g}: loss 1 is {losses[0]:.8e}, loss {len(losses)} is {losses[-1]:.8e}")
         print("trace.csv lists every number of every step, losses.png plots the losses")
         text = format_worked_step(rows[0], pl_module.gradients)

@@ -69,7 +69,7 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
     figure.colorbar(image, format=lambda value, _: format_metric(metric, value), extend=worst)
     axes.set_xticks(range(len(columns)), map(_escape, columns))
     axes.set_yticks(range(len(rows)), map(_escape, rows))
-    axes.grid(False)
+    axes.tick_params(left=bool(keys[0]), grid_alpha=0)
     spread = ": mean ± SD" * any(len(one.runs) > 1 for one in groups)
     axes.set(xlabel=keys[1], ylabel=keys[0], title=_escape(f"{metric}{spread}, best framed"))
     return figure

@@ -86,7 +86,7 @@ def format_report(comparison: Comparison, title: str, images: Sequence[str] = ()
         lines += [f"![{image}]({image})", ""]
     if comparison.groups:
         columns = make_columns(comparison)
-        tested = STATISTICS if VERDICT in columns else "Differences are not tested: too few runs per row."
+        tested = STATISTICS if VERDICT in columns else "Differences are not tested: that takes two rows of two runs."
         note = f"Scores at the last epoch: mean ± standard deviation over {averaged}. {tested}"
         lines += [*_format_table(columns, width), "", note, ""]
     lines += ["## Best", ""]

@@ -161,7 +161,7 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     rows = {name: format_metric(name, value, digits=4) for name, value in shown.items()}
     rows["time"] = f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"
     rows["folder"] = path
-    rows["next"] = f"tensorboard --logdir {path}"
+    rows["next"] = f"tensorboard --logdir {shlex.quote(os.path.relpath(folder.parent))}"  # names the run
     if any(name.startswith("test/") for name in scores):
         rows["next"] = f"python -m src.evaluate {path}"
     print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
