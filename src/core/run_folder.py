@@ -125,8 +125,8 @@ def load_resumed_config(config: DictConfig, changes: Sequence[str]) -> DictConfi
     Keys that it lacks are taken from `config`, today's defaults, with a warning.
     """
     file = Path(config.resume, CONFIG_FILE)
-    plain = read_plain_config(file)
-    if missing := [str(key) for key in config if key not in plain]:
+    plain, before = read_plain_config(file), read_strings(file.with_name("overrides.yaml"))
+    if missing := [str(key) for key in config if key not in plain and f"~{key!s}" not in before]:
         print(f"warning: {file} lacks {', '.join(missing)}; today's defaults are used", file=sys.stderr)
     groups = {change: change.partition("=")[0] for change in changes if re.match("(callbacks|logger)=", change)}
     replaced = {key: config[key] for key in ("resume", "output_dir", *missing, *groups.values())}
