@@ -29,6 +29,7 @@ from src.core.run_folder import METRICS_FILE, read_metrics
 from src.data.sampler import hash_seed
 from src.models.cnn import CNN
 from src.train import train
+from src.training.console import silence_routine_output
 from src.training.instantiate import instantiate_node
 
 WARMUP, TIMED = 10, 33  # steps of a turn; the turn before slows the first ones down
@@ -170,6 +171,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 def compare_times(target: float, overrides: list[str], seeds: int, baseline_seeds: int) -> None:
     """Print how much longer the baseline, which sees all images, takes to `target` percent than a run to its end."""
+    silence_routine_output()
     config = compose([*overrides, "data.train_size=null"])
     data = instantiate_node("data", config.data)
     data.trainer = instantiate_node("trainer", config.trainer, callbacks=[], logger=False)  # knows the device

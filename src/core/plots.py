@@ -47,7 +47,7 @@ def label_ends(axes: Any) -> None:
     if order and (excess := heights[order[-1]] - 1) > 0:
         heights = [height - excess for height in heights]
     for curve, height in zip(curves, heights, strict=True):
-        color, place = curve.get_color(), {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center"}
+        color = curve.get_color()
+        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "relpos": (0, 0.5)}
-        end, options = curve.get_xydata()[-1], {"color": color, "annotation_clip": False, "arrowprops": line}
-        axes.annotate(f" {curve.get_label()}", end, **place, **options)
+        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], color=color, arrowprops=line, **place)

@@ -76,9 +76,11 @@ class ImageDataModule(L.LightningDataModule):
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
         self.class_indices: Tensor | None = None  # of the network, for each class of these images
         self.preprocess, self.mean, self.std = preprocess, mean, std
-        self.sampler, self.is_prepared = sampler, False
+        self.sampler = sampler
+        self.is_prepared = False
         self.epoch_soft_labels: tuple[int, Any] = -1, None  # with their epoch
-        self.device, self.generator = torch.device("cpu"), torch.Generator()
+        self.device = torch.device("cpu")
+        self.generator = torch.Generator()
         self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
 
     def prepare_data(self) -> None:
