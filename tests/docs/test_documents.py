@@ -8,9 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from docs.roofline import measure_layer
 from docs.seeds import make_rows
 from src.core.config import CONF, ROOT, resolve_config, validate_config
 
@@ -38,6 +40,10 @@ def test_results_have_the_scores_of_the_seeds():
     text = (ROOT / "docs/results.md").read_text()
     table = [line for line in text.splitlines() if re.match(r"\| `\w+`.*\| (99\.\d\d%|–) \| [\d. to]*[%–] \|$", line)]
     assert len(rows) > 20 and set(rows) <= set(text.splitlines()) and set(table) <= set(rows)
+
+
+def test_roofline_counts_the_operations_of_a_layer():
+    assert measure_layer(torch.nn.Conv2d(1, 2, 3), torch.rand(4, 1, 8, 8))[0] == 2 * 2 * (4 * 2 * 6 * 6) * 9
 
 
 def test_recipes_have_one_time_and_one_accuracy():

@@ -41,8 +41,6 @@ for module, *arguments in json.loads(sys.argv[1]):
     results.append([code, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
-
-
 Result = namedtuple("Result", "code out err")
 
 

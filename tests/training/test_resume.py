@@ -21,7 +21,6 @@ from src import train
 from src.core.error_messages import describe_error
 from src.training.resume import ResumeCheckpoint
 
-# 24 batches in two epochs.
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "model.dropout=0.2", "optimizer.lr=0.05"),
     *("trainer.max_epochs=2", "trainer.limit_train_batches=12", "trainer.log_every_n_steps=3"),
