@@ -19,7 +19,7 @@ def plot_curves(
     """Plot one curve per name, in one panel per scale of the y axis; `x` counts from 1 by default."""
     figure = Figure(figsize=(2 + 4.5 * len(scales), 4.5))
     figure.suptitle(title)
-    colors = colormaps["viridis"](np.linspace(0, 0.75, len(curves)))
+    colors = colormaps["viridis"](np.linspace(0, 0.65, len(curves)))
     for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
         for (name, values), color in zip(curves.items(), colors, strict=True):
             axes.plot(range(1, len(values) + 1) if x is None else x, values, label=name, color=color)

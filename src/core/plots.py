@@ -4,7 +4,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import style
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -47,7 +49,9 @@ def label_ends(axes: Any) -> None:
     if order and (excess := heights[order[-1]] - 1) > 0:
         heights = [height - excess for height in heights]
     for curve, height in zip(curves, heights, strict=True):
-        color = curve.get_color()
+        color = np.array(to_rgb(curve.get_color()))
+        luminance = float(color**2.2 @ (0.2126, 0.7152, 0.0722))
+        text_color = color * (0.175 / max(0.175, luminance)) ** (1 / 2.2)  # a contrast of 4.5 or more on white
         place = {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "relpos": (0, 0.5)}
-        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], color=color, arrowprops=line, **place)
+        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], color=text_color, arrowprops=line, **place)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -15,7 +16,7 @@ from src.core.errors import escape_control_characters, format_metric
 from src.core.plots import label_ends, project_style, save_figure, use_log_scale
 from src.sweeps.runs import Comparison
 
-MAX_CURVES, MAX_NAMED_GROUPS, MAX_LABELED_CELLS, MAX_PANELS = 100, 7, 400, 6
+MAX_CURVES, MAX_NAMED_GROUPS, MAX_LABELED_CELLS, MAX_PANELS, MAX_TICKS = 100, 7, 400, 6, 8
 BEST_COLOR = "C1"  # orange
 
 
@@ -57,7 +58,8 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
         grid[place] = group.mean(metric) if math.isfinite(group.mean(metric)) else math.nan
     # One diverged run must not make all others look alike: the worst fifth shares a color.
     low, high = np.nanquantile(grid, (0, 0.8) if comparison.lower_is_better else (0.2, 1))
-    image = axes.imshow(grid, "Blues_r" if comparison.lower_is_better else "Blues", aspect="auto", vmin=low, vmax=high)
+    norm = LogNorm if comparison.lower_is_better and high > 100 * low > 0 else Normalize
+    image = axes.imshow(grid, "Blues_r" if comparison.lower_is_better else "Blues", norm(low, high), aspect="auto")
     for (y, x), group in cells.items():
         if len(groups) <= MAX_LABELED_CELLS:
             is_dark = np.dot(image.to_rgba(grid[y, x])[:3], (0.3, 0.6, 0.1)) < 0.5
@@ -92,9 +94,12 @@ def plot_scores(comparison: Comparison) -> Figure | None:
         axes.set(xlabel=_escape(key))
         if are_numbers and max(values) > 20 * min(values) > 0:
             use_log_scale(axes, "x")
+        if are_numbers and len(tried := sorted(set(values))) <= MAX_TICKS:
+            axes.set_xticks(tried, map("{:g}".format, tried), rotation=45)
+            axes.minorticks_off()
     figure.axes[0].yaxis.set_major_formatter(lambda value, _: format_metric(metric, value))
     figure.axes[0].set(ylabel=_escape(metric))
-    figure.suptitle("the best in orange")
+    figure.suptitle(_escape(f"{metric} by key; the best in orange"))
     return figure
 
 

@@ -37,7 +37,8 @@ def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[s
     comparison = compare_runs(runs, average_over or keys_of_sweeps)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(comparison, output / "sweep.csv")
-    title, images = ", ".join(folder.resolve().name for folder in folders), plot_comparison(comparison, output)
+    title = ", ".join(filter(None, [" × ".join(comparison.keys), *(folder.resolve().name for folder in folders)]))
+    images = plot_comparison(comparison, output)
     report = format_report(comparison, title, images)
     pages = {"report.md": report, "report.html": format_html(report, title, [output / image for image in images])}
     for name, text in pages.items():
@@ -134,12 +135,12 @@ def make_columns(comparison: Comparison) -> dict[str, list[str]]:
     """Return the columns by their heads, the most important ones first: one cell per group, best group first."""
     groups, metric = comparison.groups, comparison.metric
     columns = {"rank": [str(rank) if group.scores(metric) else "" for rank, group in enumerate(groups, 1)]}
+    if metric:
+        columns[metric] = [group.format_mean(metric) for group in groups]
     short = Counter(key.rpartition(".")[2] for key in comparison.keys)
     for key in comparison.keys:
         name = key.rpartition(".")[2]
         columns[name if short[name] == 1 else key] = [group.values[key] for group in groups]
-    if metric:
-        columns[metric] = [group.format_mean(metric) for group in groups]
     if any(len(group.runs) > 1 for group in groups):
         from src.sweeps.stats import compare_with_best, format_interval  # only if needed: SciPy takes a second
 
