@@ -60,7 +60,7 @@ def plot_roofline(rows: list[tuple[str, float, float, float]], peak: float, band
     intensities = torch.logspace(-1, 2, 50)
     axes.plot(intensities, (intensities * bandwidth).clamp(max=peak) / 1e9, "k-")
     axes.annotate(f"matrix product, {peak / 1e9:.0f} GFLOP/s", (1.2, 1.05 * peak / 1e9), va="bottom")
-    axes.annotate(f"copy, {bandwidth / 1e9:.0f} GB/s", (0.11, 0.17 * bandwidth / 1e9), va="bottom")
+    axes.annotate(f"copy, {bandwidth / 1e9:.0f} GB/s", (0.11, 0.45 * bandwidth / 1e9), va="bottom")
     total = sum(seconds for *_, seconds in rows)
     for kind in dict.fromkeys(name.partition(" ")[0] for name, *_ in rows):
         chosen = [(o / b, o / s / 1e9, 3000 * s / total) for name, o, b, s in rows if name.startswith(f"{kind} ")]
