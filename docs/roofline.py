@@ -3,6 +3,7 @@
 Prints a table, and writes docs/roofline.png: the arithmetic of each layer over the bytes that it must move.
 """
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,11 @@ def plot_roofline(rows: list[tuple[str, float, float, float]], peak: float, band
     for kind in dict.fromkeys(name.partition(" ")[0] for name, *_ in rows):
         chosen = [(o / b, o / s / 1e9, 3000 * s / total) for name, o, b, s in rows if name.startswith(f"{kind} ")]
         axes.scatter(*zip(*chosen, strict=True), alpha=0.6)
-        axes.annotate(kind, max(chosen)[:2], xytext=(12, -4), textcoords="offset points")
+        highest = max(chosen, key=itemgetter(1))[:2]
+        axes.annotate(kind, highest, xytext=(0, 16), textcoords="offset points", ha="center")
     title = "Layers of fast, one thread; areas are shares of the time"
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s", title=title)
+    axes.margins(y=0.12)
     return figure
 
 
