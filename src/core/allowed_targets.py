@@ -21,7 +21,7 @@ ALLOWED_TARGETS = re.compile(
     r"|torchvision\.(models\.[A-Za-z]|ops\.[A-Z])\w*"
     r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
 )
-OWN_MODULES = re.compile(rf"{__package__.partition('.')[0]}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z_]\w*)+")
+OWN_MODULES = re.compile(rf"{__package__.partition('.')[0]}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z]\w*){{2,}}")
 
 
 def load_target(target: str) -> Any:
@@ -39,28 +39,20 @@ def load_target(target: str) -> Any:
         except (ImportError, AttributeError) as error:
             raise UserError(f"_target_={target}: {error}") from error
         origin = str(getattr(found, "__module__", ""))  # not the module that merely imports it, as os.system
-        is_own = origin == module and not name.startswith("_") and _returns_object(found)
+        is_own = origin == module and not name.startswith("_")
         if is_library or is_own or (is_further and origin.partition(".")[0] == package):
             return found
     raise UserError(
-        f"_target_={target}: neither a class of this project, or a function that is annotated to return an object, nor "
-        "one that configs may name of its libraries; add its package to allowed_packages in the file conf/train.yaml"
+        f"_target_={target}: configs may not name it; add its package to allowed_packages in the file conf/train.yaml"
     )
-
-
-def _returns_object(found: Any) -> bool:
-    result = found if isinstance(found, type) else _get_signature(found).return_annotation
-    return isinstance(result, type) and result.__module__ != "builtins"
-
-
-def _get_signature(found: Any) -> inspect.Signature:
-    try:
-        return inspect.signature(found, eval_str=True)
-    except NameError:  # its annotations need names that its module does not import
-        return inspect.signature(found)
 
 
 @cache
 def get_parameters(target: str) -> dict[str, inspect.Parameter]:
     """Return the parameters of an allowed class or function by name, with evaluated annotations."""
-    return dict(_get_signature(load_target(target)).parameters)
+    found = load_target(target)
+    try:
+        signature = inspect.signature(found, eval_str=True)
+    except NameError:  # its annotations need names that its module does not import
+        signature = inspect.signature(found)
+    return dict(signature.parameters)

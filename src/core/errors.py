@@ -2,11 +2,8 @@
 
 from __future__ import annotations  # lets a Python that is too old come as far as the message about it
 
-import os
-import signal
 import sys
 import warnings
-from types import FrameType
 
 
 class UserError(Exception):
@@ -38,11 +35,6 @@ def print_warnings_in_one_line() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: raise SystemExit with 128 + its number; during an import, which may swallow it, exit at once."""
-    while frame:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
-            os._exit(128 + number)
-        frame = frame.f_back
+def exit_on_signal(number: int, _: object) -> None:
+    """Handle a signal: raise SystemExit with 128 + its number."""
     raise SystemExit(128 + number)

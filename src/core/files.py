@@ -2,16 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from src.core.errors import UserError
 from src.core.process import is_first_process
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(file: Path, content: bytes | memoryview) -> None:
@@ -32,17 +27,10 @@ def write_atomically(file: Path, content: bytes | memoryview) -> None:
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on a run folder, which ends with this process. Raise UserError if another holds it."""
-    if not is_first_process() or fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    from filelock import FileLock, Timeout  # slow to import
+
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is using this run folder; wait for it or stop it") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
+        with FileLock(folder / ".lock", timeout=0) if is_first_process() else nullcontext():
+            yield
+    except Timeout as error:
+        raise UserError(f"{folder}: another process is using this run folder; wait for it or stop it") from error

@@ -1,12 +1,10 @@
 """What all figures share: style, saving, logarithmic axes, and names at the ends of curves. No window opens."""
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import style
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -37,21 +35,17 @@ def use_log_scale(axes: Any, name: str) -> None:
 
 
 def label_ends(axes: Any) -> None:
-    """Write the label of each curve to the right of its end, in its colour; move labels apart that would overlap."""
+    """Write the labels of curves to the right of their ends, each with a line in the colour of its curve."""
     curves = [curve for curve in axes.get_lines() if curve.get_label()[0] != "_" and len(curve.get_xdata())]
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # the final limits
     to_fraction = (axes.transData + axes.transAxes.inverted()).transform
-    heights = [float(to_fraction(curve.get_xydata()[-1])[1]) for curve in curves]
-    order = sorted(range(len(curves)), key=heights.__getitem__)
+    ends = sorted((float(to_fraction(curve.get_xydata()[-1])[1]), number) for number, curve in enumerate(curves))
+    if not ends:
+        return
     gap = 0.3 / axes.figure.get_figheight()  # of one line of text
-    for lower, upper in pairwise(order):
-        heights[upper] = max(heights[upper], heights[lower] + gap)
-    if order and (excess := heights[order[-1]] - 1) > 0:
-        heights = [height - excess for height in heights]
-    for curve, height in zip(curves, heights, strict=True):
-        color = np.array(to_rgb(curve.get_color()))
-        luminance = float(color**2.2 @ (0.2126, 0.7152, 0.0722))
-        text_color = color * (0.175 / max(0.175, luminance)) ** (1 / 2.2)  # a contrast of 4.5 or more on white
+    low, span = ends[0][0], max(ends[-1][0] - ends[0][0], gap * (len(ends) - 1))
+    for height, (_, number) in zip(np.linspace(0, span, len(ends)) + min(low, 1 - span), ends, strict=True):
+        curve = curves[number]
         place = {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "relpos": (0, 0.5)}
-        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], color=text_color, arrowprops=line, **place)
+        line = {"arrowstyle": "-", "color": curve.get_color(), "linewidth": 1.2, "relpos": (0, 0.5)}
+        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], arrowprops=line, **place)

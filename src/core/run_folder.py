@@ -25,7 +25,7 @@ from src.core.process import is_first_process
 CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "status.json"
 MARKS = {"run": CONFIG_FILE, "sweep": "multirun.yaml", "study": ".tune"}  # what the folder of each begins with
 EARLY_FILES = (  # what a run or study writes before the first batch
-    *(".hydra", ".tune", STATUS_FILE, "train.log", "tune.log", "layers.txt", "hparams.yaml", "metrics.csv"),
+    *(".hydra", ".tune", ".lock", STATUS_FILE, "train.log", "tune.log", "layers.txt", "hparams.yaml", "metrics.csv"),
     *("events.out.tfevents.*", "study.db", ".study.lock", "checkpoints"),
 )
 # An interpolation other than of the config's own keys and by the two resolvers that conf/ uses.

@@ -25,7 +25,7 @@ from src.core.config import CONF, describe_unknown_key, infer_mode, list_keys, r
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError, escape_control_characters, format_metric, print_error
 from src.core.files import exclusive_lock
-from src.core.process import count_cores, list_gpus
+from src.core.process import count_cores, count_gpus
 from src.sweeps.runs import format_continue_command, reject_different_config
 
 keep_configs_of_finished_runs()  # also in worker processes, which import this file
@@ -75,7 +75,7 @@ class SweepCallback(Callback):
                 config.hydra.overrides.hydra.append("hydra.sweep.subdir='0'")
             if config.hydra.launcher._target_.endswith("JoblibLauncher"):  # it divides the cores among n_jobs processes
                 n_jobs = config.hydra.launcher.n_jobs
-                n_jobs = n_jobs if n_jobs > 0 else len(list_gpus(config)) or count_cores()
+                n_jobs = n_jobs if n_jobs > 0 else count_gpus(config) or count_cores()
                 config.hydra.launcher.n_jobs = min(n_jobs, len(jobs))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:

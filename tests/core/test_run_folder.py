@@ -1,9 +1,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +10,6 @@ import torch
 from conftest import SMALL
 from omegaconf import OmegaConf
 
-from src.core.config import CONF
 from src.core.errors import DivergenceError, UserError
 from src.core.process import configure_hardware, count_cores
 from src.core.run_folder import read_status, record_status, remove_if_untrained
@@ -134,7 +130,7 @@ def test_resume_refuses_other_settings(run_main, unfinished_run, arguments, word
 
 
 def test_cpu_quota_of_the_cgroup_counts_as_cores(monkeypatch, tmp_path):
-    monkeypatch.setattr("src.core.process.CGROUPS", tmp_path)
+    monkeypatch.setattr("src.core.process.CPU_QUOTA", tmp_path / "cpu.max")
     (tmp_path / "cpu.max").write_text("max 100000")
     assert count_cores() == len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("50000 100000")
@@ -158,15 +154,3 @@ def test_threads_default_to_the_cores_and_are_kept_in_the_config(monkeypatch):
             assert config.threads == torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_during_imports_exits_without_a_traceback(number, code):
-    command = [sys.executable, "-m", "src.train", *SMALL]
-    with subprocess.Popen(command, cwd=CONF.parent, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
-        while "torch/" not in Path(f"/proc/{process.pid}/maps").read_text():
-            pass
-        process.send_signal(number)
-        _, err = process.communicate()
-    assert process.returncode == code and "Traceback" not in err, err
