@@ -14,7 +14,7 @@ from typing import Any
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
 from src.core.process import import_lightning
-from src.core.run_folder import METRICS_FILE, read_metrics
+from src.core.run_folder import METRICS_FILE, read_file
 
 PAGE = Path(__file__).with_suffix(".html")
 HOST = "127.0.0.1"
@@ -67,7 +67,7 @@ def describe_model(predictor: Any) -> dict[str, Any]:
     """Return the model's name and classes, and its size and test accuracy if they are recorded beside its weights."""
     file, spec = predictor.file.absolute(), predictor.spec
     records = filter(Path.is_file, (file.with_suffix(".json"), file.parents[1] / METRICS_FILE))
-    record: dict[str, Any] = next(map(read_metrics, records), {"metrics": {}})
+    record: dict[str, Any] = next(map(read_file, records), {"metrics": {}})
     name, size, accuracy = record.get("name", file.name), record.get("parameters"), record["metrics"].get("test/acc")
     return {"name": name, "parameters": size, "accuracy": accuracy, "label": spec.label_name, "classes": spec.classes}
 

@@ -25,7 +25,7 @@ from torchvision import transforms
 from src.core.config import CONF, resolve_and_validate
 from src.core.errors import UserError
 from src.core.process import configure_hardware
-from src.core.run_folder import METRICS_FILE, read_metrics
+from src.core.run_folder import METRICS_FILE, read_file
 from src.data.sampler import hash_seed
 from src.models.cnn import CNN
 from src.train import train
@@ -54,7 +54,7 @@ def train_run(overrides: list[str], *callbacks: Callback) -> dict[str, Any]:
     """Train as src.train does, without validating; return metrics.json. The run folder is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         train(compose(overrides, folder), *callbacks)
-        return read_metrics(Path(folder, METRICS_FILE))
+        return read_file(Path(folder, METRICS_FILE))
 
 
 def train_bare(trainer: Any) -> Iterator[None]:

@@ -44,11 +44,11 @@ class CheckCommand(Callback):
         CheckCommand.is_new_folder = not folder.exists()
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
             reject_wrong_keys(config)
-            kind = "study" if "study_name" in config else "run"
-            run_folder.reject_other_kind("hydra.run.dir", folder, kind)
-            is_alone = _count_processes() == 1 and kind == "run"
-            if not config.resume and is_alone and run_folder.holds_run(folder):
-                raise UserError(f"hydra.run.dir={folder}: holds a run; type resume={folder}, or another folder")
+            kind, wanted = run_folder.find_kind(folder), "study" if "study_name" in config else "run"
+            may_continue = wanted == "study" or config.resume or _count_processes() > 1
+            if kind and not (may_continue and kind == wanted):
+                fix = f"type another folder, or resume={folder} to continue a run"
+                raise UserError(f"hydra.run.dir={folder}: holds a {kind}; {fix}")
 
 
 def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -62,7 +62,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
         is_resumed, is_study = bool(config.resume), config_name == "tune"
         with read_write(hydra_config):  # type: ignore[arg-type]
             hydra_config.overrides.task.extend(changes)
-        if is_multirun and run_folder.is_finished(folder):
+        if is_multirun and (folder / run_folder.METRICS_FILE).exists():
             print(f"already finished: {folder.name}", flush=True)
             return None
         try:
@@ -140,10 +140,10 @@ def _complete_arguments(arguments: Namespace) -> list[str]:
         overrides[:] = [item for item in overrides if item not in changes or re.match(r"(callbacks|logger)=", item)]
         if arguments.multirun:
             raise UserError(f"resume={folder}: continues one run; leave out -m")
-        if not (run_folder.holds_run(folder) and (folder / run_folder.CONFIG_FILE).is_file()):
+        if run_folder.find_kind(folder) != "run" or not (folder / run_folder.CONFIG_FILE).is_file():
             reason = "no run, or one that was stopped while its config was written"
             raise UserError(f"resume={folder}: {reason}; name one below outputs/, or type its first command again")
-        if run_folder.is_finished(folder) and not changes:
+        if (folder / run_folder.METRICS_FILE).exists() and not changes:
             print(f"{folder} is finished: its metrics are in metrics.json; trainer.max_epochs=… trains it longer")
             sys.exit()
         if not has_folder:  # the other processes of a DDP run have it

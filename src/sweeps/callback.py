@@ -49,15 +49,17 @@ class SweepCallback(Callback):
         with exit_on_error():  # Hydra turns exceptions of callbacks into warnings
             use_sweeper(ReportingSweeper)
             reject_wrong_keys(config)
-            run_folder.reject_other_kind("hydra.sweep.dir", Path(config.hydra.sweep.dir), "sweep")
             folder, jobs = Path(config.hydra.sweep.dir), list_jobs(config.hydra)
+            if (kind := run_folder.find_kind(folder)) not in (None, "sweep"):
+                raise UserError(f"hydra.sweep.dir={folder}: holds a {kind}; type another folder")
             if not jobs:
                 raise UserError(f"{' '.join(config.hydra.overrides.task)}: a sweep without jobs; type a value per key")
             known = [*list_keys(config), *(item.partition("=")[0].lstrip("+") for item in jobs[0])]
             if unknown := [key for key in self.average_over if key not in known]:
                 raise UserError(f"hydra.callbacks.sweep.average_over: {describe_unknown_key(unknown[0], known)}")
             _validate_jobs(config, jobs)
-            if (folder / "multirun.yaml").exists() and (before := run_folder.read_yaml(folder / "multirun.yaml")):
+            if kind:
+                before = run_folder.read_file(folder / "multirun.yaml")
                 plain, overrides = OmegaConf.to_container(config), config.hydra.overrides.task
                 reject_different_config(before, plain, f"the sweep in {folder}", overrides)
                 pairs = zip(list_jobs(OmegaConf.create(before["hydra"])), jobs, strict=False)
@@ -83,7 +85,7 @@ class SweepCallback(Callback):
             return
         folder = Path(config.hydra.runtime.output_dir)
         if job_return.status == JobStatus.FAILED:
-            print_error(f"{folder.name}: {(run_folder.read_status(folder) or {}).get('message')}")
+            print_error(f"{folder.name}: {run_folder.read_status(folder).get('message')}")
             # Otherwise the sweeper would raise the first failure before the report.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         elif (score := job_return.return_value) is not None:

@@ -134,10 +134,13 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     def task(cfg: DictConfig) -> float:
         cfg = resolve_and_validate(cfg)
         cfg.resume = None if first is None else cfg.output_dir
-        with exclusive_lock(folder / name), record_status(folder / name, is_trial=True):
+        with exclusive_lock(folder / name), record_status(folder / name):
             configure_hardware(cfg)
             write_config(cfg, folder / name)
-            return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
+            try:
+                return train(cfg, PyTorchLightningPruningCallback(trial, cfg.optimized_metric))
+            except DivergenceError as error:  # the study learns to avoid such settings
+                raise optuna.TrialPruned(str(error)) from error
 
     print(f"trial {trial.number}: {' '.join(settings)}", flush=True)
     try:
@@ -146,8 +149,6 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
         trial.study.tell(trial, state=TrialState.FAIL)
         RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
         raise
-    except DivergenceError as error:  # the study learns to avoid such settings
-        raise optuna.TrialPruned from error
     if not math.isfinite(score):  # Optuna would count it as failed, and never reach its target
         raise optuna.TrialPruned
     return score

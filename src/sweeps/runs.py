@@ -119,18 +119,18 @@ def format_train_command(group: RunGroup, average_over: Sequence[str] = ("seed",
 
 def read_run(folder: Path) -> Run:
     """Read the run in a folder. One whose files cannot be read is unfinished, and its `error` says why."""
-    status: dict[str, str] = run_folder.read_status(folder) or {}
+    status = run_folder.read_status(folder)
     run = Run(folder, "unfinished", error=status.get("message", ""), has_traceback=bool(status.get("traceback")))
     try:
-        run.overrides = run_folder.read_strings(folder / ".hydra/overrides.yaml")
+        run.overrides = run_folder.read_file(folder / ".hydra/overrides.yaml", list)
         run.chosen = dict(item.lstrip("+~").partition("=")[::2] for item in run.overrides)
-        for key, value in iterate_items(run_folder.read_plain_config(folder / run_folder.CONFIG_FILE)):
+        for key, value in iterate_items(run_folder.read_config(folder)):
             if not isinstance(value, dict) and not key.rpartition(".")[2].isdigit():  # a list counts as one value
                 run.config[intern(key)] = intern(format_value(value))  # ten thousand runs have few different ones
         if "data.seed" not in run.chosen and run.get("data.seed") == run.get("seed"):
             run.config.pop("data.seed", None)  # it follows the seed by default
         if (folder / run_folder.METRICS_FILE).exists():
-            run.results = run_folder.read_metrics(folder / run_folder.METRICS_FILE)
+            run.results = run_folder.read_file(folder / run_folder.METRICS_FILE)
             run.results["seconds"] = sum(run.results["seconds"].values())
             run.metrics = {key: x for key, x in run.results["metrics"].items() if not re.search("^lr(-|$)|_step$", key)}
             run.chosen = run.results.get("choices", {}) | run.chosen
@@ -157,7 +157,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
             runs.setdefault(file.parent.resolve(), read_run(file.parent))
         for file in folder.rglob("multirun.yaml"):
             with suppress(UserError, TypeError, KeyError):  # cut short while Hydra wrote it
-                sweep = run_folder.read_yaml(file)["hydra"]["callbacks"]["sweep"]
+                sweep = run_folder.read_file(file)["hydra"]["callbacks"]["sweep"]
                 average_over = list(dict.fromkeys([*(average_over or []), *sweep["average_over"]]))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no runs in here; name the folder of a sweep")
@@ -211,7 +211,8 @@ def explain_no_ranking(metric: str | None, is_tested_every_epoch: bool) -> str:
 
 def format_continue_command(multirun: Path) -> str:
     """Return the command that started the sweep of a multirun.yaml, with the folder that makes it continue."""
-    task, hydra = (run_folder.read_strings(multirun, "hydra", "overrides", part) for part in ("task", "hydra"))
+    given = run_folder.read_file(multirun)["hydra"]["overrides"]
+    task, hydra = given["task"], given["hydra"]
     generated = ("hydra.mode=", "hydra.sweep.dir=", "hydra.job.config.override_dirname.exclude_keys=")
     flag = ["-m"] if "hydra.mode=MULTIRUN" in hydra else []
     overrides = [*(item for item in hydra if not item.startswith(generated)), f"hydra.sweep.dir={multirun.parent}"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from src.core.config import CONF, PACKAGE, ROOT, resolve_config, validate_config
 from src.core.errors import UserError, escape_control_characters
-from src.core.run_folder import holds_run
+from src.core.run_folder import find_kind
 from src.data.image_spec import ImageSpec
 from src.data.mnist_format import preprocess_digit
 from src.data.preprocess import SUFFIXES, list_files, resize_image
@@ -79,8 +79,8 @@ def find_images(path: Path) -> list[Path]:
     """Return a file itself, and of a folder the image files at any depth. Raises UserError for the folder of a run."""
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         return [path]
-    if holds_run(path):  # with plots
-        raise UserError(f"{path}: a run, not an image; type --weights {path} IMAGE")
+    if kind := find_kind(path):  # with plots
+        raise UserError(f"{path}: a {kind}, not an image; type --weights {path} IMAGE")
     if not (files := list_files(path, SUFFIXES)):
         raise UserError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
     return files

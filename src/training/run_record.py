@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from src.core.compat import get_log_step
 from src.core.config import iterate_items
 from src.core.files import write_atomically
-from src.core.run_folder import METRICS_FILE, merge_overrides, read_strings, read_yaml, write_config
+from src.core.run_folder import METRICS_FILE, read_file, write_config
 from src.training.checkpoints import find_monitored_checkpoint, load_weights_only
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
@@ -84,8 +84,9 @@ def _read_original_overrides(cfg: DictConfig) -> tuple[list[str], dict[str, Any]
     overrides, choices = list(hydra.overrides.task), dict(hydra.runtime.choices)
     if cfg.resume and hydra.mode == RunMode.RUN and (folder / "hydra.yaml").is_file():
         changes = [override for override in overrides if not override.startswith("resume=")]
-        overrides = merge_overrides(read_strings(folder / "overrides.yaml"), changes)
-        choices = read_yaml(folder / "hydra.yaml")["hydra"]["runtime"]["choices"]
+        before, changed = read_file(folder / "overrides.yaml", list), [change.partition("=")[0] for change in changes]
+        overrides = [*(item for item in before if item.partition("=")[0] not in changed), *changes]
+        choices = read_file(folder / "hydra.yaml")["hydra"]["runtime"]["choices"]
     return overrides, choices
 
 
