@@ -17,8 +17,8 @@ def main() -> None:
     parser = Parser(prog="python -m src.report", description="Compare the runs below some folders.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, a run, or a folder of both")
     parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER, for several outputs/report")
-    averaged = "keys over which runs are averaged; default: those of the sweeps, else seed"
-    parser.add_argument("--average-over", type=lambda keys: keys.split(","), metavar="KEY,KEY", help=averaged)
+    averaged = "keys over which runs are averaged; default: seed"
+    parser.add_argument("--average-over", default="seed", metavar="KEY,KEY", help=averaged)
     parser.add_argument("--open", action="store_true", help="open report.html in the browser, if there is a display")
     arguments = parser.parse_args()
 
@@ -26,7 +26,7 @@ def main() -> None:
 
     default = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
     output = arguments.output or default
-    write_report(arguments.folders, output, arguments.average_over)
+    write_report(arguments.folders, output, arguments.average_over.split(","))
     if arguments.open and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open((output / "report.html").resolve().as_uri())
 

@@ -16,6 +16,7 @@ FIXES = {
     "No supported gpu backend found": "no GPU was found; set trainer.accelerator=cpu or auto",
     "Error(s) in loading state_dict": "the checkpoint does not fit the config's network; use those of one run",
     "Config group override must be": "a config group takes an option's name, as logger=none, scheduler=none or ~model",
+    "Failed to import DB access module": "storage: install the driver of its database, as pip install psycopg",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, read_write
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import MaxTrialsCallback
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
@@ -26,52 +25,39 @@ from src.core.config import resolve_and_validate
 from src.core.errors import DivergenceError, UserError, format_metric
 from src.core.files import exclusive_lock
 from src.core.process import configure_hardware
-from src.core.run_folder import make_portable, record_status, write_config
-from src.sweeps.runs import explain_no_ranking, format_value, reject_different_config
+from src.core.run_folder import find_kind, record_status, write_config
+from src.sweeps.runs import format_value
 
-STUDY_KEYS = "n_trials", "study_name", "storage", "heartbeat", "sampler", "pruner", "search"  # not in conf/train.yaml
+# Overrides of conf/tune.yaml that are not for the trials, whose config is conf/train.yaml.
+STUDY_OVERRIDE = re.compile(r"[+~]*(n_trials|study_name|storage|heartbeat|sampler|pruner|search)\b")
 COUNTED = TrialState.COMPLETE, TrialState.PRUNED
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
 
-def open_storage(place: str | None, heartbeat: int, folder: Path) -> BaseStorage:
-    """Open SQLite in the study's folder, a journal if `place` is a file, else the database of a URL.
+def open_study(cfg: DictConfig, folder: Path) -> optuna.Study:
+    """Begin or continue the study of the config, in SQLite in its folder or in the database of a URL.
 
-    A trial whose process is silent for two heartbeats (seconds) is enqueued again, except in a journal, which has no
-    heartbeat. Raises UserError for a file that is no journal, and if the database's driver is not installed.
+    A trial whose process is silent for two heartbeats (seconds) is enqueued again. Raises UserError if the study was
+    begun with another metric or search space.
     """
-    if place is not None and "://" not in place:
-        if (file := Path(place)).exists() and not b'{"op_code"'.startswith(file.open("rb").read(10)):
-            raise UserError(f"storage={place}: exists and is no journal of Optuna; name a new file")
-        return JournalStorage(JournalFileBackend(place))
-    url = place or f"sqlite:///{folder / 'study.db'}"
-    settings: Any = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    if cfg.optimized_metric is None or OmegaConf.select(cfg, "data.test_every_epoch"):
+        fix = "set optimized_metric=val/acc and data.test_every_epoch=false"
+        raise UserError(f"optimized_metric={cfg.optimized_metric}: a study needs validation images; {fix}")
+    url = cfg.storage or f"sqlite:///{folder / 'study.db'}?timeout=60"
     retry = RetryHeartbeatStaleTrialCallback()
-    try:
-        return RDBStorage(url, settings, heartbeat_interval=heartbeat, heartbeat_stale_trial_callback=retry)
-    except ImportError as error:
-        raise UserError(f"storage={url}: {error}; install its driver, as pip install psycopg") from error
-
-
-def open_study(cfg: DictConfig, folder: Path, overrides: Sequence[str] = ()) -> optuna.Study:
-    """Begin or continue the study of the config. Raise UserError if it was begun with other settings."""
-    if reason := explain_no_ranking(cfg.optimized_metric, bool(OmegaConf.select(cfg, "data.test_every_epoch"))):
-        raise UserError(f"{reason}; set optimized_metric=val/acc and data.test_every_epoch=false")
+    options = {"heartbeat_interval": cfg.heartbeat, "heartbeat_stale_trial_callback": retry}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with FileLock(folder / ".study.lock"):  # processes that start together must create the tables once
         study = optuna.create_study(
-            storage=open_storage(cfg.storage, cfg.heartbeat, folder),
+            storage=RDBStorage(url, {"pool_pre_ping": True}, **options),
             study_name=cfg.study_name,
             direction="minimize" if cfg.optimized_mode == "min" else "maximize",
             pruner=instantiate(cfg.pruner),
             load_if_exists=True,
         )
-        if "settings" not in study.user_attrs and any(folder.glob("[0-9][0-9][0-9]_*")):
-            raise UserError(f"{folder}: holds the trials of another study; type study_name=NAME for a new folder")
-        ignored = *STUDY_KEYS[:-1], "output_dir", "threads"
-        settings = {key: value for key, value in make_portable(cfg).items() if key not in ignored}
-        before = study.user_attrs.get("settings", settings)
-        reject_different_config(before, settings, f"the study in {folder}", overrides)
+        settings = {"optimized_metric": cfg.optimized_metric, "search": OmegaConf.to_container(cfg.search)}
+        if (before := study.user_attrs.get("settings", settings)) != settings:
+            raise UserError(f"{folder}: its study was begun with {before}; type that, or study_name=NAME for a new one")
         study.set_user_attr("settings", settings)
         # The same sampler seed in every process would suggest the same trials again.
         starts = study.user_attrs.get("starts", 0)
@@ -85,15 +71,8 @@ def optimize(study: optuna.Study, objective: Callable[[optuna.Trial], float], ta
     """Run trials until `target` of them are complete or pruned. Each further process may run one more."""
     metric, count = study.user_attrs["settings"]["optimized_metric"], len(study.get_trials(states=COUNTED))
     print(f"{count} of {target} trials are done; {study.direction.name.lower()} {metric}")
-
-    def print_trial(_: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        words = trial.state.name.lower()
-        if trial.state == TrialState.COMPLETE:
-            words = f"{format_metric(metric, trial.values[0])}, best {format_metric(metric, study.best_value)}"
-        print(f"trial {trial.number}: {words}", flush=True)
-
     if count < target:
-        study.optimize(objective, callbacks=[print_trial, MaxTrialsCallback(target, states=COUNTED)])
+        study.optimize(objective, callbacks=[MaxTrialsCallback(target, states=COUNTED)])
 
 
 def suggest(trial: optuna.Trial, space: Any, key: str = "") -> list[str]:
@@ -124,8 +103,7 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     first = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial.study.trials[trial.number])
     settings = suggest(trial, OmegaConf.to_container(search))
     name = "_".join([f"{trial.number if first is None else first:03d}", *settings]).replace("/", "-")[:200]
-    is_own = re.compile(rf"[+~]*({'|'.join(STUDY_KEYS)})\b").match
-    overrides = [item for item in HydraConfig.get().overrides.task if not is_own(item)]
+    overrides = [item for item in HydraConfig.get().overrides.task if not STUDY_OVERRIDE.match(item)]
     config = compose("train", overrides=[*overrides, *settings], return_hydra_config=True)
     with read_write(config):
         config.hydra.mode = RunMode.MULTIRUN  # one run of several
@@ -134,6 +112,8 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
     def task(cfg: DictConfig) -> float:
         cfg = resolve_and_validate(cfg)
         cfg.resume = None if first is None else cfg.output_dir
+        if first is None and find_kind(folder / name):
+            raise UserError(f"{folder / name}: holds the trial of another study; type study_name=NAME for a new folder")
         with exclusive_lock(folder / name), record_status(folder / name):
             configure_hardware(cfg)
             write_config(cfg, folder / name)
@@ -143,12 +123,8 @@ def run_trial(trial: optuna.Trial, train: Callable[..., Any], search: DictConfig
                 raise optuna.TrialPruned(str(error)) from error
 
     print(f"trial {trial.number}: {' '.join(settings)}", flush=True)
-    try:
-        score = run_as_job(task, config)
-    except SystemExit:  # a signal: let another process continue the trial at once
-        trial.study.tell(trial, state=TrialState.FAIL)
-        RetryHeartbeatStaleTrialCallback()(trial.study, trial.study.trials[trial.number])
-        raise
+    score = run_as_job(task, config)
     if not math.isfinite(score):  # Optuna would count it as failed, and never reach its target
         raise optuna.TrialPruned
+    print(f"trial {trial.number}: {format_metric(config.optimized_metric, score)}", flush=True)
     return score

@@ -8,55 +8,37 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 from string import Template
-from textwrap import shorten
 
 from markdown_it import MarkdownIt
 
-from src.core.errors import UserError, escape_control_characters
+from src.core.errors import escape_control_characters
 from src.sweeps.plots import plot_comparison
-from src.sweeps.runs import Comparison, compare_runs, format_continue_command, format_train_command, read_runs
+from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
 
-VERDICT = "vs. best"
-STATISTICS = (
-    "CI: of the mean. vs. best: Welch's t-test at 5%, Bonferroni's correction for all pairs of rows; n: runs per row "
-    "that tell a tie apart with 80% power."
-)
+SCORES = "Scores at the last epoch: mean ± standard deviation over"
+TESTS = "vs. best: Welch's t-test at 5%, Bonferroni's correction for all pairs of rows; tied: not shown to be worse."
 
 
-def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[str] | None = None) -> Comparison:
+def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[str] = ("seed",)) -> Comparison:
     """Compare the runs below the folders, write the report into `output` and print it.
 
-    `average_over` are the keys over which runs are averaged, by default those of the sweeps. Raises UserError if there
-    is no run.
+    `average_over` are the keys over which runs are averaged. Raises UserError if there is no run.
     """
-    runs, keys_of_sweeps = read_runs(folders)
-    comparison = compare_runs(runs, average_over or keys_of_sweeps)
+    comparison = compare_runs(read_runs(folders), average_over)
     output.mkdir(parents=True, exist_ok=True)
     write_csv(comparison, output / "sweep.csv")
     title = ", ".join(filter(None, [" × ".join(comparison.keys), *(folder.resolve().name for folder in folders)]))
     images = plot_comparison(comparison, output)
     report = format_report(comparison, title, images)
-    pages = {"report.md": report, "report.html": format_html(report, title, [output / image for image in images])}
-    for name, text in pages.items():
-        (output / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+    page = format_html(report, title, [output / image for image in images])
+    for file, text in (output / "report.md", report), (output / "report.html", page):
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(format_report(comparison, title, width=shutil.get_terminal_size((200, 0)).columns))
     print(f"report in {os.path.relpath(output)}: report.html report.md sweep.csv {' '.join(images)}", flush=True)
     return comparison
-
-
-def report_ended_sweep(sweep: Path) -> int:
-    """Report a sweep whose launcher has ended.
-
-    Returns exit code 0; 1 if a job failed by a bug or has not finished; 2 if one failed by a mistake.
-    """
-    runs = write_report([sweep], sweep).runs
-    if any(run.state == "unfinished" or (run.state == "failed" and run.has_traceback) for run in runs):
-        return 1
-    return 2 if any(run.state == "failed" for run in runs) else 0
 
 
 def write_csv(comparison: Comparison, file: Path) -> None:
@@ -76,37 +58,28 @@ def write_csv(comparison: Comparison, file: Path) -> None:
 
 
 def format_report(comparison: Comparison, title: str, images: Sequence[str] = (), width: float = math.inf) -> str:
-    """Return the report as Markdown: plots, the table, the best runs, repeats, and runs that have not finished.
+    """Return the report as Markdown: plots, the table, the best runs, and the runs that do not count.
 
     Columns at the right are left out of a table that is wider than `width`.
     """
-    runs, metric, averaged = comparison.runs, comparison.metric, " and ".join(comparison.average_over) or "nothing"
-    states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
-    lines = [f"# {title}", "", f"{len(runs)} run{'s' * (len(runs) != 1)}: {states}", ""]
+    states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in comparison.runs).items())
+    lines = [f"# {title}", "", f"{len(comparison.runs)} runs: {states}", ""]
     for image in images:
         lines += [f"![{image}]({image})", ""]
     if comparison.groups:
-        columns = make_columns(comparison)
-        tested = STATISTICS if VERDICT in columns else "Differences are not tested: that takes two rows of two runs."
-        note = f"Scores at the last epoch: mean ± standard deviation over {averaged}. {tested}"
-        lines += [*_format_table(columns, width), "", note, ""]
+        averaged = " and ".join(comparison.average_over)
+        lines += [*_format_table(make_columns(comparison), width), "", f"{SCORES} {averaged}. {TESTS}", ""]
     lines += ["## Best", ""]
     if best := comparison.best:
         order = "lowest" if comparison.lower_is_better else "highest"
-        lines += [f"{best.name}: {order} {metric}, {best.format_mean(metric)}", ""]
+        lines += [f"{best.name}: {order} {comparison.metric}, {best.format_mean(comparison.metric)}", ""]
         lines += [f"    {format_train_command(best, comparison.average_over)}", ""]
     else:
-        lines += [f"not ranked: {comparison.reason_not_ranked or 'no score is a number'}", ""]
-    if repeats := [f"{run.folder.parent.name}/{run.folder.name}" for run in comparison.repeats]:
-        names = shorten(", ".join(repeats), 500, placeholder=" …")
-        lines += [f"## Left out: {len(repeats)}", "", f"same config and {averaged} as another run: {names}", ""]
-    if missing := [run for run in runs if run.state not in ("finished", "pruned")]:
-        lines += [f"## Not finished: {len(missing)}", ""]
-        for run in missing:
+        lines += ["not ranked: all runs must have one optimized_metric, which is not a score on test images", ""]
+    if left_out := [run for run in comparison.runs if run.state not in ("finished", "pruned")]:
+        lines += [f"## Left out: {len(left_out)}", ""]
+        for run in left_out:
             lines += [": ".join(filter(None, (run.folder.name, run.state, run.error))), ""]
-        for sweep in dict.fromkeys(run.folder.parent / "multirun.yaml" for run in missing):
-            with suppress(UserError):  # a run without a sweep
-                lines += ["continue with", "", f"    {format_continue_command(sweep)}", ""]
     return "\n".join(map(escape_control_characters, lines))
 
 
@@ -137,15 +110,14 @@ def make_columns(comparison: Comparison) -> dict[str, list[str]]:
     columns = {"rank": [str(rank) if group.scores(metric) else "" for rank, group in enumerate(groups, 1)]}
     if metric:
         columns[metric] = [group.format_mean(metric) for group in groups]
-    short = Counter(key.rpartition(".")[2] for key in comparison.keys)
     for key in comparison.keys:
         name = key.rpartition(".")[2]
-        columns[name if short[name] == 1 else key] = [group.values[key] for group in groups]
+        columns[key if name in columns else name] = [group.values[key] for group in groups]
     if any(len(group.runs) > 1 for group in groups):
         from src.sweeps.stats import compare_with_best, format_interval  # only if needed: SciPy takes a second
 
         if verdicts := compare_with_best(groups, metric):
-            columns[VERDICT] = verdicts
+            columns["vs. best"] = verdicts
         columns["95% CI"] = [format_interval(group, metric) for group in groups]
         columns["n"] = [str(len(group.runs)) for group in groups]
     others = {name for group in groups for run in group.runs for name in run.metrics} - {metric}

@@ -1,16 +1,15 @@
-"""Confidence intervals, significance tests and sample sizes. A sample has one score per averaged run."""
+"""Confidence intervals and significance tests. A sample has one score per averaged run."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm, sem, t, ttest_ind_from_stats
+from scipy.stats import sem, t, ttest_ind_from_stats
 
 from src.core.errors import format_metric
 from src.sweeps.runs import RunGroup
 
 LEVEL = 0.05  # probability that a group as good as the best is called worse
-POWER = 0.8  # probability that `required_seeds` seeds find a difference
 
 
 def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
@@ -30,26 +29,12 @@ def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     return np.nan_to_num(p * math.comb(len(samples), 2), nan=1.0).clip(max=1).tolist()
 
 
-def required_seeds(first: Sequence[float], second: Sequence[float], groups: int) -> float:
-    """Return how many seeds per group find a difference of this size with probability POWER; infinity if there is none.
-
-    Normal approximation with Guenther's correction for the t-test (1981), and Bonferroni's for all pairs of `groups`.
-    """
-    variance, difference = np.var(first, ddof=1) + np.var(second, ddof=1), np.mean(first) - np.mean(second)
-    z = norm.isf(LEVEL / 2 / math.comb(groups, 2))
-    if not difference:
-        return math.inf
-    return math.ceil(variance * ((z + norm.ppf(POWER)) / difference) ** 2 + z**2 / 4)
-
-
 def format_interval(group: RunGroup, metric: str) -> str:
-    """Return the confidence interval of the mean; an empty string for fewer than two finite scores."""
+    """Return half the width of the mean's confidence interval; an empty string for fewer than two finite scores."""
     if math.isnan(group.std(metric)):
         return ""
-    limits = confidence_interval(group.scores(metric))
-    if metric.endswith("acc"):  # the interval of two seeds may be wider
-        limits = max(limits[0], 0.0), min(limits[1], 1.0)
-    return " to ".join(format_metric(metric, limit, digits=4) for limit in limits)
+    low, high = confidence_interval(group.scores(metric))
+    return f"± {format_metric(metric, (high - low) / 2, digits=2)}"
 
 
 def compare_with_best(groups: Sequence[RunGroup], metric: str) -> list[str]:
@@ -57,8 +42,8 @@ def compare_with_best(groups: Sequence[RunGroup], metric: str) -> list[str]:
     ranks = [rank for rank, group in enumerate(groups) if not math.isnan(group.std(metric))]
     if len(ranks) < 2 or ranks[0] > 0:
         return []
-    best, *others = samples = [groups[rank].scores(metric) for rank in ranks]
     verdicts = ["best"] + [""] * (len(groups) - 1)
-    for rank, sample, p in zip(ranks[1:], others, corrected_p_values(samples), strict=True):
-        verdicts[rank] = "worse" if p <= LEVEL else f"tied (n = {required_seeds(best, sample, len(samples)):,})"
+    p_values = corrected_p_values([groups[rank].scores(metric) for rank in ranks])
+    for rank, p in zip(ranks[1:], p_values, strict=True):
+        verdicts[rank] = "worse" if p <= LEVEL else "tied"
     return verdicts

@@ -72,7 +72,7 @@ def test_readme_is_short_and_its_code_fits_a_terminal():
 
 # Commands that are only composed and validated here, and why. docs/own.md is missing in it: test_own.py runs that page.
 ONLY_COMPOSED = {
-    r".*(=submitit_slurm|=joblib|=ddp|zip=)": "need Slurm, processes or images; tests/sweeps runs them",
+    r".*(=submitit_slurm|=joblib|=ddp)": "need Slurm, processes or images; tests/sweeps runs them",
     r".*(accelerator=gpu|cuda_graph)": "need a GPU; test_gpu.py and test_cuda_graph.py of tests/training run them",
     r".*data=(fashion|kmnist|medmnist|folder|npz)": "need other data; tests/data and test_own.py have it",
     r".*resume=RUN": "needs a constant learning rate; tests/training/test_resume.py runs it",

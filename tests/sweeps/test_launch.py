@@ -1,4 +1,4 @@
-"""How the jobs of a sweep are spread: which change together, which worker has which GPU, what a lost one costs."""
+"""How the jobs of a sweep are spread: which worker has which GPU, what a lost one costs."""
 
 import os
 import signal
@@ -10,30 +10,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
-from test_sweeps import TINY, read_csv, read_scores
+from test_sweeps import TINY, read_scores
 
 from src.core.config import CONF
 from src.core.process import count_gpus, pin_gpu
-from src.sweeps.callback import SweepCallback, list_jobs
-
-
-def test_zipped_keys_change_together(run_main, tmp_path):
-    zipped = ["optimizer.lr", "data.batch_size"]
-    task = ["optimizer.lr=0.1,0.2", "data=digits", "data.batch_size=8,16", "seed=0,1"]
-    hydra = {"sweeper": {}, "overrides": {"task": task}, "callbacks": {"sweep": {"zip": zipped}}}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        jobs = list_jobs(OmegaConf.create(hydra))
-    assert jobs == [
-        ["data=digits", f"seed={seed}", f"optimizer.lr={lr}", f"data.batch_size={size}"]
-        for seed in (0, 1)
-        for lr, size in ((0.1, 8), (0.2, 16))
-    ]
-    arguments = [*TINY, "optimizer.lr=0.1,0.2", "hydra.callbacks.sweep.zip=[optimizer.lr,data.batch_size]"]
-    assert run_main("-m", *arguments, "data.batch_size=8,16", f"hydra.sweep.dir={tmp_path}").code == 0
-    rows = read_csv(tmp_path)
-    assert {(row["optimizer.lr"], row["data.batch_size"]) for row in rows} == {("0.1", "8"), ("0.2", "16")}
-    result = run_main("-m", *arguments, "data.batch_size=8,16,32")
-    assert result.code == 2 and "optimizer.lr has 2, data.batch_size has 3" in result.err.splitlines()[-1]
+from src.sweeps.callback import SweepCallback
 
 
 def test_config_without_gpus_counts_none(monkeypatch):
