@@ -100,9 +100,9 @@ class ReportingSweeper(get_basic_sweeper()):  # type: ignore[misc]
         from src.sweeps.report import write_report  # Hydra imports this file for --cfg, too
 
         runs = write_report([folder], folder, hydra.callbacks.sweep.average_over).runs
-        if lost := [run for run in runs if run.state in ("failed", "unfinished")]:
+        if any(run.state in ("failed", "unfinished") for run in runs):
             print(f"continue with: {command}", flush=True)
-            sys.exit(2 if all(run.state == "failed" and not run.has_traceback for run in lost) else 1)
+            sys.exit(1)
 
 
 def list_jobs(hydra: DictConfig) -> list[list[str]]:

@@ -25,7 +25,6 @@ class Run:
     folder: Path
     state: str  # finished, failed, pruned, unfinished, or repeat: left out, because another run is the same
     error: str = ""
-    has_traceback: bool = False
     overrides: list[str] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
     config: dict[str, str] = field(default_factory=dict)
@@ -107,7 +106,7 @@ def read_run(folder: Path) -> Run:
     """Read the run in a folder. One whose files cannot be read is unfinished, and its `error` says why."""
     status = run_folder.read_status(folder)
     state = status["state"] if status.get("state") in ("failed", "pruned") else "unfinished"
-    run = Run(folder, state, status.get("message", ""), bool(status.get("traceback")))
+    run = Run(folder, state, status.get("message", ""))
     try:
         run.overrides = run_folder.read_file(folder / ".hydra/overrides.yaml", list)
         run.chosen = dict(item.lstrip("+~").partition("=")[::2] for item in run.overrides)
