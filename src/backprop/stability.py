@@ -1,33 +1,37 @@
 """Measure how large a step may be, and reproduce the plots and numbers of docs/backprop.md."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from src.backprop.formulas import format_milestones, format_worked_step
-from src.backprop.network import INPUTS, TARGETS, WEIGHTS, Weights, equations, forward, make_row, spreadsheet
+from src.backprop.network import INPUTS, NAMES, TARGETS, WEIGHTS, Values, equations, forward
 from src.backprop.plots import plot_curves
 from src.core.plots import save_figure
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
-SAMPLE = torch.tensor(INPUTS, dtype=torch.float64), torch.tensor(TARGETS, dtype=torch.float64)
-START = Weights(*torch.tensor(WEIGHTS, dtype=torch.float64))
+SAMPLE = dict(zip(("i1", "i2", "t1", "t2"), torch.tensor(INPUTS + TARGETS, dtype=torch.float64), strict=True))
+START = torch.tensor(WEIGHTS, dtype=torch.float64)
 
 
-def descend(lr: Tensor, steps: int, gradients: Callable[..., Weights] = equations) -> tuple[Tensor, Tensor]:
+def compute_step(weights: Tensor, **settings: Any) -> Values:
+    """Return the numbers of one step of the worked example from `weights`, shape (8,)."""
+    return equations(forward(Values(**settings, **SAMPLE, **dict(zip(NAMES, weights, strict=False)))))
+
+
+def descend(lr: Tensor, steps: int, bug: bool = False) -> tuple[Tensor, Tensor]:
     """Train with every rate in `lr` at once; return the losses, [len(lr), steps], and final weights, [len(lr), 8]."""
 
     def train(rate: Tensor) -> tuple[Tensor, Tensor]:
-        w, losses = START, []
+        weights, losses = START, []
         for _ in range(steps):
-            activations = forward(w, *SAMPLE)
-            losses.append(activations.E_total)
-            slopes = gradients(w, activations, *SAMPLE)
-            w = Weights(*(weight - rate * slope for weight, slope in zip(w[:8], slopes[:8], strict=True)))
-        return torch.stack(losses), torch.stack(w[:8])
+            v = compute_step(weights, bug=bug)
+            losses.append(v.E_total)
+            weights = weights - rate * torch.stack([getattr(v, f"dE_d{name}") for name in NAMES[:8]])
+        return torch.stack(losses), weights
 
     return torch.func.vmap(train)(lr)
 
@@ -37,7 +41,7 @@ def compute_step_limit(weights: Tensor) -> float:
 
     Gradient descent converges to a minimum there only if η is below 2/λ.
     """
-    hessian = torch.autograd.functional.hessian(lambda w: forward(Weights(*w), *SAMPLE).E_total, weights)
+    hessian = torch.autograd.functional.hessian(lambda w: compute_step(w).E_total, weights)
     return 2 / torch.linalg.eigvalsh(hessian)[-1].item()
 
 
@@ -55,26 +59,19 @@ def scan_learning_rates() -> SimpleNamespace:
     return SimpleNamespace(rates=rates, losses=losses, limit=limit, flatter=flatter, first_rise=first_rise, stuck=stuck)
 
 
-def compute_first_row() -> dict[str, float]:
-    """Return the numbers of the worked example's first step."""
-    activations = forward(START, *SAMPLE)
-    return make_row(START, activations, equations(START, activations, *SAMPLE), *SAMPLE) | {"η": 0.5}
-
-
 def make_lesson(folder: Path) -> None:
     """Save the plots of docs/backprop.md in `folder` and print the numbers that it quotes."""
     rates = torch.tensor(RATES, dtype=torch.float64)
-    tables = [descend(rates, 100, gradients)[0] for gradients in (equations, spreadsheet)]
-    right = dict(zip(map(str, RATES), tables[0].tolist(), strict=True))
-    study = scan_learning_rates()
+    right, wrong = descend(rates, 100)[0], descend(rates, 100, bug=True)[0]
     names = [f"η = {rate}" for rate in RATES]
-    save_figure(plot_curves(dict(zip(names, tables[0], strict=True))), folder / "backprop_losses.png")
+    save_figure(plot_curves(dict(zip(names, right, strict=True))), folder / "backprop_losses.png")
 
-    differences = dict(zip(names, 1e10 * (tables[1] - tables[0]), strict=True))
+    differences = dict(zip(names, 1e10 * (wrong - right), strict=True))
     labels = {"ylabel": "difference of E_total / 10⁻¹⁰"}
     figure = plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], **labels)
     save_figure(figure, folder / "backprop_bug.png")
 
+    study = scan_learning_rates()
     curves = {f"loss {n}": study.losses[:, n - 1].clamp(min=1e-33) for n in (2, 10, 100, 1000)}
     labels = {"xlabel": "learning rate η", "ylabel": "E_total (smaller values are plotted at 10⁻³³)", "xscale": "log"}
     title = f"How large may a step be? The dashed line is 2/λ = {study.limit:.1f}."
@@ -82,11 +79,12 @@ def make_lesson(folder: Path) -> None:
     figure.axes[0].axvline(study.limit, ls="--", color="0.4")
     save_figure(figure, folder / "backprop_past_two.png")
 
-    print(format_worked_step(compute_first_row(), "equations"), format_milestones(right), sep="\n")
-    wrong_w3 = spreadsheet(START, forward(START, *SAMPLE), *SAMPLE).w3.item()
+    losses = dict(zip(map(str, RATES), right.tolist(), strict=True))
+    first = compute_step(START, η=0.5, bug=False)
+    print(format_worked_step(first.to_row()), format_milestones(losses), sep="\n")
     tenth = study.losses[:, 9]
-    print(f"With the bug, the first ∂E/∂w3 is {wrong_w3:.10f}.")
-    print(f"The bug changes no loss by more than {(tables[1] - tables[0]).abs().max().item():.1e}.")
+    print(f"With the bug, the first ∂E/∂w3 is {compute_step(START, bug=True).dE_dw3.item():.10f}.")
+    print(f"The bug changes no loss by more than {(wrong - right).abs().max().item():.1e}.")
     print(f"The 10th loss is smallest at η = {study.rates[tenth.argmin()].item():.1f}: {tenth.min().item():g}.")
     print(f"The loss rises from η = {study.first_rise:.1f} on, and is stuck from η = {study.stuck:.0f} on.")
     print(f"2/λ is {study.limit:.1f} at the minimum of small steps, {study.flatter:.0f} at that of η = 500.")
