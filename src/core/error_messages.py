@@ -18,6 +18,7 @@ FIXES = {
     "Config group override must be": "a config group takes an option's name, as logger=none, scheduler=none or ~model",
     "Failed to import DB access module": "storage: install the driver of its database, as pip install psycopg",
     "out of shared memory": "data.num_workers: /dev/shm is too small; use fewer, or docker run --shm-size=2g",
+    "DataLoader timed out": "data.num_workers: /dev/shm or memory is too small; use fewer, or docker run --shm-size=2g",
 }
 OUT_OF_MEMORY = "out of memory", "_STATUS_ALLOC_FAILED", "can't allocate memory"
 LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"

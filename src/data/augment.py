@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from src.core.value_types import NonNegativeFloat, Probability, UnitInterval
-from src.data.image_spec import make_constants
 
 KNOTS = 5  # per axis: an elastic displacement interpolates random displacements at these points
 
@@ -51,9 +50,9 @@ class RandomAffine:
         remaining = (1 - progress) / self.fade_out if self.fade_out else 1.0
         strength = remaining.clamp(max=1.0) if isinstance(remaining, Tensor) else min(1.0, remaining)
         shifts = 2 * self.translate / width, 2 * self.translate / height
-        limits = make_constants(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
+        limits = _make_constants(images.device, math.radians(self.degrees), self.scale, self.scale, self.shear, *shifts)
         limits = limits * strength if self.fade_out else limits
-        identity = make_constants(images.device, 0, 1, 1, 0, 0, 0)
+        identity = _make_constants(images.device, 0, 1, 1, 0, 0, 0)
         amounts = torch.addcmul(identity[:, None], sample[0].T, limits[:, None])
         angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()
@@ -66,6 +65,11 @@ class RandomAffine:
             displacements = displacements * (2 * self.elastic * strength)
             grid = grid + torch.stack([displacements[:, 0] / width, displacements[:, 1] / height], dim=3)
         return grid_sample(images, grid, mode=self.interpolation, align_corners=False)
+
+
+@cache  # copying them in every step would wait for a GPU
+def _make_constants(device: torch.device, *numbers: float) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=torch.float32)
 
 
 @cache

@@ -1,10 +1,8 @@
 """Labelled images as a LightningDataModule: in memory on the training device, or read by worker processes."""
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from shutil import disk_usage
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +20,7 @@ from src.data.image_spec import ImageSpec
 from src.data.sampler import IndexBatchSampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
+WORKER_TIMEOUT = 300  # seconds that a worker process may take for a batch
 
 
 class Batch(NamedTuple):
@@ -67,6 +66,8 @@ class ImageDataModule(L.LightningDataModule):
         std: Sequence[PositiveFloat] | None = None,
     ) -> None:
         super().__init__()
+        if folds and not max(2, fold + 1) <= folds:
+            raise UserError(f"data.folds={folds}: must be 2 or more, and above data.fold={fold}")
         if num_workers and soft_labels:
             raise UserError("data.soft_labels needs its images in memory; set data.num_workers=null")
         self.dataset, self.root, self.seed = dataset, Path(root).expanduser(), seed
@@ -102,22 +103,20 @@ class ImageDataModule(L.LightningDataModule):
         name, classes, train, test, val = self.dataset.load(self.root)
         if not self.num_workers:
             train, test, val = (split and LabeledImages(*split[:]) for split in (train, test, val))
-        count, order = len(train), self._order(train.labels)
+        order = self._order(train.labels)
         if self.folds:
-            if not max(2, self.fold + 1) <= self.folds <= count:
-                raise UserError(f"data.folds={self.folds}: must be 2 to {count:,}, and above data.fold={self.fold}")
             parts = list(order.tensor_split(self.folds))
-            held_out, order = parts.pop(self.fold), torch.cat(parts)
-            val = None
+            held_out, order = parts.pop(self.fold), torch.cat([*parts, order[:0]])
         else:
-            val = None if self.val_size is not None else val
-            val_size = self.val_size or (0 if val or self.val_size == 0 else min(max(1, count // 10), 5000))
-            if val_size >= count:
-                raise UserError(f"data.val_size={val_size}: {name} has {count:,} training images; use fewer")
-            held_out, order = order[:val_size], order[val_size:]
-        if self.train_size and self.train_size > len(order):
-            raise UserError(f"data.train_size={self.train_size}: {len(order):,} images are not held out; use fewer")
-        val = test if self.test_every_epoch else val or train.select(held_out)
+            default = 0 if val else min(max(1, len(order) // 10), 5000)
+            held_out, order = order.tensor_split([default if self.val_size is None else self.val_size])
+        if len(order) < (self.train_size or 1):
+            left = f"{len(order):,} of {len(train):,} training images are not held out"
+            raise UserError(f"data: {left}; lower data.val_size or data.train_size")
+        if self.test_every_epoch:
+            val = test
+        elif self.folds or self.val_size is not None or not val:
+            val = train.select(held_out)
         splits = DatasetSplits(name, classes, train.select(order[: self.train_size].sort().values), test, val)
         for part in "train", "val", "test":
             found = {*getattr(splits, part).labels.tolist()}
@@ -139,10 +138,8 @@ class ImageDataModule(L.LightningDataModule):
         step = max(1, len(self.splits.train) // STATISTICS_SAMPLE) if self.num_workers else 1
         images, _ = self.splits.train[::step]
         shape: Any = tuple(images.shape[1:])
-        if self.preprocess == "mnist" and shape != (1, 28, 28):
-            raise UserError(f"data.preprocess=mnist: {self.splits.name} has images of {shape}; use resize")
-        is_given = self.mean and self.std
-        moments = [torch.std_mean(images[:, c].float() / 255, correction=0) for c in range(0 if is_given else shape[0])]
+        channels = range(0 if self.mean and self.std else shape[0])
+        moments = [torch.std_mean(images[:, channel].float() / 255, correction=0) for channel in channels]
         mean = self.mean or [mean.item() for _, mean in moments]
         std = self.std or [max(std.item(), 1 / 255) for std, _ in moments]
         if not len(mean) == len(std) == shape[0]:
@@ -159,11 +156,10 @@ class ImageDataModule(L.LightningDataModule):
         return self.spec.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved, now = ImageSpec.from_dict(state_dict).to_dict(), self.spec.to_dict()
-        changed = [name for name in saved if saved[name] != now[name]]
+        saved, now = ImageSpec.from_dict(state_dict), self.spec
         # If the mean is measured, the same numbers mean the same images, whatever their folder's name.
-        if changed and not (self.mean is None and changed == ["name"]):
-            raise UserError(f"data: the run began with other images (their {', '.join(changed)} differ); set data.root")
+        if (saved if self.mean else saved._replace(name=now.name)) != now:
+            raise UserError("data: the run began with other images; set data.root")
 
     def _make_loader(self, split: LabeledImages, batch_size: int, seed: int | None = None) -> DataLoader:
         """Return a loader of index tensors for images in memory, otherwise of images and labels."""
@@ -176,13 +172,9 @@ class ImageDataModule(L.LightningDataModule):
         options: Any = {"sampler": sampler, "batch_size": None}  # the sampler makes the batches
         if not self.num_workers:
             return DataLoader(torch.arange(len(split), device=device), **options)  # type: ignore[arg-type]
-        read_ahead = min(len(split), 2 * self.num_workers * batch_size) * math.prod(self.spec.shape)  # bytes
-        if (memory := Path("/dev/shm")).is_dir() and disk_usage(memory).free < read_ahead:  # PyTorch would wait forever
-            reason = f"{memory} is too small; it needs {read_ahead // 10**6 + 1:,} MB"
-            fix = "use fewer workers, smaller batches (data.eval_batch_size), or docker run --shm-size=2g"
-            raise UserError(f"data.num_workers={self.num_workers}: {reason}; {fix}")
-        options |= {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-        return DataLoader(split, persistent_workers=True, **options)
+        # With too little shared memory, PyTorch would wait forever.
+        options |= {"num_workers": self.num_workers, "persistent_workers": True, "timeout": WORKER_TIMEOUT}
+        return DataLoader(split, pin_memory=torch.cuda.is_available(), **options)
 
     def train_dataloader(self) -> DataLoader:
         is_overfitting = self.trainer and self.trainer.overfit_batches  # type: ignore[attr-defined]

@@ -4,15 +4,14 @@ import hashlib
 import re
 import socket
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ MNIST_FILES = {  # in root/MNIST/raw, with their SHA-256
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 TIMEOUT = 10.0  # seconds without an answer after which a download fails
+ARRAYS = "uint8 images of one shape, [N, H, W], [N, H, W, C] or [N, C, H, W], C ≤ 4; an int label per image, 0, 1, 2, …"
 SPLIT_FOLDER = re.compile("(train|test|val)(ing|id|idation)?", re.IGNORECASE)
 
 
@@ -67,58 +67,43 @@ class DatasetSplits(NamedTuple):
 
 
 class TorchvisionDataset:
-    """A class of torchvision.datasets with a training and a test split, downloaded once.
+    """A class of torchvision.datasets that holds its images as one array, downloaded once: MNIST's like, CIFAR, SVHN.
 
-    Images are resized to `size` × `size` pixels; None keeps their size. `options` are arguments of the class itself.
+    `options` are further arguments of the class, such as `split: letters` of EMNIST.
     """
 
-    def __init__(self, name: NonEmptyStr, size: PositiveInt | None = None, **options: Any) -> None:
-        self.name, self.size, self.options = name, size, options
-        self.dataset_class: Any = getattr(datasets, name, None)
-        parameters = signature(self.dataset_class).parameters if isinstance(self.dataset_class, type) else {}
-        if not {"train", "split"} & parameters.keys():
-            raise UserError(f"data.dataset.name={name}: no such data set with a test split in torchvision.datasets")
-        has_flag = "train" in parameters or "split" in options  # EMNIST has `train`, and its `split` is something else
-        self.splits: Any = [{"train": True}, {"train": False}] if has_flag else [{"split": "train"}, {"split": "test"}]
+    def __init__(self, name: NonEmptyStr, **options: Any) -> None:
+        self.name, self.options = name, options
+        self.dataset_class = getattr(datasets, name)
 
     def _open(self, root: Path, **arguments: Any) -> list[Any]:
         """Return the training and the test split."""
-        try:
-            return [self.dataset_class(root, **split, **self.options, **arguments) for split in self.splits]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"data.dataset: {self.name}: {error}") from error
+        has_flag = "train" in signature(self.dataset_class).parameters
+        splits: Any = ({"train": True}, {"train": False}) if has_flag else ({"split": "train"}, {"split": "test"})
+        return [self.dataset_class(root, **split, **self.options, **arguments) for split in splits]
 
     def download(self, root: Path) -> None:
         try:
             self._open(root)
-        except (RuntimeError, OSError):
-            timeout = socket.getdefaulttimeout()
+        except Exception:  # whatever is missing, the download says it
             try:
                 root.mkdir(parents=True, exist_ok=True)
                 with FileLock(root / f".{self.name.lower()}.lock"):  # one of several processes that start together
                     socket.setdefaulttimeout(TIMEOUT)
                     self._open(root, download=True)
-            except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError if every mirror has failed
-                reason = f"is not in {root}, or damaged, and could not be downloaded ({_first_line(error)})"
+            except Exception as error:  # torchvision raises RuntimeError, OSError or, for wrong options, TypeError
+                reason = f"is not in {root}, or damaged, and could not be downloaded ({shorten(str(error), 200)})"
                 fix = f"set data.root to a folder that has {self.name}/raw/, or train on data=digits"
                 raise UserError(f"{self.name} {reason}; {fix}") from error
             finally:
-                socket.setdefaulttimeout(timeout)
+                socket.setdefaulttimeout(None)
 
     def load(self, root: Path) -> DatasetSplits:
         opened, splits = self._open(root), []
-        first = opened[0][0][0]
-        shape = count_channels(first), *((self.size, self.size) if self.size else (first.height, first.width))
         for split in opened:
-            split.transform = partial(resize_image, shape=shape)
             labels = getattr(split, "targets", getattr(split, "labels", None))
-            labels = [split[i][1] for i in range(len(split))] if labels is None else labels
-            if isinstance(getattr(split, "data", None), Tensor) and not self.size:  # MNIST and data sets of its form
-                splits.append(LabeledImages(split.data[:, None], torch.as_tensor(labels)))
-            else:
-                read = partial(_get_image, split)
-                splits.append(LabeledImages(torch.arange(len(split)), torch.as_tensor(labels), read))
-        classes = getattr(opened[0], "classes", None) or range(1 + int(splits[0].labels.max()))
+            splits.append(_to_labeled_images(getattr(split, "data", None), labels))
+        classes = getattr(opened[0], "classes", range(1 + int(splits[0].labels.max())))
         return DatasetSplits(self.name.lower(), tuple(map(str, classes)), *splits)
 
 
@@ -158,13 +143,15 @@ class MNISTOrDigits:
     """MNIST if it is on disk or can be downloaded, otherwise the digits, with a warning."""
 
     def download(self, root: Path) -> None:
+        self.dataset: MNIST | Digits = MNIST()
         try:
-            MNIST().download(root)
+            self.dataset.download(root)
         except UserError as error:
             warnings.warn(f"training on scikit-learn's small digits: {error}", stacklevel=2)
+            self.dataset = Digits()
 
     def load(self, root: Path) -> DatasetSplits:
-        return (MNIST() if has_mnist(root) else Digits()).load(root)
+        return self.dataset.load(root)
 
 
 class ImageFolder:
@@ -186,20 +173,18 @@ class ImageFolder:
     def load(self, root: Path) -> DatasetSplits:
         matches = [(SPLIT_FOLDER.fullmatch(folder.name), folder) for folder in list_folders(root)]
         named = {match[1].lower(): folder for match, folder in matches if match and list_files(folder, SUFFIXES)}
-        folders = named or {"train": root}
-        if "train" not in folders:
-            raise UserError(f"{root}: has {', '.join(folders)} and no train/ with images")
-        _warn_of_other_files(root, [file for folder in folders.values() for file in list_files(folder)])
-        files: dict[str, dict[str, list[Path]]] = {
+        files = {
             part: {x.name: images for x in list_folders(folder) if (images := list_files(x, SUFFIXES))}
-            for part, folder in folders.items()
+            for part, folder in (named or {"train": root}).items()
         }
-        classes = tuple(files["train"])
-        if unknown := [f"{part}/{name}" for part, images in files.items() for name in images if name not in classes]:
-            raise UserError(f"{root}: {unknown[0]} has images and train/ has no such class; rename or remove it")
-        if len(classes) < 2:
-            needed = f"needs a folder of images ({', '.join(SUFFIXES)}) for each of at least two classes"
-            raise UserError(f"{folders['train']}: {needed}; there is {', '.join(classes) or 'none'}")
+        classes = tuple(files.get("train", ()))
+        others = {name for by_class in files.values() for name in by_class} - {*classes}
+        if len(classes) < 2 or others:
+            found = f"; train/ lacks {', '.join(sorted(others))}" if others else ""
+            needed = f"needs a folder of images ({', '.join(SUFFIXES)}) for each of two or more classes"
+            raise UserError(f"{root}: {needed}; there is {', '.join(classes) or 'none'}{found}")
+        if other_files := [file for file in list_files(root) if not file.name.lower().endswith(SUFFIXES)]:
+            warnings.warn(f"{root}: left out {len(other_files)} files, as {other_files[0].name}", stacklevel=2)
         every = [file for images in files["train"].values() for file in images]
         channels = self.channels or max(map(count_channels, every[:: max(1, len(every) // 100)]))
         splits = {}
@@ -216,10 +201,9 @@ class ImageFolder:
 
 
 class NpzFile:
-    """An .npz file with train_images, train_labels, test_images, test_labels, or x_train, y_train, x_test, y_test.
+    """An .npz file with train_images, train_labels, test_images and test_labels.
 
-    Images are uint8, [N, H, W], [N, H, W, C] or [N, C, H, W]; labels are integers from 0, [N] or [N, 1]. It may have
-    val_images and val_labels, or x_val and y_val, and the names of the `classes`.
+    It may have val_images and val_labels, and the names of the `classes`.
     """
 
     def download(self, root: Path) -> None:
@@ -229,28 +213,28 @@ class NpzFile:
     def load(self, root: Path) -> DatasetSplits:
         try:
             with np.load(root, allow_pickle=False) as file:
-                names = ("x_{}", "y_{}") if "x_train" in file else ("{}_images", "{}_labels")
-                parts = ["train", "test"] + ["val"] * (names[0].format("val") in file)
-                splits = [_to_labeled_images(*(file[name.format(part)] for name in names)) for part in parts]
+                parts = ["train", "test"] + ["val"] * ("val_images" in file)
+                splits = [_to_labeled_images(file[f"{part}_images"], file[f"{part}_labels"]) for part in parts]
                 labels = torch.cat([split.labels for split in splits]).unique().tolist()
                 classes = tuple(map(str, file["classes"] if "classes" in file else range(len(labels))))
-            if len({split.images.shape[1:] for split in splits}) > 1:
-                raise ValueError("the images of its splits differ in shape")
-            if len(labels) < 2 or labels[0] < 0 or labels[-1] >= len(classes):
-                raise ValueError(f"labels from {labels[0]} to {labels[-1]} for {len(classes)} classes")
-        except (OSError, ValueError, KeyError, BadZipFile, TypeError, AttributeError, RuntimeError) as error:
-            form = "uint8 images [N, H, W] or [N, H, W, C] with C ≤ 4, two or more labels 0, 1, … without a gap"
-            needed = f"train_images, train_labels, test_images, test_labels: {form}, one per image"
-            raise UserError(f"{root}: {_first_line(error)}; it needs {needed}") from error
+        except Exception as error:  # NumPy raises almost anything for damaged files
+            needed = "it needs train_images, train_labels, test_images and test_labels"
+            raise UserError(f"{root}: {shorten(str(error), 300)}; {needed}") from error
+        shapes = {tuple(split.images.shape[1:]) for split in splits}
+        if len(shapes) > 1 or len(labels) < 2 or labels[0] < 0 or labels[-1] >= len(classes):
+            found = f"images of {shapes}, labels from {labels[0]} to {labels[-1]} for {len(classes)} classes"
+            raise UserError(f"{root}: {found}; they must be {ARRAYS}")
         return DatasetSplits(root.stem, classes, *splits)
 
 
 def _to_labeled_images(images: Any, labels: Any) -> LabeledImages:
+    """Convert arrays of the form that ARRAYS describes."""
+    images, labels = np.asarray(images), np.asarray(labels)
     channels = [axis for axis in (3, 1) if images.ndim == 4 and images.shape[axis] <= 4]
-    if images.dtype != np.uint8 or not (channels or images.ndim == 3):
-        raise ValueError(f"images of {images.dtype}, {list(images.shape)}")
-    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images):
-        raise ValueError(f"labels of {labels.dtype}, {list(labels.shape)}")
+    is_valid = images.dtype == np.uint8 and (channels or images.ndim == 3)
+    if not is_valid or not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images):
+        found = f"images of {images.dtype}, {list(images.shape)}, labels of {labels.dtype}, {list(labels.shape)}"
+        raise UserError(f"{found}; they must be {ARRAYS}")
     images = np.moveaxis(images, channels[0], 1) if channels else images[:, None]
     return LabeledImages(torch.tensor(images), torch.from_numpy(labels.astype(np.int64)).flatten())
 
@@ -263,26 +247,6 @@ def stratify(labels: Tensor, seed: int) -> Tensor:
         own = order[labels[order] == label]
         positions[own] = (torch.arange(len(own)) + 0.5) / len(own)
     return positions.argsort(stable=True)
-
-
-def has_mnist(root: Path) -> bool:
-    """Return whether MNIST's four files exist."""
-    return all((root / "MNIST/raw" / name).is_file() for name in MNIST_FILES)
-
-
-def _warn_of_other_files(root: Path, files: list[Path]) -> None:
-    others = Counter(file.suffix.lower() or "without suffix" for file in files if file.suffix.lower() not in SUFFIXES)
-    if others:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        warnings.warn(f"{root}: left out {counts}; files that are read: {', '.join(SUFFIXES)}", stacklevel=2)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__
-
-
-def _get_image(dataset: Any, index: int) -> Tensor:
-    return dataset[index][0]
 
 
 def _read_file(files: Sequence[Path], number: int, shape: tuple[int, int, int]) -> Tensor:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.utils.data import SequentialSampler
 
-from src.core.errors import UserError
-
 
 def hash_seed(*keys: int) -> int:
     """Hash integers, in this order, to a seed below 2⁶³."""
@@ -27,9 +25,8 @@ def make_generator(*keys: int) -> torch.Generator:
 class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other sampler for trainer.overfit_batches
     """Yield indices that cover `range(size)` once per epoch, over all processes together; `batch_size` is per process.
 
-    Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … Raises UserError
-    for fewer images than processes. With `weights`, [size], an epoch draws as many indices with replacement, in
-    proportion to their weights.
+    Seed and epoch, which Lightning sets, key the permutation; without a seed the order is 0, 1, 2, … With `weights`,
+    [size], an epoch draws as many indices with replacement, in proportion to their weights.
     """
 
     weights: torch.Tensor | None = None
@@ -43,8 +40,6 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if size < world_size:
-            raise UserError(f"{size} samples are too few for {world_size} processes; use fewer trainer.devices")
         self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
         self.global_batch_size = batch_size * world_size
         self.epoch = self.skipped = 0

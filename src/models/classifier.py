@@ -103,8 +103,6 @@ class Classifier(L.LightningModule):
     def shared_step(self, batch: Any, stage: str) -> tuple[Tensor, Tensor]:
         """Update the metrics of the stage; return the loss of the labels alone and [N, classes] log-probabilities."""
         images, labels = batch[0], batch[1]
-        if labels.is_floating_point():
-            raise UserError("task: Classifier learns classes, and the data has none; set another data= or task=")
         log_probabilities = self(images)
         loss = self.loss(log_probabilities, labels)
         getattr(self, f"{stage}_metric").update(loss, log_probabilities, labels)
@@ -147,11 +145,11 @@ class Classifier(L.LightningModule):
         extra = [self.extra_metrics[stage]] if stage in self.extra_metrics else []
         for metric in getattr(self, f"{stage}_metric"), *extra:
             for name, value in metric.compute().items():
-                if value.ndim > 1:
-                    raise UserError(f"task.metrics.{name}: returns {list(value.shape)}; it must be one value per class")
-                labels = [f"/{label}" for label in self.classes or range(len(value))] if value.ndim else [""]
-                scores = {f"{stage}/{name}{label}": x for label, x in zip(labels, value.view(-1), strict=True)}
-                self.log_dict(scores, prog_bar=stage != "test" and not value.ndim)
+                if value.ndim:  # one value per class
+                    labels = self.classes or range(len(value))
+                    self.log_dict({f"{stage}/{name}/{label}": x for label, x in zip(labels, value, strict=True)})
+                else:
+                    self.log(f"{stage}/{name}", value, prog_bar=stage != "test")
             metric.reset()
 
     on_test_start = on_validation_start

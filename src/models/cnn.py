@@ -33,7 +33,7 @@ class CNN(nn.Module):
     The defaults have 15,544 parameters. `channels` are the outputs of the six 3×3 convolutions. `blur` is the fraction
     of each pixel that is spread to each neighbour; then `crop` pixels are cut off at each edge. `antialias` is for all
     three poolings or one value per pooling: the first has the largest maps, takes the most time and helps least.
-    `input_shape` is (C, H, W). Raises ValueError for too small images or another number of channels.
+    `input_shape` is (C, H, W).
     """
 
     def __init__(
@@ -50,11 +50,7 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         self.blur, self.crop = blur, crop
-        if len(channels) != 6:
-            raise ValueError(f"model.channels has {len(channels)} numbers; the network has six 3×3 convolutions")
         height, width = input_shape[1] - 2 * crop, input_shape[2] - 2 * crop
-        if min(height, width) < 8:
-            raise ValueError(f"model.crop={crop} leaves {max(height, 0)}×{max(width, 0)} pixels; the network needs 8×8")
         antialias = [antialias] * 3 if isinstance(antialias, bool) else antialias
 
         def convolution(inputs: int, outputs: int) -> list[nn.Module]:

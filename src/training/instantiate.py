@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from src.core.error_messages import describe_error
 from src.core.errors import UserError
 from src.models.classifier import Classifier, check_outputs
-from src.optim.configure import GroupedOptimizer, SchedulerConfig
 
 RUN_CONFIG = "run_config"  # hyperparameter with the config of model, task and data
 
@@ -75,11 +74,9 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
         key = "task.net" if node.get("net") else "model"
         parts["net"] = instantiate_for_images(key, OmegaConf.select(cfg, key), spec)
     if accepts("optimizer") and not node.get("optimizer"):
-        factory, (groups,) = instantiate_partial("optimizer", cfg.get("optimizer"), "groups")
-        parts["optimizer"] = GroupedOptimizer(factory, groups) if groups else factory
+        parts["optimizer"] = instantiate_partial("optimizer", cfg.get("optimizer"), "groups")
     if accepts("scheduler") and not node.get("scheduler"):
-        factory, settings = instantiate_partial("scheduler", cfg.get("scheduler"), "interval", "monitor")
-        parts["scheduler"] = factory and SchedulerConfig(factory, *settings)
+        parts["scheduler"] = instantiate_partial("scheduler", cfg.get("scheduler"), "interval", "monitor")
     if OmegaConf.is_dict(node.get("loss")):
         tensors = {name: torch.tensor(x, dtype=torch.float) for name, x in node.loss.items() if OmegaConf.is_list(x)}
         count = len(spec.classes) if spec else None
@@ -132,11 +129,12 @@ def _check_network(net: Any, spec: Any) -> None:
     check_outputs(outputs, len(spec.classes))
 
 
-def instantiate_partial(key: str, node: Any, *settings: str) -> tuple[Any, list[Any]]:
-    """Return the partial object of a node, None if it names none, and its settings, which are not its arguments."""
+def instantiate_partial(key: str, node: Any, *settings: str) -> Any:
+    """Return the partial object of a node, None if it names none; its attributes are settings, not its arguments."""
     if not node or "_target_" not in node:
-        return None, [None] * len(settings)
-    plain = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(plain, dict)
-    values = [plain.pop(name, None) for name in settings]
-    return instantiate_node(key, plain, _partial_=True), values
+        return None
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    values = {name: plain.pop(name, None) for name in settings}
+    factory = instantiate_node(key, plain, _partial_=True)
+    vars(factory).update(values)
+    return factory

@@ -141,7 +141,7 @@ def test_image_folder_keeps_its_splits_and_leaves_out_what_is_hidden(image_folde
     for hidden in ".ipynb_checkpoints/a.png", "__MACOSX/red/a.png", f"{parts[0]}/red/._x.png", f"{parts[0]}/red/a.heic":
         (image_folder / hidden).parent.mkdir(parents=True, exist_ok=True)
         (image_folder / hidden).write_bytes(b"x")
-    with pytest.warns(UserWarning, match=r"left out 1 \.heic; files that are read: \.png"):
+    with pytest.warns(UserWarning, match=r"left out 1 files, as a\.heic"):
         splits = ImageFolder().load(image_folder)
     counts = [len(split.labels) for split in (splits.train, splits.val, splits.test) if split]
     assert splits.classes == CLASSES and sum(counts) == 36 and len(counts) == 3 - (parts == ("train", "test"))
@@ -156,7 +156,7 @@ def test_splits_and_folds_are_stratified_and_a_missing_class_is_a_warning(image_
     assert sorted(counts[2]) == [2, 2, 3] and max(counts[1]) - min(counts[1]) <= 1
     folds = [make_module(ImageFolder(), image_folder, folds=4, fold=i).splits.val.images for i in range(4)]
     assert len({image.numpy().tobytes() for fold in folds for image in fold}) == 29
-    with pytest.raises(UserError, match=r"data\.folds=4: must be 2 to 29, and above data\.fold=4"):
+    with pytest.raises(UserError, match=r"data\.folds=4: must be 2 or more, and above data\.fold=4"):
         make_module(ImageFolder(), image_folder, folds=4, fold=4)
     with pytest.warns(UserWarning, match="the val split has no image of"):
         make_module(ImageFolder(), image_folder, val_size=2, val_split="stratified")
@@ -165,22 +165,24 @@ def test_splits_and_folds_are_stratified_and_a_missing_class_is_a_warning(image_
 def test_transparent_and_16_bit_images_are_converted_as_in_predict(tmp_path):
     drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     drawing.paste((0, 0, 0, 255), (2, 2, 6, 6))
-    assert resize_image(drawing, (1, 8, 8))[0, ::7, ::7].tolist() == [[255, 255], [255, 255]]
+    drawing.save(tmp_path / "a.png")
+    assert resize_image(tmp_path / "a.png", (1, 8, 8))[0, ::7, ::7].tolist() == [[255, 255], [255, 255]]
     levels = []
     for level in 1000, 60_000:
         Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / "a.tif")
         levels.append(int(resize_image(tmp_path / "a.tif", (1, 8, 8))[0, 0, 0]))
     assert levels == [3, 233]
     with pytest.raises(UserError, match="takes 4 channels"):
-        resize_image(drawing, (4, 8, 8))
+        resize_image(tmp_path / "a.png", (4, 8, 8))
 
 
-def test_image_of_the_right_size_is_not_resampled():
-    assert resize_image(Image.new("L", (9, 9)), (1, 8, 8)).shape == (1, 8, 8)
+def test_image_of_the_right_size_is_not_resampled(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     wide = np.concatenate([np.zeros((8, 8, 3), np.uint8), pixels, np.zeros((8, 8, 3), np.uint8)], axis=1)
     for array in pixels, wide:  # of the wide one, the middle
-        assert torch.equal(resize_image(Image.fromarray(array), (3, 8, 8)).permute(1, 2, 0), torch.from_numpy(pixels))
+        Image.fromarray(array).save(tmp_path / "a.png")
+        image = resize_image(tmp_path / "a.png", (3, 8, 8))
+        assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(pixels))
 
 
 @pytest.mark.parametrize("damage, workers", [(b"", "null"), (b"GIF89a", "2"), (None, "null")])
@@ -194,7 +196,7 @@ def test_run_on_a_damaged_image_folder_fails_in_one_line(run_main, image_folder,
     result = run_main(*TINY, "data=folder", *options)
     errors = [line for line in result.err.splitlines() if not line.startswith("warning: ")]
     assert result.code == 2 and len(errors) == 1, result.err
-    assert ("two classes" if damage is None else "red/0.png: ") in result.err
+    assert ("two or more classes" if damage is None else "red/0.png: ") in result.err
 
 
 def write_npz(file: Path, **changes) -> Path:
@@ -233,11 +235,10 @@ def test_npz_file_may_have_its_own_validation_images_channels_first(tmp_path):
     ],
 )
 def test_invalid_npz_file_raises(tmp_path, change):
-    with pytest.raises(UserError, match=r"a\.npz: .*; it needs train_images, .* uint8 images"):
+    with pytest.raises(UserError, match=r"a\.npz: .*(needs train_images|must be uint8 images)"):
         NpzFile().load(write_npz(tmp_path / "a.npz", **change))
 
 
-def test_torchvision_dataset_without_splits_raises():
-    for name in "Nothing", "os", "Omniglot":
-        with pytest.raises(UserError, match=f"{name}: no such data set with a test split"):
-            TorchvisionDataset(name)
+def test_torchvision_dataset_that_is_no_array_raises(tmp_path):
+    with pytest.raises(UserError, match=r"Omniglot is not in .* could not be downloaded \(.*split"):
+        TorchvisionDataset("Omniglot").download(tmp_path)

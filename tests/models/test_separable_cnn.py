@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from src.models.separable_cnn import SeparableCNN
@@ -9,8 +8,6 @@ def test_separable_cnn_has_the_parameters_of_its_stages():
     assert net(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
     blocks = sum(9 * i + i + i * o for i, o in ((8, 8), (8, 16), (16, 12), (12, 20)))
     assert sum(p.numel() for p in net.parameters()) == 9 * 8 + 8 + blocks + 9 * 20 + 10 * 20 + 10
-    with pytest.raises(ValueError, match=r"model\.stages has 2 lists"):
-        SeparableCNN(stages=[[8], [8]])
 
 
 def test_synchronized_batch_norm_keeps_all_parameters():

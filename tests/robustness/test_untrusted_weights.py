@@ -59,7 +59,7 @@ def test_damaged_weights_are_refused_in_one_line_or_harmless(small_weights, tmp_
 def test_oversized_image_is_one_line(run_main, small_weights, tmp_path):
     Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
     result = run_main(tmp_path / "huge.png", "--weights", small_weights, main=predict.main)
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "at most 50,000,000" in result.err
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "limit of 50000000" in result.err
 
 
 def test_names_of_files_and_classes_inject_no_lines_or_terminal_codes(run_main, small_weights, tmp_path):
