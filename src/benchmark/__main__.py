@@ -16,22 +16,15 @@ from src.cli.argparse_main import Parser, argparse_main
 from src.core.process import import_lightning
 
 
-def positive_int(text: str) -> int:
-    """Parse an int ≥ 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 @argparse_main
 def main() -> None:
     """Run the benchmark of the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m src.benchmark", description=__doc__, formatter_class=raw)
-    parser.add_argument("--rounds", type=positive_int, default=20, help="turns of the loops (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of the loops (default: 20)")
     parser.add_argument("--time-to", type=float, metavar="PERCENT", help="measure the time to a test accuracy")
-    parser.add_argument("--seeds", type=positive_int, default=10, help="runs of the experiment (default: 10)")
-    parser.add_argument("--baseline-seeds", type=positive_int, default=3, help="runs of the baseline (default: 3)")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of the experiment (default: 10)")
+    parser.add_argument("--baseline-seeds", type=int, default=3, help="runs of the baseline (default: 3)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m src.train")
     arguments = parser.parse_intermixed_args()
 

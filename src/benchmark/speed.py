@@ -2,21 +2,20 @@
 
 import copy
 import itertools
-import math
-import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from scipy.stats import t
+from scipy.stats import sem, t
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -73,11 +72,16 @@ def train_bare(trainer: Any) -> Iterator[None]:
             yield
 
 
+def read_clock(device: torch.device) -> float:
+    """Return the time in seconds at which the device has finished its work."""
+    torch.get_device_module(device).synchronize()
+    return perf_counter()
+
+
 class InterleavedTimer(Callback):
     """Interrupt a fit every WARMUP + TIMED steps for as many of `train_bare`; measure the seconds of TIMED steps."""
 
     def __init__(self) -> None:
-        self.started_at = 0.0
         self.seconds: list[float] = []  # per turn of the fit
         self.bare_seconds: list[float] = []
 
@@ -85,20 +89,17 @@ class InterleavedTimer(Callback):
         self.bare, self.data = train_bare(trainer), trainer.datamodule
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        synchronize, step = torch.get_device_module(pl_module.device).synchronize, trainer.global_step
-        if step % (WARMUP + TIMED) == 0:
-            synchronize()
-            self.seconds += [perf_counter() - self.started_at] if step else []
-            for number in range(WARMUP + TIMED):
-                if number == WARMUP:
-                    synchronize()
-                    self.started_at = perf_counter()
+        turn, step = divmod(trainer.global_step, WARMUP + TIMED)
+        if step == WARMUP:
+            self.started_at = read_clock(pl_module.device)
+        elif step == 0:
+            if turn:
+                self.seconds.append(read_clock(pl_module.device) - self.started_at)
+            for bare_step in range(WARMUP + TIMED):
+                if bare_step == WARMUP:
+                    started_at = read_clock(pl_module.device)
                 next(self.bare)
-            synchronize()
-            self.bare_seconds.append(perf_counter() - self.started_at)
-        elif step % (WARMUP + TIMED) == WARMUP:
-            synchronize()
-            self.started_at = perf_counter()
+            self.bare_seconds.append(read_clock(pl_module.device) - started_at)
 
 
 def compare_with_bare_loop(overrides: list[str], rounds: int) -> None:
@@ -108,23 +109,21 @@ def compare_with_bare_loop(overrides: list[str], rounds: int) -> None:
     timer, steps = InterleavedTimer(), (WARMUP + TIMED) * rounds + 1  # the last step ends the last turn
     options = f"trainer.max_steps={steps}", "trainer.max_epochs=-1", "trainer.accumulate_grad_batches=1", "test=false"
     results = train_run([*overrides, *options], timer)
-    times = {"src.train": timer.seconds, "bare loop": timer.bare_seconds[:rounds]}
-    batch_size = timer.data.train_batch_size
-    print(f"{results['data']}, {results['device']}, batch {batch_size}")
-    for name, seconds in times.items():
-        print(f"{name}  {TIMED * rounds * batch_size / sum(seconds):8,.0f} images/s")
-    ratios = [bare / own for own, bare in zip(*times.values(), strict=True)]
-    spread = f"{standard_error(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f})"
-    print(f"ratio      {sum(times['bare loop']) / sum(times['src.train']):8.3f} ± {spread}")
+    own, bare = np.array(timer.seconds), np.array(timer.bare_seconds[:rounds])
+    images = TIMED * rounds * timer.data.train_batch_size
+    print(f"{results['data']}, {results['device']}, batch {timer.data.train_batch_size}")
+    print(f"src.train  {images / own.sum():8,.0f} images/s")
+    print(f"bare loop  {images / bare.sum():8,.0f} images/s")
+    print(f"ratio      {bare.sum() / own.sum():8.3f} ± {sem(bare / own):.3f}")
 
 
-def time_experiment(name: str, overrides: list[str], seeds: range) -> Iterator[tuple[float, float, float]]:
-    """Train with each seed; yield the seconds, the images per second and the test accuracy in percent."""
+def time_experiment(name: str, overrides: list[str], seeds: range) -> Iterator[tuple[float, float]]:
+    """Train with each seed; yield the seconds and the test accuracy in percent."""
     for seed in seeds:
         results = train_run([*overrides, f"seed={seed}"])
         seconds, accuracy = results["seconds"]["fit"], 100 * results["metrics"]["test/acc"]
         print(f"{name}  seed {seed}  {accuracy:.2f}% at the end, {seconds:.1f} s", flush=True)
-        yield seconds, results["samples_per_second"], accuracy
+        yield seconds, accuracy
 
 
 def time_baseline(data: Any, target: float, seed: int) -> Iterator[float]:
@@ -142,31 +141,24 @@ def time_baseline(data: Any, target: float, seed: int) -> Iterator[float]:
     train_images, train_labels = (tensor.cpu().numpy() for tensor in data.splits.train[:])
     samples: Any = list(zip(train_images, train_labels, strict=True))
     loader = DataLoader(samples, batch_size=128, shuffle=True, collate_fn=collate)
-    synchronize = torch.get_device_module(data.device).synchronize
     seconds: list[float] = []
-    accuracy = -math.inf
-    while accuracy < target and len(seconds) < BASELINE_EPOCHS:
-        torch.manual_seed(hash_seed(seed, len(seconds)))  # the runs between the epochs draw numbers as well
-        synchronize()
-        started_at = perf_counter()
+    for epoch in range(BASELINE_EPOCHS):
+        torch.manual_seed(hash_seed(seed, epoch))  # the runs between the epochs draw numbers as well
+        started_at = read_clock(data.device)
         for images, labels in loader:
             optimizer.zero_grad()
             cross_entropy(net(images), labels).backward()
             optimizer.step()
-        synchronize()
-        seconds.append(perf_counter() - started_at)
+        seconds.append(read_clock(data.device) - started_at)
         net.eval()
         with torch.no_grad():
             is_right = [net(data.spec.normalize(x)).argmax(1) == y for x, y in data.raw_batches("test")]
         accuracy = 100 * torch.cat(is_right).float().mean().item()
         net.train()
         yield seconds[-1]
+        if accuracy >= target:
+            break
     print(f"baseline  seed {seed}  {accuracy:.2f}% after {len(seconds)} epochs, {sum(seconds):.1f} s", flush=True)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; not a number for a single value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def compare_times(target: float, overrides: list[str], seeds: int, baseline_seeds: int) -> None:
@@ -179,20 +171,16 @@ def compare_times(target: float, overrides: list[str], seeds: int, baseline_seed
     data.setup()
     if "soft_labels" in config.data:
         overrides = [*overrides, "data.soft_labels.folder='${output_dir}/soft_labels'"]
-    runs_of_experiment = time_experiment(config.name, overrides, range(config.seed, config.seed + seeds))
+    experiment = time_experiment(config.name, overrides, range(config.seed, config.seed + seeds))
     baselines = [time_baseline(data, target, config.seed + i) for i in range(baseline_seeds)]
-    turns = itertools.zip_longest(runs_of_experiment, *baselines)
+    turns = itertools.zip_longest(experiment, *baselines)
     runs, *epochs = ([x for x in column if x is not None] for column in zip(*turns, strict=True))
-    seconds, speeds, accuracies = zip(*runs, strict=True)
-    baseline_seconds = [sum(times) for times in epochs]
-    mean, baseline_mean, accuracy = (statistics.mean(x) for x in (seconds, baseline_seconds, accuracies))
-    mean_epochs = statistics.mean(map(len, epochs))
-    speed = mean_epochs * len(data.splits.train) / baseline_mean
-    print(f"baseline  {mean_epochs:.1f} epochs, {baseline_mean:.1f} s, {speed:,.0f} images/s")
-    error = standard_error(accuracies)
-    low, high = t.interval(0.95, seeds - 1, accuracy, error)
-    score = f"{accuracy:.2f} ± {error * seeds**0.5:.2f}%, 95% CI of the mean {low:.3f} to {high:.3f}%"
-    print(f"{config.name}  {score}, {mean:.1f} s, {statistics.mean(speeds):,.0f} images/s")
+    seconds, accuracies = np.array(runs).T
+    baseline_seconds = np.array([sum(times) for times in epochs])
+    low, high = t.interval(0.95, seeds - 1, accuracies.mean(), sem(accuracies))
+    score = f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}%, 95% CI of the mean {low:.3f} to {high:.3f}%"
+    print(f"{config.name}  {score}, {seconds.mean():.1f} s")
+    ratio = baseline_seconds.mean() / seconds.mean()
     # The relative errors of the two means add in squares.
-    error = math.hypot(standard_error(baseline_seconds) / baseline_mean, standard_error(seconds) / mean)
-    print(f"ratio  {baseline_mean / mean:.1f} ± {error * baseline_mean / mean:.1f}")
+    error = ratio * np.hypot(sem(baseline_seconds) / baseline_seconds.mean(), sem(seconds) / seconds.mean())
+    print(f"baseline  {baseline_seconds.mean():.1f} s\nratio  {ratio:.1f} ± {error:.1f}")

@@ -10,9 +10,8 @@ def test_ratio_is_that_of_the_printed_speeds(run_main, monkeypatch):
     result = run_main("data=digits", "model.channels=[4,4,4,4,4,4]", "--rounds", 2, main=main)
     assert result.code == 0, result.err
     own, bare = (float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) images/s$", result.out, re.M))
-    line = re.search(r"^ratio +([\d.]+) ± .*\(([\d.]+) to ([\d.]+)\)$", result.out, re.M)
-    ratio, low, high = map(float, line.groups())
-    assert (own - 0.5) / (bare + 0.5) - 0.001 < ratio < (own + 0.5) / (bare - 0.5) + 0.001 and low <= ratio <= high
+    ratio, error = map(float, re.search(r"^ratio +([\d.]+) ± ([\d.]+)$", result.out, re.M).groups())
+    assert (own - 0.5) / (bare + 0.5) - 0.001 < ratio < (own + 0.5) / (bare - 0.5) + 0.001 and error < ratio
 
 
 @pytest.mark.slow
@@ -47,7 +46,7 @@ def test_time_to_accuracy_computes_soft_labels_for_each_seed(run_main, tmp_path,
     "arguments, words",
     [
         (("modle=cnn",), "did you mean"),
-        (("--seeds", 0), "--seeds"),
+        (("--seeds", "x"), "--seeds"),
         (("seed=abc",), "0 ≤ int"),
     ],
 )
