@@ -7,11 +7,12 @@ from typing import Any
 
 from src.core import errors
 
+__version__ = "0.1.0"
+
 if sys.argv[0] == "-m":  # until Python has found the program that is to run, whose imports come first
-    if sys.version_info < (3, 11) or not importlib.util.find_spec("hydra"):
-        problem = "is older than 3.11" if sys.version_info < (3, 11) else "lacks the packages of this project"
+    if not importlib.util.find_spec("hydra"):
         fix = "make train installs them into .venv; then type source .venv/bin/activate"
-        sys.exit(errors.print_error(f"{sys.executable} {problem}; {fix}"))
+        sys.exit(errors.print_error(f"{sys.executable} lacks the packages of this project; {fix}"))
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, errors.exit_on_signal)
 

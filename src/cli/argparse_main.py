@@ -3,13 +3,14 @@
 import argparse
 import functools
 import sys
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
+from src import __version__
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError
+
+VERSION = f"digitlab {__version__}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,17 +18,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.add_argument("--version", action="version", version=get_version())
+        self.add_argument("--version", action="version", version=VERSION)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type {self.prog} --help for the arguments")
-
-
-def get_version() -> str:
-    """Return the name and version of the project."""
-    file = Path(__file__).parents[2] / "pyproject.toml"
-    project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
-    return f"{project['name']} {project['version']}"
 
 
 def argparse_main(task: Callable[[], int | None]) -> Callable[[], None]:

@@ -126,7 +126,7 @@ def describe_unknown_key(key: str, known: list[str]) -> str:
     if re.search(r"(^|\.)(ckpt(_path)?|checkpoint|resume_from_checkpoint|pretrained)$", key):
         return f"{key}: no such key; init_from=PATH starts a new run from weights, resume=RUN continues a run"
     match = find_closest(key, known)
-    hint = f"did you mean {match}?" if match else "python -m src.train --help lists all keys"
+    hint = f"did you mean {match}?" if match else "python -m src.train --cfg job prints all keys"
     return f"{key}: no such key; {hint}"
 
 

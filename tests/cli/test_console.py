@@ -69,7 +69,7 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
         (["--cfg", "jobs"], "invalid choice: 'jobs'"),
         (["optimizer.lr=0.1,0.2"], "add -m for one run per value"),
         (["model.channels=[16,", "16]"], "quote a list with spaces"),
-        (["~optimizer.momentun"], "--help lists all keys"),
+        (["~optimizer.momentun"], "--cfg job prints all keys"),
         (["optimizer=5"], "as logger=none"),
         (["optimizer.fused=true"], "type +optimizer.fused=… to add it"),
         (["model@net=cnn"], "did you mean model?"),
@@ -79,7 +79,6 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
         (["--config-name=foo"], "--config-name=foo: no such option; there are train"),
         (["trainer.precision=oops"], "trainer.precision=oops: must be one of auto, 32-true"),
         (["+trainer.callbacks=[]"], "must be null"),
-        (["name=\udcc3\udc9cbung"], "set PYTHONUTF8=1"),
         (["output_dir=elsewhere"], "hydra.run.dir=… sets the folder"),
         (["scheduler=cosine", "trainer.max_epochs=-1"], "scheduler.T_max=-1: must be int ≥ 1"),
     ],
@@ -150,20 +149,14 @@ def test_wrong_start_names_the_right_one(start, fix):
     assert result.returncode == 2 and len(result.stderr.splitlines()) <= 2 and fix in result.stderr.splitlines()[0]
 
 
-def test_help_prints_recipes_groups_and_the_lines_of_conf_that_set_a_key(run_main):
+def test_help_prints_recipes_groups_and_keys(run_main):
     result = run_main("--help")
     assert result.code == 0
     for experiment in (CONF / "experiment").glob("*.yaml"):
         assert re.search(rf"^  {experiment.stem}\b", result.out, re.M)  # an own one may lack a comment
     assert re.search(r"^seed: 0 +# int ≥ 0; determines initial weights", result.out, re.M)
     assert run_main("--version").out == "digitlab 0.1.0\n"
-    group = run_main("--help", "optimizer=adamw").out
-    assert "optimizer=sgd\n    stochastic gradient" in group and "\nbetas: [0.9, 0.999]" in group
-    assert re.search(r"images.yaml:.*mnist.yaml:.*digits.yaml:", run_main("--help", "data=digits").out, re.S)
-    lines = run_main("-h", "max_epochs").out
-    assert re.search(r"^trainer.max_epochs$.*trainer/default.yaml: max_epochs: 5 .*baseline.yaml", lines, re.M | re.S)
-    result = run_main("--help", "optimzer")
-    assert result.code == 2 and "did you mean optimizer?" in result.err
+    assert re.search(r"^  optimizer +adamw gradient_descent muon sgd$", result.out, re.M)
 
 
 @pytest.mark.slow

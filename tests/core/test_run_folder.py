@@ -119,7 +119,6 @@ def test_resume_takes_todays_defaults_for_missing_keys(run_main, unfinished_run)
         (["+trainer.max_epochs=3"], "Either remove + prefix"),
         (["trainer.max_epochs=3,4"], "several values"),
         (["-m"], "leave out -m"),
-        (["resume=elsewhere"], "continues one run"),
     ],
 )
 def test_resume_refuses_other_settings(run_main, unfinished_run, arguments, words):

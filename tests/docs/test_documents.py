@@ -89,7 +89,7 @@ NOT_RUN = {
 }
 PROGRAMS = r"(\S*python\d? -m|make|pytest|tensorboard|source|uv|pip|git|rm|torchrun|sbatch|srun|if .*srun|else srun) "
 # What is put in the place of names and other folders.
-NAMES = {"=NAME": "=fast", " KEY": " optimizer", "IMAGE…": "FILES", "FILES": "tests/images", "/shared/": ""}
+NAMES = {"=NAME": "=fast", "IMAGE…": "FILES", "FILES": "tests/images", "/shared/": ""}
 NAMES |= {"[WEIGHTS]": "WEIGHTS", "[--weights WEIGHTS]": "--weights WEIGHTS", "tests/": f"{ROOT}/tests/"}
 NAMES |= {"=RUN": "=outputs/mnist/FOLDER", " FOLDER": " outputs/mnist/FOLDER_multirun"}
 

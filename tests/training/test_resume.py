@@ -96,7 +96,7 @@ def test_signal_writes_a_checkpoint_and_prints_a_command(run_main, tmp_path, int
     assert result.code == code and "Traceback" not in result.err
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 7
     (line,) = [line for line in result.err.splitlines() if "resume=" in line]
-    assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train resume=")
+    assert line.startswith(f"stopped by {number.name}; continue with: python -m src.train ")
     assert run_main(*shlex.split(line)[shlex.split(line).index("src.train") + 1 :]).code == 0
     assert read_outcome(folder) == uninterrupted(PLAIN)
 
@@ -108,7 +108,7 @@ CONSTANT = PLAIN, "scheduler=none"
 def test_finished_run_trains_longer_as_if_never_stopped(run_main, tmp_path, interrupt_at, uninterrupted, overrides):
     folder, longer = tmp_path / "run", ("trainer.max_epochs=2", "callbacks.resume.every_steps=4")
     assert run_main(*TINY, *overrides, "trainer.max_epochs=1", f"hydra.run.dir={folder}").code == 0
-    assert "is finished" in run_main(f"resume={folder}").out
+    assert "already finished" in run_main(f"resume={folder}").out
     interrupt_at(15, signal.SIGTERM)
     result = run_main(f"resume={folder}", *longer)
     assert result.code == 143 and result.err.rstrip().endswith(" ".join(longer))
