@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from src.cli.argparse_main import Parser, argparse_main
-from src.core.errors import format_metric
 from src.core.process import import_lightning
 
 
@@ -26,15 +25,14 @@ def fit_ood(predictor: Any, data: Any) -> None:
     print(f"{os.path.relpath(predictor.ood_file)}: {flagged}")
 
 
-def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any], str]:
-    """Score the test images; plot the confusion matrix and the worst mistakes. Return the scores and their text."""
-    import numpy as np
+def score_images(predictor: Any, data: Any, folder: Path) -> dict[str, Any]:
+    """Score the test images, print the scores of each class, plot the confusion matrix and the worst mistakes."""
     import torch
     from sklearn.metrics import classification_report
-    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+    from torchmetrics.functional.classification import multiclass_calibration_error
 
     from src.core.plots import save_figure
-    from src.training.plots import find_worst_mistakes, plot_confusion_matrix, plot_mistakes
+    from src.training.plots import plot_confusion_matrix, plot_mistakes
 
     with torch.inference_mode():
         parts = [(images, labels, predictor(images)) for images, labels in data.raw_batches("test")]
@@ -43,34 +41,22 @@ def score_images(predictor: Any, data: Any, folder: Path) -> tuple[dict[str, Any
     save_figure(plot_confusion_matrix(labels, probabilities, classes), folder / "confusion.png")
     if figure := plot_mistakes(images, labels, probabilities, classes):
         save_figure(figure, folder / "mistakes.png")
-
-    def report(**options: Any) -> Any:
-        names = {"labels": range(len(classes)), "target_names": classes, "zero_division": 0}
-        return classification_report(labels.numpy(), predicted.numpy(), **names, **options)
-
-    metrics = {name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()}
-    scores = {
+    names: Any = {"labels": range(len(classes)), "target_names": classes, "zero_division": 0}
+    print(classification_report(labels.numpy(), predicted.numpy(), digits=4, **names))
+    return {
         "data": data.spec.name,
         "images": len(labels),
         "mistakes": int((predicted != labels).sum()),
         "accuracy": (predicted == labels).float().mean().item(),
         "loss": torch.nn.functional.nll_loss(log_probabilities, labels).item(),
         "calibration_error": multiclass_calibration_error(probabilities, labels, len(classes)).item(),
-        **metrics,
-        "report": report(output_dict=True),
-        "confusion_matrix": multiclass_confusion_matrix(probabilities, labels, len(classes)).tolist(),
-        "worst_mistakes": [
-            {"index": i, "label": int(labels[i]), "predicted_as": int(predicted[i])}
-            for i in find_worst_mistakes(labels, probabilities).tolist()
-        ],
+        **{name: metric(probabilities, labels).tolist() for name, metric in predictor.metrics.items()},
+        "report": classification_report(labels.numpy(), predicted.numpy(), output_dict=True, **names),
     }
-    totals = "{mistakes:,} mistakes in {images:,} images: accuracy {accuracy:.2%}, loss {loss:.5f}".format(**scores)
-    lines = [report(digits=4), f"{totals}, expected calibration error {scores['calibration_error']:.3%}"]
-    return scores, "\n".join([*lines, *(f"{name} {np.round(value, 4)}" for name, value in metrics.items())])
 
 
-def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
-    """Run the test of a LightningModule on the data of its training. Return the scores and their text."""
+def run_test(module: Any, root: Path | None) -> dict[str, Any]:
+    """Run the test of a LightningModule on the data of its training; return its scores."""
     import lightning as L
 
     from src.training.console import silence_routine_output
@@ -82,17 +68,7 @@ def run_test(module: Any, root: Path | None) -> tuple[dict[str, Any], str]:
     quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = L.Trainer(devices=1, **quiet)
     trainer.test(module, data, verbose=False)
-    scores = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-    text = "\n".join(f"{name}  {format_metric(name, value, digits=4)}" for name, value in scores.items())
-    return {"data": type(data).__name__, **scores}, text
-
-
-def choose_folder(file: Path, data_name: str, root: Path | None = None) -> Path:
-    """Return the folder of the results, one per weights file and data set: below the run folder if it has one."""
-    data_name += f"_{root.resolve().parent.name}" if root else ""  # pets_a for a/pets
-    is_in_run = file.parent.name == "checkpoints" and (file.parents[1] / ".hydra").is_dir()
-    parent = file.parents[1] / "evaluation" if is_in_run else Path("outputs/evaluation")
-    return parent / f"{file.stem}_{data_name}"
+    return {"data": type(data).__name__, **{name: float(x) for name, x in sorted(trainer.callback_metrics.items())}}
 
 
 @argparse_main
@@ -112,22 +88,22 @@ def main() -> None:
     from src.training.predictor import Predictor, find_weights_file, load, load_predictor, load_test_data
 
     file = find_weights_file(arguments.weights, arguments.best)
-    if arguments.fit_ood or arguments.data:  # only for classifiers of images
-        predictor = load_predictor(file, use_ood=False)
-    else:
-        predictor = load(file, use_ood=False)
-    if isinstance(predictor, Predictor):
-        data = load_test_data(predictor, arguments.data, arguments.root)
+    parent = file.parents[1] / "evaluation" if file.parent.name == "checkpoints" else Path("outputs/evaluation")
+    folder = arguments.output or parent / "_".join(filter(None, [file.stem, arguments.data]))
+    load_weights = load_predictor if arguments.fit_ood or arguments.data else load
+    model = load_weights(file, use_ood=False)
+    if isinstance(model, Predictor):
+        data = load_test_data(model, arguments.data, arguments.root)
         if arguments.fit_ood:
-            return fit_ood(predictor, data)
-        folder = arguments.output or choose_folder(file, data.spec.name, arguments.root)
-        scores, text = score_images(predictor, data, folder)
+            return fit_ood(model, data)
+        scores = score_images(model, data, folder)
     else:
-        scores, text = run_test(predictor, arguments.root)
-        folder = arguments.output or choose_folder(file, scores["data"], arguments.root)
+        scores = run_test(model, arguments.root)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps({"weights": str(file), **scores}, indent=1) + "\n", encoding="utf-8")
-    print(f"{os.path.relpath(file)} on {scores['data']}", text, f"folder {folder}", sep="\n")
+    scores.pop("report", None)  # printed already
+    for name, value in ({"weights": os.path.relpath(file)} | scores | {"folder": folder}).items():
+        print(f"{name}  {value:.5g}" if isinstance(value, float) else f"{name}  {value}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ of uint8 images, [N, 1, 28, 28] and white on black for MNIST, to [N, classes] lo
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError
@@ -22,7 +23,7 @@ def main() -> None:
     import torch
 
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401  (compares the model with PyTorch)
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         raise UserError(f"{error.name} is missing; type pip install -e '.[export]'") from error
@@ -34,33 +35,15 @@ def main() -> None:
     images = torch.randint(256, (100, *predictor.spec.shape), dtype=torch.uint8)
 
     dynamic_shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
-    try:
-        program = torch.export.export(predictor, (images[:2],), dynamic_shapes=dynamic_shapes)
-    except Exception as error:  # torch.export raises errors of many types
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{type(predictor.net).__name__} cannot be exported by torch.export ({reason})") from error
+    program = torch.export.export(predictor, (images[:2],), dynamic_shapes=dynamic_shapes)
+    model: Any = torch.onnx.export(program, output_names=["log_probabilities"], verbose=False)
     stem = "digits" if predictor.spec.label_name == "digit" else predictor.spec.name
     onnx_file, program_file = (arguments.output / f"{stem}.{suffix}" for suffix in ("onnx", "pt2"))
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {arguments.output}: {error.strerror}; choose another folder") from error
+    arguments.output.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, program_file)
-    torch.onnx.export(program, f=onnx_file, output_names=["log_probabilities"], external_data=False, verbose=False)
-
-    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
-
-    def run_onnx(batch: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
-
-    print(f"largest difference from PyTorch's log-probabilities of {len(images)} random images:")
-    with torch.inference_mode():
-        expected = predictor(images)
-        for file, run in (onnx_file, run_onnx), (program_file, torch.export.load(program_file).module()):
-            outputs = torch.cat([run(images[:1]), run(images[1:])])  # two batch sizes
-            difference = (outputs - expected).abs().max().item()
-            print(f"{file}  {difference:.1e}")
-            assert difference < 1e-3, f"{file} does not compute what PyTorch does"
+    model.save(onnx_file)
+    difference = (model(images)[0] - predictor(images)).abs().max()
+    print(f"{program_file}\n{onnx_file}: differs from PyTorch on 100 random images by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

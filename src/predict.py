@@ -12,8 +12,6 @@ from src.cli.argparse_main import Parser, argparse_main
 from src.core.errors import UserError, escape_control_characters
 from src.core.process import import_lightning
 
-BATCH_SIZE = 256
-
 
 @argparse_main
 def main() -> int:
@@ -27,39 +25,35 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     import_lightning()
-    import torch
-
     from src.training.predictor import find_images, load_predictor
 
     predictor = load_predictor(arguments.weights)
     files = [file for path in arguments.images for file in find_images(path)]
-    results: list[dict[str, Any]] = [{"file": str(file)} for file in files]
+    results: list[dict[str, Any]] = []
     images = []
-    for file, result in zip(files, results, strict=True):
+    for file in files:
         try:
-            images.append(predictor.preprocess_file(sys.stdin.buffer.read() if str(file) == "-" else file))
+            image = predictor.preprocess_file(sys.stdin.buffer.read() if str(file) == "-" else file)
         except UserError as error:
-            result["error"] = str(error)
             print(f"error: {escape_control_characters(file)}: {error}", file=sys.stderr)
-    read = [result for result in results if "error" not in result]
-    batches = torch.stack(images).split(BATCH_SIZE) if images else ()
-    predictions = (prediction for batch in batches for prediction in predictor.predict(batch))
+        else:
+            images.append(image)
+            results.append({"file": str(file), **predictor.predict(image[None])[0]})
     label_name, width = predictor.spec.label_name, max(5, *map(len, predictor.spec.classes))
     rows = [f"{label_name:>{width}}  probability  {'runner-up':<{width + 4}}  file"]
-    for result, prediction in zip(read, predictions, strict=True):
-        result |= prediction
-        name = escape_control_characters(result["file"])
+    for result in results:
         runner_up = f"{result['runner_up']!s:<{width - 4}} {result['runner_up_probability']:7.2%}"
         doubt = "  not sure: unlike the training images" if result["sure"] is False else ""
-        rows.append(f"{result[label_name]:>{width}}  {result['probability']:11.2%}  {runner_up}  {name}{doubt}")
+        name = escape_control_characters(result["file"]) + doubt
+        rows.append(f"{result[label_name]:>{width}}  {result['probability']:11.2%}  {runner_up}  {name}")
     print(json.dumps(results, indent=1) if arguments.json else "\n".join(rows))
     if arguments.show and images:
         from src.core.plots import save_figure
         from src.training.plots import plot_image_grid
 
-        captions = [f"{result[label_name]}  {result['probability']:.0%}" for result in read]
+        captions = [f"{result[label_name]}  {result['probability']:.0%}" for result in results]
         save_figure(plot_image_grid(images, captions), arguments.show)
-    return 0 if len(images) == len(results) else 1 if images else 2
+    return 0 if len(results) == len(files) else 1 if results else 2
 
 
 if __name__ == "__main__":

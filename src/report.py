@@ -3,8 +3,6 @@
 Writes sweep.csv, report.html, report.md and plots, and prints the table, best first. Every sweep does so at its end.
 """
 
-import os
-import sys
 import webbrowser
 from pathlib import Path
 
@@ -19,15 +17,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder of the report; default: FOLDER, for several outputs/report")
     averaged = "keys over which runs are averaged; default: seed"
     parser.add_argument("--average-over", default="seed", metavar="KEY,KEY", help=averaged)
-    parser.add_argument("--open", action="store_true", help="open report.html in the browser, if there is a display")
+    parser.add_argument("--open", action="store_true", help="open report.html in the browser")
     arguments = parser.parse_args()
 
     from src.sweeps.report import write_report
 
-    default = arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report")
-    output = arguments.output or default
+    output = arguments.output or (arguments.folders[0] if len(arguments.folders) == 1 else Path("outputs/report"))
     write_report(arguments.folders, output, arguments.average_over.split(","))
-    if arguments.open and (sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if arguments.open:
         webbrowser.open((output / "report.html").resolve().as_uri())
 
 

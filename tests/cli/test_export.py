@@ -52,7 +52,7 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
 def test_missing_extra_or_unwritable_folder_is_one_line(run_main, small_weights, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     result = run_main(small_weights, "--output", tmp_path / "file", main=export.main)
-    assert result.code == 2 and result.err.splitlines()[-1].endswith("File exists; choose another folder")
+    assert result.code == 2 and "File exists" in result.err.splitlines()[-1]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run_main(small_weights, main=export.main)
     assert result.code == 2 and result.err == "error: onnxruntime is missing; type pip install -e '.[export]'\n"
