@@ -7,8 +7,6 @@ from typing import Any
 
 from src.core import errors
 
-__version__ = "0.1.0"
-
 if sys.argv[0] == "-m":  # until Python has found the program that is to run, whose imports come first
     if not importlib.util.find_spec("hydra"):
         fix = "make train installs them into .venv; then type source .venv/bin/activate"

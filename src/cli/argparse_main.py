@@ -4,13 +4,13 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NoReturn
 
-from src import __version__
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError
 
-VERSION = f"digitlab {__version__}"
+VERSION = f"digitlab {version('digitlab')}"
 
 
 class Parser(argparse.ArgumentParser):
