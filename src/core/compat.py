@@ -93,33 +93,35 @@ def run_as_job(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     return result.return_value
 
 
-def get_loader_states(trainer: "L.Trainer") -> list[dict[str, Any]]:
-    """Return the states of the training DataLoaders that have one, as torchdata's StatefulDataLoader."""
-    loader = trainer.fit_loop._combined_loader
-    return loader._state_dicts() if loader else []
-
-
-def restart_at_next_batch(trainer: "L.Trainer", loader_states: list[dict[str, Any]]) -> None:
-    """Resume with the batch at whose start the checkpoint was written, and with the DataLoaders in these states.
+def restart_at_next_batch(trainer: "L.Trainer") -> None:
+    """Resume with the batch at whose start the checkpoint was written.
 
     Lightning expects checkpoints of the end of a batch, and would count this batch and the last step twice. It skips
-    ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics. If a module asks for the number of
-    steps, it begins the DataLoaders before it has loaded their states.
+    ReduceLROnPlateau at the end of a resumed epoch, because it saves no metrics.
     """
-    import torch
-
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     epoch_loop.batch_progress.is_last_batch = False
     epoch_loop.batch_progress.total.ready = epoch_loop.batch_progress.total.completed
     epoch_loop._batches_that_stepped -= epoch_loop.restarting and not epoch_loop._should_accumulate()
-    fit_loop._restarting = False
-    assert fit_loop._combined_loader and fit_loop._data_fetcher
-    fit_loop._combined_loader_states_to_load = []
-    fit_loop._combined_loader._load_state_dicts(loader_states)
-    with torch.random.fork_rng(devices=[]):
-        iter(fit_loop._data_fetcher)  # loads the states
-    if not epoch_loop.batch_progress.current.completed:  # they are of the end of the epoch before
-        iter(fit_loop._data_fetcher)
+    fit_loop._restarting = fit_loop._resuming_from_checkpoint = False
+
+
+def begin_dataloaders(trainer: "L.Trainer") -> None:
+    """Begin the training DataLoaders anew, with the permutation of this epoch."""
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+
+    fit_loop: Any = trainer.fit_loop
+    for loader in fit_loop._combined_loader.flattened:
+        _set_sampler_epoch(loader, trainer.current_epoch)
+    iter(fit_loop._data_fetcher)
+
+
+def skip_batches(trainer: "L.Trainer", batches: int) -> None:
+    """Read past so many batches of the training DataLoaders."""
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    for _ in range(batches):
+        next(fetcher)
+    fetcher.fetched -= batches  # which Lightning adds
 
 
 def get_stopping_criteria(trainer: "L.Trainer") -> list[Any]:

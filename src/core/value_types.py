@@ -55,6 +55,8 @@ LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
 # Callbacks that would fail during the training or a resume, or do nothing, with the reason.
 REFUSED_TARGETS = {
     "lightning.pytorch.callbacks.BatchSizeFinder": "-m data.batch_size=64,128 compares sizes",
+    "lightning.pytorch.callbacks.GradientAccumulationScheduler": "trainer.accumulate_grad_batches is for all epochs",
+    "lightning.pytorch.callbacks.LearningRateFinder": "-m optimizer.lr=0.01,0.03,0.1 compares learning rates",
     "lightning.pytorch.callbacks.ModelPruning": "a pruned run cannot be resumed",
     "lightning.pytorch.callbacks.SpikeDetection": "a loss that is not finite ends a run in any case",
     "lightning.pytorch.callbacks.ThroughputMonitor": "metrics.json has samples_per_second",

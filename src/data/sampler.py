@@ -42,7 +42,7 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
     ) -> None:
         self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
         self.global_batch_size = batch_size * world_size
-        self.epoch = self.skipped = 0
+        self.epoch = 0
         remainder = size % self.global_batch_size
         # A remainder with fewer images than processes joins the batch before it.
         self.joined = remainder if remainder < world_size and size > self.global_batch_size else 0
@@ -50,10 +50,6 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next permutation."""
         self.epoch = epoch
-
-    def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next epoch only, to resume within it."""
-        self.skipped = batches
 
     def __len__(self) -> int:
         return ceil((self.size - self.joined) / self.global_batch_size)
@@ -66,6 +62,5 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
             if self.weights is not None:
                 order = self.weights.multinomial(self.size, replacement=True, generator=generator)
         ends = [self.global_batch_size * number for number in range(1, len(self))]
-        start, self.skipped = self.skipped, 0
-        for batch in order.to(self.device).tensor_split(ends)[start:]:
+        for batch in order.to(self.device).tensor_split(ends):
             yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch

@@ -13,13 +13,7 @@ from typing import Any, NoReturn
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device, rank_zero_warn
-from lightning.pytorch.callbacks import (
-    Checkpoint,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
@@ -27,32 +21,47 @@ from torchmetrics import Metric
 from src.core import compat
 from src.core.errors import DivergenceError, UserError
 from src.core.value_types import PositiveFloat, PositiveInt
-from src.data.sampler import IndexBatchSampler, hash_seed
+from src.data.sampler import hash_seed
 from src.training.checkpoints import LAST, PREVIOUS, is_finite, load_weights_only
 
 
 def find_resume_checkpoint(trainer: Trainer) -> Path | None:
-    """Return the newest undamaged checkpoint or None, and warn of damaged ones. Raise UserError if all are damaged."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        if isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
-            rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-            # Lightning deletes the file when it begins an experiment, which it does before all hooks.
-            logger.experiment.metrics.extend({key: value for key, value in row.items() if value} for row in rows)
+    """Return the newest undamaged checkpoint or None, and warn of damaged ones. Raise UserError if all are damaged.
+
+    Remove from the loggers' files what will be logged again.
+    """
     checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
     files = [callback.file.with_name(name) for callback in checkpoints for name in (LAST, PREVIOUS)]
     files = [file for file in files if file.exists()]
     for file in files:
         try:
-            load_weights_only(file)
-            callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-            # The state of the optimizer has the rate that was found.
-            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateFinder)]
-            return file
+            content = load_weights_only(file)
         except UserError as error:
-            print(f"warning: {file}: {error}", file=sys.stderr)
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        is_longer = content["resume"]["stopping_criteria"][:2] != compat.get_stopping_criteria(trainer)[:2]
+        if is_longer and any({"total_steps", "T_max"} & schedule.keys() for schedule in content["lr_schedulers"]):
+            fix = f"leave them out, or start a new run: init_from={os.path.relpath(file)} instead of resume"
+            raise UserError(f"trainer.max_epochs, max_steps: the schedule has a fixed length; {fix}")
+        _drop_later_records(trainer, content["resume"]["log_step"])
+        return file
     if files:
         raise UserError(f"resume={files[0].parent}: all checkpoints are damaged; start again in another folder")
+    _drop_later_records(trainer, 0)
     return None
+
+
+def _drop_later_records(trainer: Trainer, step: int) -> None:
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, TensorBoardLogger):
+            for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
+                writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+        elif isinstance(logger, CSVLogger) and (file := Path(logger.log_dir, "metrics.csv")).is_file():
+            rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+            rows = [{key: value for key, value in row.items() if value} for row in rows]
+            # Lightning deletes the file when it begins an experiment, here.
+            logger.experiment.metrics.extend(row for row in rows if int(row["step"]) < step)
+            logger.save()
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -73,31 +82,24 @@ class ResumeCheckpoint(Checkpoint):
         self.signal, self.handlers = 0, dict[int, Any]()
         self.saved_at, self.saved_step = monotonic(), 0  # 0: no checkpoint yet
         self.resumed: dict[str, Any] | None = None
-        self.loader_states: list[dict[str, Any]] = []  # of DataLoaders that have a state, at the end of a batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with suppress(ValueError):  # Python installs handlers in the main thread only
             for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")):
                 if number and callable(signal.getsignal(number)):  # Lightning restores it after the training
                     self.handlers[number] = signal.signal(number, self._handle_signal)
+        epoch, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
         if self.resumed:
-            self._seed_generators(trainer, pl_module)
-            epoch, epoch_loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
             if epoch.completed == epoch.ready:  # the run was finished, and trains longer
                 epoch_loop.restarting = False
                 epoch_loop.batch_progress.reset_on_run()
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, GradientAccumulationScheduler):  # it acts where an epoch begins
-                    callback.on_train_epoch_start(trainer)
-            batches = epoch_loop.batch_progress.current.completed
-            sampler = getattr(trainer.train_dataloader, "sampler", None)
-            if isinstance(sampler, IndexBatchSampler):
-                sampler.set_epoch(trainer.current_epoch)
-                sampler.skip(batches)
-            elif batches and not self.loader_states:
-                rank_zero_warn(f"this epoch is drawn anew after {batches} batches; use torchdata's StatefulDataLoader")
-            compat.restart_at_next_batch(trainer, self.loader_states)
-        self.loader_states = compat.get_loader_states(trainer)
+            compat.restart_at_next_batch(trainer)
+        batches = epoch_loop.batch_progress.current.completed
+        self._seed_generators(trainer, pl_module, batches)  # as where the epoch began
+        compat.begin_dataloaders(trainer)
+        if not trainer.current_epoch:  # Lightning begins them before on_train_epoch_start in the first epoch only
+            self._seed_generators(trainer, pl_module, batches)
+        compat.skip_batches(trainer, batches)
 
     def _handle_signal(self, number: int, frame: object) -> None:
         if self.signal:
@@ -109,8 +111,9 @@ class ResumeCheckpoint(Checkpoint):
             self.handlers[number](number, None)  # exits in the process that requeues the job
         raise SystemExit(128 + number)
 
-    def _seed_generators(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seed = hash_seed(self.seed, trainer.fit_loop.epoch_loop.batch_progress.total.completed, trainer.global_rank, 1)
+    def _seed_generators(self, trainer: Trainer, pl_module: LightningModule, ago: int = 0) -> None:
+        batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed - ago
+        seed = hash_seed(self.seed, batch, trainer.global_rank, 1)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.4 ms if CUDA is not in use
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seed)
@@ -159,73 +162,39 @@ class ResumeCheckpoint(Checkpoint):
             "should_stop": trainer.should_stop,
             "stopping_criteria": compat.get_stopping_criteria(trainer),
             "log_step": compat.get_log_step(trainer),
-            "run_folder": str(self.file.parents[1]),
         }
-        if self.loader_states:  # Lightning's include the batch that it has already fetched
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self.loader_states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         resumed = self.resumed = checkpoint["resume"]
         if (processes := len(resumed["metrics"])) != trainer.world_size:
             raise UserError(f"trainer.devices: the run has {processes} processes; resume it with as many")
         self.saved_step = checkpoint["global_step"]
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):  # its state would undo a change of it
-                checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
-            if isinstance(callback, StochasticWeightAveraging):
-                rank_zero_warn("StochasticWeightAveraging: results differ from those of a run that was not stopped")
-        self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-        states = _move_paths(checkpoint["callbacks"], resumed["run_folder"], str(self.file.parents[1]))
-        for key, state in [*states.items()]:  # those of ModelCheckpoint name files
+        for callback in trainer.early_stopping_callbacks:  # their states would undo a change of patience
+            checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)  # each epoch is begun anew
+        for key, state in [*checkpoint["callbacks"].items()]:
             try:
-                if file := state.get("best_model_path"):
+                if file := state.get("best_model_path"):  # of ModelCheckpoint
                     load_weights_only(Path(file))
             except UserError as error:
-                rank_zero_warn(f"{file}: {error}; the best of the remaining epochs takes its place")
-                del states[key]
-        checkpoint["callbacks"] = states
+                rank_zero_warn(f"{error}; the best of the remaining epochs takes its place")
+                del checkpoint["callbacks"][key]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         compat.disable_requeue_and_broadcast(trainer)
         if self.resumed:
-            criteria = compat.get_stopping_criteria(trainer)
-            if (previous := self.resumed.get("stopping_criteria", criteria)) == criteria:
+            if self.resumed["stopping_criteria"] == compat.get_stopping_criteria(trainer):
                 trainer.should_stop |= self.resumed["should_stop"]
-            elif previous[:2] != criteria[:2]:  # the numbers of epochs and steps
-                self._reject_fixed_schedules(trainer)
             trainer.num_sanity_val_steps = 0  # they would reset metrics
             resumed, modules = move_data_to_device(self.resumed, pl_module.device), dict(pl_module.named_modules())
             trainer.callback_metrics.update(resumed["callback_metrics"])
             for name, states in resumed["metrics"][trainer.global_rank].items():
                 for state, value in states.items():
                     setattr(modules[name], state, value)
-        self._drop_later_records(trainer)  # also of a run that was killed before its first checkpoint
-
-    def _drop_later_records(self, trainer: Trainer) -> None:
-        """Remove from the loggers' files what will be logged again."""
-        step = (self.resumed or {}).get("log_step", self.saved_step)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
-            if isinstance(logger, TensorBoardLogger):
-                for writer in [logger.experiment.file_writer] * 2:  # a reader of TensorBoard ignores the first start
-                    writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-            elif isinstance(logger, CSVLogger):
-                rows = logger.experiment.metrics
-                rows[:] = [row for row in rows if int(row.get("step", step)) < step]
-                logger.save()
-
-    def _reject_fixed_schedules(self, trainer: Trainer) -> None:
-        """Raise UserError if a schedule was made for the number of epochs or steps that the run had before."""
-        for config in trainer.lr_scheduler_configs:
-            for schedule in [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]:
-                if hasattr(schedule, "total_steps") or hasattr(schedule, "T_max"):
-                    kind, folder = type(schedule).__name__, os.path.relpath(self.file.parents[1])
-                    fix = f"leave them out, or start a new run: init_from={folder} instead of resume"
-                    raise UserError(f"trainer.max_epochs, max_steps: the length of {kind} is fixed; {fix}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.loader_states = compat.get_loader_states(trainer)
         # Not after every step, because it waits for the GPU; a run does not recover from such a loss.
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 or trainer.is_last_batch:  # type: ignore[attr-defined]
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -236,9 +205,3 @@ class ResumeCheckpoint(Checkpoint):
     def _describe_divergence(self, reason: str) -> DivergenceError:
         good = f"last good checkpoint: {self.file} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"
         return DivergenceError(f"{reason}; {good}; try a lower optimizer.lr, or trainer.gradient_clip_val=1")
-
-
-def _move_paths(value: Any, old: str, new: str) -> Any:  # keys and values of ModelCheckpoint's state are paths
-    if isinstance(value, dict):
-        return {_move_paths(key, old, new): _move_paths(item, old, new) for key, item in value.items()}
-    return new + value[len(old) :] if isinstance(value, str) and value.startswith(old) else value

@@ -211,14 +211,8 @@ def test_own_task_is_ranked_by_its_metric_and_resumes(project):
     best = min(jobs, key=lambda job: project.read_metrics(f"swept/{job}")["metrics"]["val/rmse"])
     assert len(jobs) == 2 and best in results[1].out.rpartition("Best")[2]
     assert len(list(project.folder.glob("tuned/*/metrics.json"))) == 3
-    assert "drawn anew" in results[4].err
-
-    (line,) = re.findall(r"`(from torchdata.*)`", text)
-    project.replace("src/data/line.py", "import DataLoader, TensorDataset", f"import TensorDataset\n{line}")
-    (project.folder / "stopped").unlink()
-    commands = add(single, "cut2", *stopped), add(single, "whole", *stopped), "python -m src.train resume=cut2"
-    assert "drawn anew" not in project.run(*commands, codes=[143, 0, 0])[2].err
-    assert project.read_metrics("cut2")["metrics"] == project.read_metrics("whole")["metrics"]
+    project.run(add(single, "whole", *stopped), codes=[0])
+    assert project.read_metrics("cut")["metrics"] == project.read_metrics("whole")["metrics"]
 
 
 def test_own_option_and_callback_take_effect(project):
@@ -226,7 +220,7 @@ def test_own_option_and_callback_take_effect(project):
     option, callback, *lightning = read_commands(text)
     option = add(option, "option", *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
     others = [add(command, f"lightning{n}", *SHORT) for n, command in enumerate(lightning)]
-    results = project.run(option, add(callback, "callback", *SHORT), *others, codes=[0] * 5)
+    results = project.run(option, add(callback, "callback", *SHORT), *others, codes=[0] * 4)
     metrics = project.read_metrics("option")["metrics"]
     assert metrics["lr/head"] == pytest.approx(2 * metrics["lr/rest"])
     assert metrics["lr/head"] == pytest.approx(0.002 / 15)  # before the last step
