@@ -4,12 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from src.core.plots import project_style
-
-MAX_NAMED_CLASSES = 20  # more have no room in a confusion matrix
 
 
 @project_style
@@ -45,22 +44,16 @@ def plot_mistakes(images: Tensor, labels: Tensor, probabilities: Tensor, classes
 
 @project_style
 def plot_confusion_matrix(labels: Tensor, probabilities: Tensor, classes: Sequence[str]) -> Figure:
-    """Plot how often each class was predicted as which, with numbers if there are few classes."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix  # slow to import
-    from torchmetrics.utilities.plot import plot_confusion_matrix
+    """Plot how often each class was predicted as which, with numbers if there are at most 20 classes."""
+    from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix  # slow to import
 
-    counts = multiclass_confusion_matrix(probabilities, labels, len(classes))
-    size, has_room = 7 if len(classes) <= 10 else 9, len(classes) <= MAX_NAMED_CLASSES
-    figure = Figure(figsize=(size, 0.9 * size))
-    axes: Any = figure.add_subplot()
-    plot_confusion_matrix(counts, ax=axes, cmap="Blues", labels=list(classes), add_text=has_room)
-    for text in axes.texts:
-        text.set(fontsize=11, visible=text.get_text() != "0")
-    axes.tick_params("x", labelsize=12, rotation=0 if max(map(len, classes)) <= 3 else 90)
-    axes.tick_params("y", labelsize=12, rotation=0)
-    axes.grid(False)
-    if not has_room:
-        axes.set(xticks=[], yticks=[])
+    counts, is_small = confusion_matrix(labels, probabilities.argmax(1), labels=range(len(classes))), len(classes) <= 20
     # Beside the diagonal every mistake would look white: scale the colours by the mistakes.
-    axes.images[0].set_clim(0, 2 * max(1, int((counts - counts.diag().diag()).max())))
+    mistakes = counts - np.diag(counts.diagonal())
+    options: Any = {"cmap": "Blues", "colorbar": False, "include_values": is_small, "xticks_rotation": "vertical"}
+    figure = Figure(figsize=(9, 8))
+    display = ConfusionMatrixDisplay(counts, display_labels=classes if is_small else None)
+    axes: Any = figure.add_subplot()
+    axes.grid(False)
+    display.plot(ax=axes, im_kw={"vmax": 2 * max(1, mistakes.max())}, **options)
     return figure

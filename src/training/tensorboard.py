@@ -28,7 +28,4 @@ class PercentTensorBoardLogger(TensorBoardLogger):
         folder = Path(self.log_dir)
         summary = hparams_pb(params, trial_id=f"{folder.name} in {folder.parent.name}")
         self.experiment.file_writer.add_summary(summary)
-
-    @rank_zero_only
-    def save(self) -> None:
-        self.experiment.flush()  # without Lightning's hparams.yaml: a run folder has its config
+        self.hparams.update(params)  # for Lightning's hparams.yaml

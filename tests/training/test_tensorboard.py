@@ -31,12 +31,10 @@ def read_weights(folder: Path) -> torch.Tensor:
 def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     events = train(run_main, tmp_path, "trainer.max_epochs=2")
     tags = events.Tags()
-    images = {"train/augmented batch", "weights/conv1 filters", "test/confusion matrix", "test/worst mistakes"}
-    assert images == {*tags["images"]}
+    assert tags["images"] == ["train/augmented batch"]
     assert {"weights/conv1.0.weight", "weights/fc.bias"} <= set(tags["histograms"])
-    assert len(events.Histograms("weights/fc.bias")) == len(events.Images("weights/conv1 filters")) == 2
+    assert len(events.Histograms("weights/fc.bias")) == 2
     assert "custom_scalars__config__" in tags["tensors"]
-    assert [event.step for event in events.Scalars("train/gradient norm")] == list(range(4, 2 * 41, 5))
     assert tags["graph"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert not {"epoch", "val/acc"} & set(tags["scalars"])
@@ -48,16 +46,6 @@ def test_run_without_the_callback_gives_bitwise_identical_weights(run_main, tmp_
     train(run_main, tmp_path / "with", "model.dropout=0.1")
     assert not train(run_main, tmp_path / "without", "model.dropout=0.1", "callbacks.tensorboard=null").Tags()["images"]
     assert torch.equal(read_weights(tmp_path / "with"), read_weights(tmp_path / "without"))
-
-
-def test_gradient_norm_is_the_step_over_the_learning_rate(run_main, tmp_path):
-    plain = "optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.weight_decay=0", "scheduler=none"
-    limits = "trainer.max_steps=1", "trainer.log_every_n_steps=1", "optimized_metric=null", "callbacks.best=null"
-    events = train(run_main, tmp_path, *plain, *limits, "trainer.gradient_clip_val=null")
-    after = read_weights(tmp_path)
-    L.seed_everything(0, verbose=False)
-    step = after - torch.cat([p.detach().flatten() for p in CNN([4] * 6, 0.0).parameters()])
-    assert events.Scalars("train/gradient norm")[0].value == pytest.approx(step.norm().item() / 0.05, rel=1e-3)
 
 
 class VAE(L.LightningModule):
@@ -93,7 +81,7 @@ def test_other_task_has_fewer_plots_and_a_failing_plot_is_one_warning(fails, tmp
     assert not module.frozen.training
     trainer.test(module, data, verbose=False)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
-    images = [] if fails else ["train/augmented batch", "weights/conv1 filters"]
+    images = [] if fails else ["train/augmented batch"]
     assert "test/mse" in tags["scalars"] and tags["images"] == images
-    messages = [str(warning.message) for warning in recwarn if "TensorBoard lacks" in str(warning.message)]
-    assert len(messages) == 2 * fails and all("(OSError: disk is full)" in message for message in messages)
+    messages = [str(warning.message) for warning in recwarn if "TensorBoard" in str(warning.message)]
+    assert messages == ["TensorBoard lacks the augmented batch (OSError: disk is full)"] * fails
