@@ -85,13 +85,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import_lightning()
-    from src.training.predictor import Predictor, find_weights_file, load, load_predictor, load_test_data
+    from src.training.checkpoints import find_checkpoint
+    from src.training.predictor import SHIPPED_WEIGHTS, Predictor, load, load_predictor, load_test_data
 
-    file = find_weights_file(arguments.weights, arguments.best)
+    file = find_checkpoint(arguments.weights or SHIPPED_WEIGHTS, arguments.best)
     parent = file.parents[1] / "evaluation" if file.parent.name == "checkpoints" else Path("outputs/evaluation")
     folder = arguments.output or parent / "_".join(filter(None, [file.stem, arguments.data]))
-    load_weights = load_predictor if arguments.fit_ood or arguments.data else load
-    model = load_weights(file, use_ood=False)
+    model = load_predictor(file) if arguments.fit_ood or arguments.data else load(file)
     if isinstance(model, Predictor):
         data = load_test_data(model, arguments.data, arguments.root)
         if arguments.fit_ood:

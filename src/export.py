@@ -30,7 +30,7 @@ def main() -> None:
     from src.training.predictor import load_predictor
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    predictor = load_predictor(arguments.weights, use_ood=False)
+    predictor = load_predictor(arguments.weights)
     predictor.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # export warns of channels_last
     images = torch.randint(256, (100, *predictor.spec.shape), dtype=torch.uint8)
 

@@ -4,6 +4,7 @@ Exit code 0: every image was read; 1: some could not be read; 2: none could be, 
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
 
     import_lightning()
-    from src.training.predictor import find_images, load_predictor
+    from src.data.preprocess import SUFFIXES, list_files
+    from src.training.predictor import load_predictor
 
     predictor = load_predictor(arguments.weights)
-    files = [file for path in arguments.images for file in find_images(path)]
+    # os.path.isdir, because Path.is_dir raises for a name that is too long
+    found = (list_files(path, SUFFIXES) if os.path.isdir(path) else [path] for path in arguments.images)
+    if not (files := [file for files in found for file in files]):
+        raise UserError(f"{arguments.images[0]}: no images in this folder ({', '.join(SUFFIXES)})")
     results: list[dict[str, Any]] = []
     images = []
     for file in files:

@@ -75,7 +75,6 @@ class ImageDataModule(L.LightningDataModule):
         self.augment, self.soft_labels = augment, soft_labels
         self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
-        self.class_indices: Tensor | None = None  # of the network, for each class of these images
         self.preprocess, self.mean, self.std = preprocess, mean, std
         self.sampler = sampler
         self.is_prepared = False
@@ -193,8 +192,7 @@ class ImageDataModule(L.LightningDataModule):
         """Yield a split's uint8 images and labels in order, neither augmented nor normalised."""
         every = getattr(self.splits, split)
         for batch in self._make_loader(every, self.eval_batch_size):
-            images, labels = every[batch] if isinstance(batch, Tensor) else batch
-            yield images, labels if self.class_indices is None else self.class_indices[labels]
+            yield every[batch] if isinstance(batch, Tensor) else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         trainer: Any = self.trainer

@@ -1,7 +1,7 @@
 """Load trained networks from run folders, checkpoints and .pt files, and predict with them."""
 
-import os
 import re
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from src.core.config import CONF, PACKAGE, ROOT, resolve_config, validate_config
 from src.core.errors import UserError, escape_control_characters
-from src.core.run_folder import find_kind
 from src.data.image_spec import ImageSpec
 from src.data.mnist_format import preprocess_digit
-from src.data.preprocess import SUFFIXES, list_files, resize_image
+from src.data.preprocess import resize_image
 from src.models.classifier import Classifier, check_outputs
 from src.models.ood import OODDetector
-from src.training.checkpoints import is_finite, load_weights_only
+from src.training.checkpoints import find_checkpoint, is_finite, load_weights_only
 from src.training.instantiate import RUN_CONFIG, build_task, instantiate_for_images, instantiate_node
 
 SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
@@ -28,8 +27,7 @@ SHIPPED_WEIGHTS = ROOT / "weights/mnist.pt"
 class Predictor(nn.Module):
     """A trained network, whose `net` maps normalised images to logits or log-probabilities, in evaluation mode.
 
-    `data` is the config of its training data, None for a .pt file; `metrics` has those of task.metrics by name;
-    `ood_detector` is None unless one was fitted.
+    `data` is the config of its training data, None for a .pt file; `metrics` has those of task.metrics by name.
     """
 
     def __init__(self, net: nn.Module, spec: ImageSpec, file: Path, data: Any, task: Classifier | None) -> None:
@@ -37,9 +35,13 @@ class Predictor(nn.Module):
         self.net, self.spec, self.file, self.data = net, spec, file, data
         self.metrics = dict(task.extra_metrics["test"].items()) if task else {}
         self.ood_file = file.with_suffix(".ood.pt")
-        self.ood_detector: OODDetector | None = None
         self.eval().requires_grad_(False)
         check_outputs(net(torch.zeros(1, *spec.shape)), len(spec.classes))
+
+    @cached_property
+    def ood_detector(self) -> OODDetector | None:
+        """The detector that src.evaluate has fitted and saved beside the weights, if any. Raises UserError."""
+        return OODDetector(**load_weights_only(self.ood_file)) if self.ood_file.is_file() else None
 
     def log_probabilities(self, normalized: Tensor) -> Tensor:
         """Map [N, C, H, W] normalised images to [N, classes]."""
@@ -75,41 +77,21 @@ class Predictor(nn.Module):
         return predictions
 
 
-def find_images(path: Path) -> list[Path]:
-    """Return a file itself, and of a folder the image files at any depth. Raises UserError for the folder of a run."""
-    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        return [path]
-    if kind := find_kind(path):  # with plots
-        raise UserError(f"{path}: a {kind}, not an image; type --weights {path} IMAGE")
-    if not (files := list_files(path, SUFFIXES)):
-        raise UserError(f"{path}: no images in this folder ({', '.join(SUFFIXES)})")
-    return files
-
-
-def find_weights_file(path: Path | str | None = None, best: bool = False) -> Path:
-    """Return the last or best checkpoint of a run folder, or the file itself; default: the shipped weights."""
-    path = Path(path or SHIPPED_WEIGHTS)
-    return path / f"checkpoints/{'best' if best else 'last'}.ckpt" if path.is_dir() else path
-
-
-def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: bool = True) -> Any:
+def load(path: Path | str | None = None, net: nn.Module | None = None) -> Any:
     """Load a run folder (its last checkpoint), a .ckpt or a .pt file; default: shipped. Raises UserError.
 
     A classifier of images is returned as a Predictor, any other task as its LightningModule, in evaluation mode. `net`
     is the network of a checkpoint that was trained without a config.
     """
-    file = find_weights_file(path)
+    file = find_checkpoint(path or SHIPPED_WEIGHTS)
+    content = load_weights_only(file)
     try:
-        if not file.is_file():
-            is_sweep = path and any(Path(path).glob("*/checkpoints"))
-            raise UserError("it is a sweep" if is_sweep else "no such file")
-        content = load_weights_only(file)
-        state = content.get("state_dict") if isinstance(content, dict) else None
-        if not isinstance(state, dict) or not is_finite(state):
-            raise UserError("it holds no state_dict of finite weights")
+        state = content["state_dict"]
+        if not is_finite(state):
+            raise UserError("its weights are not finite")
         # A data module of images saves its ImageSpec; Lightning names it after the module's class.
         specs = [x for x in content.values() if isinstance(x, dict) and x.keys() == {*ImageSpec._fields}]
-        spec = ImageSpec.from_dict(specs[0]) if specs else None
+        spec: Any = ImageSpec.from_dict(specs[0]) if specs else None
         spec = spec and spec._replace(classes=tuple(map(escape_control_characters, spec.classes)))
         config = _read_config(content) if net is None else DictConfig({})
         task = build_task(config, spec) if "task" in config else None
@@ -119,22 +101,13 @@ def load(path: Path | str | None = None, net: nn.Module | None = None, use_ood: 
                 return task.eval()
             net = task.net
         else:
-            net = instantiate_for_images("model", config.model, spec) if net is None else net
+            net = net or instantiate_for_images("model", config.model, spec)
             prefix = "" if "model" in content else "net."
             net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
-        if spec is None:
-            raise UserError("it holds no description of its images")
-        predictor = Predictor(net, spec, file, config.get("data"), task)
+        return Predictor(net, spec, file, config.get("data"), task)
     except (UserError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         fix = "name a run folder, a .ckpt in one, or a .pt file"
         raise UserError(f"{file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
-    if use_ood and predictor.ood_file.is_file():
-        try:
-            predictor.ood_detector = OODDetector(**load_weights_only(predictor.ood_file))
-        except (UserError, TypeError) as error:
-            fix = f"python -m src.evaluate {file} --fit-ood"
-            raise UserError(f"{predictor.ood_file}: {error}; type {fix} to write it again") from error
-    return predictor
 
 
 def _read_config(content: dict[str, Any]) -> DictConfig:
@@ -154,9 +127,9 @@ def _read_config(content: dict[str, Any]) -> DictConfig:
     return config
 
 
-def load_predictor(path: Path | str | None = None, use_ood: bool = True) -> Predictor:
+def load_predictor(path: Path | str | None = None) -> Predictor:
     """Load a classifier of images. Raises UserError for any other task."""
-    predictor = load(path, use_ood=use_ood)
+    predictor = load(path)
     if not isinstance(predictor, Predictor):
         fix = f"python -m src.evaluate {path} tests any task"
         raise UserError(f"{path}: {type(predictor).__name__} was not trained on images with classes; {fix}")
@@ -177,12 +150,8 @@ def load_test_data(predictor: Predictor, choice: str | None = None, root: Path |
         spec = module.spec
     except UserError as error:
         raise UserError(str(error).replace("data.root", "--root")) from error
-    names = [escape_control_characters(name) for name in spec.classes]
-    classes = predictor.spec.classes
-    if unknown := [name for name in names if name not in classes]:
-        known = shorten(", ".join(classes), 200)
-        raise UserError(f"data={spec.name}: the network has no class {unknown[0]}; its classes are {known}")
-    if spec.shape != predictor.spec.shape:
-        raise UserError(f"data={spec.name}: its images are {spec.shape}, the network's {predictor.spec.shape}")
-    module.class_indices = torch.tensor([classes.index(name) for name in names])
+    expected, classes = predictor.spec, tuple(map(escape_control_characters, spec.classes))
+    if (spec.shape, classes) != (expected.shape, expected.classes):
+        trained_on = f"{expected.shape}, classes {shorten(', '.join(expected.classes), 200)}"
+        raise UserError(f"data={spec.name}: has other images than those of the training ({trained_on})")
     return module

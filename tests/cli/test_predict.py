@@ -16,7 +16,7 @@ from src import predict
 from src.core.errors import UserError
 from src.data.datasets import Digits
 from src.data.mnist_format import preprocess_digit
-from src.training.predictor import SHIPPED_WEIGHTS, find_images
+from src.training.predictor import SHIPPED_WEIGHTS
 
 DRAWN = sorted((Path(__file__).parents[1] / "images").glob("[0-9].*"))
 
@@ -183,7 +183,7 @@ def test_file_of_any_name_at_any_depth_is_read(run_predict, tmp_path):
     (tmp_path / "notes.txt").touch()
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/a/b/\xff \xc3.PNG")
     draw_seven().save(odd, "PNG")
-    assert find_images(tmp_path) == [Path(odd)]
+    assert len(json.loads(run_predict("--json", tmp_path).out)) == 1
     assert run_predict(odd).code == run_predict("--json", odd).code == 0
     assert run_predict("x" * 5000 + ".png").err.endswith("file name too long\n")
 
@@ -193,14 +193,12 @@ def test_file_of_any_name_at_any_depth_is_read(run_predict, tmp_path):
     [
         ([], "the following arguments are required: IMAGE"),
         (["{tmp}"], "no images in this folder"),
-        (["{tmp}/run", "{drawn}"], "type --weights"),
-        (["--weights", "none.pt", "{drawn}"], "none.pt: cannot be loaded (no such file)"),
-        (["--weights", "{drawn}", "{drawn}"], "cannot be loaded"),
+        (["--weights", "none.pt", "{drawn}"], "none.pt: no such file"),
+        (["--weights", "{drawn}", "{drawn}"], "0.png: damaged"),
         (["--show", "{tmp}/x.nonsense", "{drawn}"], "cannot be written"),
         (["--show", "/proc/none/x.png", "{drawn}"], "cannot be written"),
     ],
 )
 def test_mistake_is_one_line(run_predict, tmp_path, arguments, words):
-    (tmp_path / "run/checkpoints/last.ckpt").mkdir(parents=True)
     result = run_predict(*(argument.format(tmp=tmp_path, drawn=DRAWN[0]) for argument in arguments))
     assert result.code == 2 and len(result.err.splitlines()) == 1 and words in result.err
