@@ -42,7 +42,7 @@ def train(cfg: DictConfig, *extra_callbacks: Callback) -> float | None:
     module, data = instantiate_task(cfg)
     checkpoint = find_resume_checkpoint(trainer) if cfg.resume else None
     if cfg.init_from.path and not checkpoint:
-        recorder.initial_weights = load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip)
+        load_initial_weights(module, cfg.init_from.path, cfg.init_from.skip, Path(cfg.output_dir))
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     metrics = dict(trainer.callback_metrics)
     if cfg.test:

@@ -27,7 +27,7 @@ CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "
 KINDS = {"multirun.yaml": "sweep", ".tune": "study", STATUS_FILE: "run", METRICS_FILE: "run", "checkpoints": "run"}
 EARLY_FILES = re.compile(  # what a run or study writes before the first batch
     r"(config|hydra|overrides)\.yaml|(train|tune)\.log|layers\.txt|hparams\.yaml|metrics\.csv|status\.json|study\.db"
-    r"|events\.out\.tfevents\..*|\.(study\.)?lock"
+    r"|events\.out\.tfevents\..*|\.(study\.)?lock|init_from\.json"
 )
 # An interpolation other than of the config's own keys and by the two resolvers that conf/ uses.
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})[^}]*\}?")
@@ -74,12 +74,15 @@ def make_portable(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(portable)  # type: ignore[return-value]
 
 
-def write_config(config: DictConfig, folder: Path, overrides: Sequence[str] | None = None) -> None:
-    """Replace the config that Hydra wrote by the resolved one, and its overrides if the run was resumed with others."""
+def write_config(config: DictConfig, folder: Path, changes: Sequence[str] | None = None) -> None:
+    """Replace the config that Hydra wrote by the resolved one, and change the overrides if the run was resumed."""
     plain = make_portable(config)
     write_atomically(folder / CONFIG_FILE, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
-    if overrides is not None:
-        write_atomically(folder / ".hydra/overrides.yaml", yaml.safe_dump(list(overrides), allow_unicode=True).encode())
+    if changes is not None:
+        file = folder / ".hydra/overrides.yaml"
+        before, changed = read_file(file, list) if file.exists() else [], [x.partition("=")[0] for x in changes]
+        overrides = [*(item for item in before if item.partition("=")[0] not in changed), *changes]
+        write_atomically(file, yaml.safe_dump(overrides, allow_unicode=True).encode())
 
 
 def load_resumed_config(config: DictConfig, changes: Sequence[str]) -> DictConfig:

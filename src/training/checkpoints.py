@@ -4,7 +4,7 @@ Besides Lightning's state a checkpoint has:
 - `resume`, of ResumeCheckpoint: the sums of metrics and whatever else a run needs to continue within an epoch
 - the ImageSpec of the data module: `src.load` prepares images by it, and a resumed run refuses others
 - the config of model, task and data, among the hyperparameters: `src.load` builds the network from it
-- seconds, samples and initial weights, of RunRecorder, for metrics.json
+- seconds, of RunRecorder, for metrics.json
 - `rows`, of the backprop task, for trace.csv
 """
 
@@ -13,15 +13,16 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from src.core.errors import UserError
 from src.core.files import write_atomically
+from src.core.process import is_first_process
 from src.optim.configure import compile_layer_pattern
 from src.training.console import is_verbose
 
@@ -57,57 +58,53 @@ def load_weights_only(file: Path) -> Any:
             if part := archive.testzip():  # torch.load compares no checksums
                 raise zipfile.BadZipFile(part)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
     except Exception as error:  # damaged bytes raise exceptions of any type
-        raise UserError(f"damaged, or more than tensors and plain values ({type(error).__name__})") from error
+        reason = f"damaged, or more than tensors and plain values ({type(error).__name__})"
+        raise UserError(f"{file}: {reason}") from error
 
 
-def load_initial_weights(module: LightningModule, path: str, skip: str | list[str]) -> dict[str, Any]:
-    """Load what has the name and the shape of a tensor of `module`; return what metrics.json says about it.
+def find_checkpoint(path: Path | str, best: bool = False) -> Path:
+    """Return the last or best checkpoint of a run folder, or the file itself."""
+    return Path(path, "checkpoints", "best.ckpt" if best else LAST) if Path(path).is_dir() else Path(path)
 
-    Names in the file may lack the attribute of the module that holds its network. Raises UserError.
+
+def load_initial_weights(module: LightningModule, path: str, skip: str | list[str], folder: Path) -> None:
+    """Load what has the name and the shape of a tensor of `module`; record it in init_from.json in the run folder.
+
+    A file of a network alone is loaded into `module.net`. Raises UserError.
     """
-    file = Path(path, "checkpoints", LAST) if Path(path).is_dir() else Path(path)
+    file, own = find_checkpoint(path), module.state_dict()
     patterns = [skip] if isinstance(skip, str) else skip
     try:
-        if not file.is_file():
-            raise UserError("no such file; name a run folder, a .ckpt or a .pt file")
         content = load_weights_only(file)
-        content = content.get("state_dict", content)
+        given = content.get("state_dict", content)
         is_skipped = compile_layer_pattern("|".join(patterns) or "$.").fullmatch
     except (UserError, AttributeError, re.error) as error:
-        raise UserError(f"init_from={path}: {file}: {error}") from error
-    own = module.state_dict()
-    prefixes = ["", *(f"{name}." for name, _ in module.named_children())]
-    prefix = max(prefixes, key=lambda prefix: sum(f"{prefix}{name}" in own for name in content))
-    given = {f"{prefix}{name}": value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        raise UserError(f"init_from={path}: {error}; name a run folder, a .ckpt or a .pt file") from error
+    if not own.keys() & given.keys():
+        given = {f"net.{name}": value for name, value in given.items()}
     skipped = [name for name in own if is_skipped(name)]
-    shapes = {n: (list(given[n].shape), list(own[n].shape)) for n in own if n in given and n not in skipped}
-    loaded = {name: given[name] for name, (shape, own_shape) in shapes.items() if shape == own_shape}
-    reasons = {
-        "skipped": skipped,
-        "not in the file": [name for name in own if name not in given and name not in skipped],
-        "not in the network": [name for name in given if name not in own],
-        "other shape": [f"{name} {shapes[name][0]}, not {shapes[name][1]}" for name in shapes if name not in loaded],
-    }
-    reasons = {reason: names for reason, names in reasons.items() if names}
-    line = f"init_from={path}: {len(loaded)} of {len(own)} tensors from {file}"
-    for reason, names in reasons.items():
-        line += f"; {reason}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    if patterns and not skipped:
-        layers = dict.fromkeys(".".join(name.split(".")[:2]) for name in own)
-        raise UserError(f"init_from.skip={patterns}: no such layer or tensor; there are {', '.join(layers)}")
-    if not any(value.ndim for value in loaded.values()):
-        raise UserError(line)
+    missing = [name for name in own if name not in {*given, *skipped}]
+    other_shape = [name for name in own if name not in {*missing, *skipped} and given[name].shape != own[name].shape]
+    left_out = {"skipped": skipped, "not in the file": missing, "other shape": other_shape}
+    loaded = {name: given[name] for name in own if not any(name in names for names in left_out.values())}
+    record = {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **left_out}
+    reasons = [f"{reason}: {', '.join(names)}" for reason, names in left_out.items() if names]
+    line = shorten(f"init_from={path}: {record['loaded']}; {'; '.join(reasons)}", 400)
+    if (patterns and not skipped) or not any(value.ndim for value in loaded.values()):
+        raise UserError(f"{line}; init_from.skip={patterns}; the network has {shorten(', '.join(own), 400)}")
     module.load_state_dict(loaded, strict=False)
-    if is_verbose():
-        print(line)
-    return {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **reasons}
+    if is_first_process():
+        write_atomically(folder / "init_from.json", json.dumps(record, indent=1).encode())
+        if is_verbose():
+            print(line)
 
 
-def find_monitored_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+def find_monitored_checkpoint(trainer: Trainer) -> Any:
     """Return the first callback that keeps the weights with the best value of a metric."""
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    return next((callback for callback in callbacks if callback.monitor), None)
+    return next((callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)), None)
 
 
 def is_finite(state: dict[str, Any]) -> bool:

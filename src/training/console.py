@@ -16,16 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.utilities.model_summary import summarize
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from src.core.errors import format_metric, print_warnings_in_one_line
 
 IRRELEVANT_WARNINGS = (
     ".*does not have many workers",  # the images are in memory
-    ".*have no `val_dataloader`",
     ".*`list` across ranks is zero",  # data.val_size=0
     ".*is not supported by the model summary",  # trainer.precision=bf16-mixed
-    ".*set_vital",  # torchdata's
     ".*treespec, LeafSpec",
     ".*is smaller than the logging interval",
     ".*`srun` command is available",  # a run need not be a job of Slurm
@@ -33,7 +31,6 @@ IRRELEVANT_WARNINGS = (
     "Grad strides do not match bucket view strides",  # channels_last; no result changes
     "The AccumulateGrad node's stream does not match",
     ".*exists and is not empty",  # a resumed run
-    ".*callbacks used to create the checkpoint need to be provided",  # removed when a run was resumed
     ".*your dataloader is not resumable",  # ResumeCheckpoint sets its position
 )
 
@@ -51,15 +48,11 @@ def silence_routine_output() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def get_launcher_name() -> str | None:
-    """Return the launcher of the sweep or study that this run belongs to, None for a single run."""
-    is_multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return str(HydraConfig.get().launcher._target_).rpartition(".")[2] if is_multirun else None
-
-
 def is_verbose() -> bool:
     """Return whether this run prints: alone, or into a log of its own. src.sweeps.callback reports the others."""
-    return get_launcher_name() in (None, "SlurmLauncher", "LocalLauncher")
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return True
+    return "submitit" in HydraConfig.get().launcher._target_
 
 
 class LayerTable(Callback):
@@ -80,63 +73,54 @@ def _format_layers(module: L.LightningModule, max_depth: int) -> str:
     summary = summarize(module, max_depth)
     columns = summary.layer_names, summary.layer_types, summary.out_sizes, summary.param_nums
     layers = [layer for layer in zip(*columns, strict=True) if layer[2] != "?" or layer[3]]
-    width = max(5, *(len(layer[0]) for layer in layers))
-    lines = [f"{name:<{width}}  {kind:<20}  {size!s:<20}  {count:>10,}" for name, kind, size, count in layers]
-    return "\n".join([f"{'layer':<{width}}  {'type':<20}  {'output':<20}  parameters", *lines])
+    lines = [f"{name:<18}  {kind:<20}  {size!s:<20}  {count:>10,}" for name, kind, size, count in layers]
+    return "\n".join([f"{'layer':<18}  {'type':<20}  {'output':<20}  parameters", *lines])
 
 
 class RunProgressBar(ProgressBar):
     """Print a line about the run and one per epoch; on a terminal, show a bar of the run with the time left."""
+
+    bar: Any = tqdm(disable=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.epoch, self.started_at = trainer.current_epoch, perf_counter()
         self.is_printing = trainer.is_global_zero and is_verbose()
         if self.is_printing:
             print(_format_header(trainer), flush=True)
-        by_epochs = (trainer.max_epochs or -1) * trainer.num_training_batches
-        by_steps = trainer.max_steps * trainer.accumulate_grad_batches
-        batches = min((limit for limit in (by_epochs, by_steps) if limit > 0), default=None)  # -1 is no limit
-        columns = "{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), "left"
-        is_shown = self.is_printing and sys.stdout.isatty() and get_launcher_name() is None
-        self.bar = Progress(*columns, transient=True, disable=not is_shown)
-        self.task = self.bar.add_task("", total=batches)
-        self.bar.start()
+            batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+            begun = trainer.fit_loop.total_batch_idx + 1
+            self.bar = tqdm(total=batches, initial=begun, file=sys.stdout, leave=False, disable=None, delay=0.1)
 
-    def enable(self) -> None:
-        """Do nothing: what is printed depends on the process. LearningRateFinder and further processes call it."""
+    def disable(self) -> None:
+        """Do nothing: further processes, for which Lightning calls this, have no bar."""
 
-    disable = enable
-
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        self.bar.update(self.task, completed=trainer.fit_loop.total_batch_idx + 1)
-
-    # The module logs its training scores after the callbacks' own end of the epoch, so an epoch's line waits for the
-    # next epoch or the end.
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._print_epoch(trainer)
-        self.bar.update(self.task, description=f"epoch {trainer.current_epoch + 1}")  # Lightning counts from 0
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        self.bar.update()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._print_epoch(trainer)
-        self.bar.stop()
+        self.bar.close()
+        self._print_epoch(trainer, pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "bar"):
-            self.bar.stop()
+    def on_exception(self, *arguments: Any) -> None:
+        self.bar.close()
 
-    def _print_epoch(self, trainer: L.Trainer) -> None:
+    def _print_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == self.epoch or not self.is_printing:
             return
         self.epoch, seconds, self.started_at = trainer.current_epoch, perf_counter() - self.started_at, perf_counter()
-        stages: dict[str, list[str]] = {}
+        stages: dict[str, str] = {}
         for name, value in sorted(trainer.progress_bar_metrics.items()):
             stage, _, score = name.rpartition("/")
             if name != "v_num":
-                stages.setdefault(stage, []).append(f"{score} {format_metric(name, float(value)):<6}")  # type: ignore[arg-type]
-        scores = [" ".join([stage, *values]).lstrip() for stage, values in stages.items()]
-        total = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        epoch = f"epoch {self.epoch:>{max(1, len(total) - 1)}}{total}"
-        print(epoch, *scores, f"{seconds:7.1f} s", sep="  ", flush=True)
+                stages[stage] = f"{stages.get(stage, stage)} {score} {format_metric(name, float(value)):<6}"  # type: ignore[arg-type]
+        total = str(trainer.max_epochs)
+        epoch = f"epoch {self.epoch:>{len(total)}}/{total}".removesuffix("/-1")
+        self.bar.clear()
+        print(epoch, *stages.values(), f"{seconds:7.1f} s", sep="  ", flush=True)
+
+    # The module logs its training scores after the callbacks' own end of the epoch, so an epoch's line waits for the
+    # next epoch or the end.
+    on_train_epoch_start = _print_epoch
 
 
 def _format_header(trainer: L.Trainer) -> str:
@@ -157,12 +141,12 @@ def print_results(results: dict[str, Any], folder: Path) -> None:
     if not is_verbose():
         return
     path, scores = shlex.quote(os.path.relpath(folder)), results["metrics"]
-    shown = {name: value for name, value in scores.items() if "/" in name and not name.endswith("_step")}
-    rows = {name: format_metric(name, value, digits=4) for name, value in shown.items()}
-    rows["time"] = f"{results['seconds']['fit']:.1f} s, {results['samples_per_second']:,.0f} samples/s"
+    rows = {name: format_metric(name, x, digits=4) for name, x in scores.items() if not name.endswith("_step")}
+    rows["time"] = f"{results['seconds']['fit']:.1f} s"
+    if speed := results["samples_per_second"]:
+        rows["time"] += f", {speed:,.0f} samples/s"
     rows["folder"] = path
-    rows["next"] = f"tensorboard --logdir {shlex.quote(os.path.relpath(folder.parent))}"  # names the run
     if any(name.startswith("test/") for name in scores):
         rows["next"] = f"python -m src.evaluate {path}"
     print(f"{results['data']}, {results['parameters']:,} parameters, epoch {results['epochs']}")
-    print(*(f"{name:<{max(map(len, rows))}}  {value}" for name, value in rows.items()), sep="\n", flush=True)
+    print(*(f"{name:<11}  {value}" for name, value in rows.items()), sep="\n", flush=True)
