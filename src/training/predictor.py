@@ -84,8 +84,8 @@ def load(path: Path | str | None = None, net: nn.Module | None = None) -> Any:
     is the network of a checkpoint that was trained without a config.
     """
     file = find_checkpoint(path or SHIPPED_WEIGHTS)
-    content = load_weights_only(file)
     try:
+        content = load_weights_only(file)
         state = content["state_dict"]
         if not is_finite(state):
             raise UserError("its weights are not finite")
@@ -106,8 +106,8 @@ def load(path: Path | str | None = None, net: nn.Module | None = None) -> Any:
             net.load_state_dict({k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)})
         return Predictor(net, spec, file, config.get("data"), task)
     except (UserError, TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        fix = "name a run folder, a .ckpt in one, or a .pt file"
-        raise UserError(f"{file}: cannot be loaded ({shorten(str(error), 300)}); {fix}") from error
+        reason, fix = str(error).removeprefix(f"{file}: "), "name a run folder, a .ckpt in one, or a .pt file"
+        raise UserError(f"{file}: cannot be loaded ({shorten(reason, 300)}); {fix}") from error
 
 
 def _read_config(content: dict[str, Any]) -> DictConfig:

@@ -193,8 +193,8 @@ def test_file_of_any_name_at_any_depth_is_read(run_predict, tmp_path):
     [
         ([], "the following arguments are required: IMAGE"),
         (["{tmp}"], "no images in this folder"),
-        (["--weights", "none.pt", "{drawn}"], "none.pt: no such file"),
-        (["--weights", "{drawn}", "{drawn}"], "0.png: damaged"),
+        (["--weights", "none.pt", "{drawn}"], "none.pt: cannot be loaded (no such file)"),
+        (["--weights", "{drawn}", "{drawn}"], "0.png: cannot be loaded"),
         (["--show", "{tmp}/x.nonsense", "{drawn}"], "cannot be written"),
         (["--show", "/proc/none/x.png", "{drawn}"], "cannot be written"),
     ],

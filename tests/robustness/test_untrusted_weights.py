@@ -16,7 +16,7 @@ from src.training.predictor import load_predictor
 def test_weights_file_with_code_in_it_does_not_run_it(run_main, tmp_path, dump):
     dump(Trap(tmp_path / "trapped"), tmp_path / "x.pt")
     result = run_main(tmp_path / "x.png", "--weights", tmp_path / "x.pt", main=predict.main)
-    assert result.code == 2 and len(result.err.splitlines()) == 1 and "x.pt: damaged, or more" in result.err
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "x.pt: cannot be loaded" in result.err
     assert not (tmp_path / "trapped").exists()
 
 
