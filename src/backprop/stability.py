@@ -1,16 +1,19 @@
 """Measure how large a step may be, and reproduce the plots and numbers of docs/backprop.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from src.backprop.formulas import format_milestones, format_worked_step
 from src.backprop.network import INPUTS, NAMES, TARGETS, WEIGHTS, Values, equations, forward
-from src.backprop.plots import plot_curves
-from src.core.plots import save_figure
+from src.core.plots import label_ends, project_style, save_figure, use_log_scale
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 SAMPLE = dict(zip(("i1", "i2", "t1", "t2"), torch.tensor(INPUTS + TARGETS, dtype=torch.float64), strict=True))
@@ -59,23 +62,45 @@ def scan_learning_rates() -> SimpleNamespace:
     return SimpleNamespace(rates=rates, losses=losses, limit=limit, flatter=flatter, first_rise=first_rise, stuck=stuck)
 
 
+@project_style
+def plot_curves(
+    curves: dict[str, Any], title: str, x: Any = None, scales: Sequence[str] = ("linear", "log"), **labels: str
+) -> Figure:
+    """Plot one curve per name, in one panel per scale of the y axis; `x` counts from 1 by default."""
+    figure = Figure(figsize=(2 + 4.5 * len(scales), 4.5))
+    figure.suptitle(title)
+    colors = colormaps["viridis"](np.linspace(0, 0.65, len(curves)))
+    for axes, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales, strict=True):
+        for (name, values), color in zip(curves.items(), colors, strict=True):
+            axes.plot(range(1, len(values) + 1) if x is None else x, values, label=name, color=color)
+        axes.set(**{"xlabel": "loss number", "ylabel": "E_total"} | labels)
+        if scale == "log":
+            use_log_scale(axes, "y")
+    if x is None:
+        label_ends(axes)
+    else:  # curves that need not end apart
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
 def make_lesson(folder: Path) -> None:
     """Save the plots of docs/backprop.md in `folder` and print the numbers that it quotes."""
     rates = torch.tensor(RATES, dtype=torch.float64)
     right, wrong = descend(rates, 100)[0], descend(rates, 100, bug=True)[0]
     names = [f"η = {rate}" for rate in RATES]
-    save_figure(plot_curves(dict(zip(names, right, strict=True))), folder / "backprop_losses.png")
+    figure = plot_curves(dict(zip(names, right, strict=True)), "Variation of losses w.r.t. learning rate")
+    save_figure(figure, folder / "backprop_losses.png")
 
     differences = dict(zip(names, 1e10 * (wrong - right), strict=True))
     labels = {"ylabel": "difference of E_total / 10⁻¹⁰"}
-    figure = plot_curves(differences, None, "Loss with the bug − loss without", ["linear"], **labels)
+    figure = plot_curves(differences, "Loss with the bug − loss without", None, ["linear"], **labels)
     save_figure(figure, folder / "backprop_bug.png")
 
     study = scan_learning_rates()
     curves = {f"loss {n}": study.losses[:, n - 1].clamp(min=1e-33) for n in (2, 10, 100, 1000)}
     labels = {"xlabel": "learning rate η", "ylabel": "E_total (smaller values are plotted at 10⁻³³)", "xscale": "log"}
     title = f"How large may a step be? The dashed line is 2/λ = {study.limit:.1f}."
-    figure = plot_curves(curves, study.rates, title, ["log"], **labels)
+    figure = plot_curves(curves, title, study.rates, ["log"], **labels)
     figure.axes[0].axvline(study.limit, ls="--", color="0.4")
     save_figure(figure, folder / "backprop_past_two.png")
 
