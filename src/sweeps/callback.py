@@ -124,7 +124,7 @@ def _check_folder(hydra: DictConfig, jobs: list[list[str]]) -> None:
         raise UserError("hydra.sweep.subdir: must contain ${hydra.job.override_dirname}, so that each job has a folder")
     if kind:
         before = list_jobs(OmegaConf.create(run_folder.read_file(folder / "multirun.yaml")["hydra"]))
-        if not {*map(tuple, before)} <= {*map(tuple, jobs)}:
+        if not {*map(frozenset, before)} <= {*map(frozenset, jobs)}:
             raise UserError(f"{folder}: holds a sweep of other jobs; type its command again, or choose another folder")
 
 

@@ -73,12 +73,9 @@ class Comparison:
     keys: list[str]  # in which groups differ
     average_over: Sequence[str]
     groups: list[RunGroup]
+    best: RunGroup | None  # if its score is a number
     metric: str
     lower_is_better: bool
-
-    @property
-    def best(self) -> RunGroup | None:
-        return self.groups[0] if self.groups and math.isfinite(self.groups[0].mean(self.metric)) else None
 
 
 def format_value(value: Any) -> str:
@@ -165,5 +162,6 @@ def compare_runs(runs: Sequence[Run], average_over: Sequence[str] = ("seed",)) -
         metric = ""
     sign = 1 if mode == "min" else -1
     groups.sort(key=lambda group: mean * sign if math.isfinite(mean := group.mean(metric)) else math.inf)
+    best = groups[0] if groups and math.isfinite(groups[0].mean(metric)) else None
     ordered = [*(run for group in groups for run in group.runs), *(run for run in runs if run.state != "finished")]
-    return Comparison(ordered, keys, average_over, groups, metric, mode == "min")
+    return Comparison(ordered, keys, average_over, groups, best, metric, mode == "min")
