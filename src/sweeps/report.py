@@ -19,7 +19,7 @@ from src.sweeps.plots import plot_comparison
 from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
 
 SCORES = "Scores at the last epoch: mean ± standard deviation over"
-TESTS = "vs. best, for rows of several runs: Welch's t-test at 5%, Bonferroni-corrected for all pairs; tied: not shown worse."
+TESTS = "vs. best, for rows of several runs: Welch's t-test at 5%, Bonferroni-corrected for all pairs of rows."
 
 
 def write_report(folders: Sequence[Path], output: Path, average_over: Sequence[str] = ("seed",)) -> Comparison:
