@@ -105,6 +105,8 @@ def _describe_hydra_error(error: BaseException, text: str) -> str | None:
         target = None if is_typo else OmegaConf.select(composed, f"{node}._target_")
         if target and name in get_parameters(target):
             return f"{match[4]}: is not in the YAML file; type +{match[4]}=… to add it"
+        if match[4] in known:
+            return f"{match[4]}: a key of this value is new; to replace it, type ~{match[4]} '+{match[4]}={{…}}'"
         line = describe_unknown_key(match[4], known)
         return f"conf/{match[2]}.yaml: {line}" if match[2] else line
     if match := re.match(r"Ambiguous value for argument '(.*?)=(.*)' 1\.", text):

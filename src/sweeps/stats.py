@@ -14,7 +14,8 @@ LEVEL = 0.05  # probability that a group as good as the best is called worse
 
 def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
     """Return Student's t interval, which covers the true mean in 95 of 100 sweeps. Needs two scores or more."""
-    return t.interval(1 - LEVEL, len(sample) - 1, np.mean(sample), sem(sample))
+    half = sem(sample) * t.isf(LEVEL / 2, len(sample) - 1)
+    return np.mean(sample) - half, np.mean(sample) + half
 
 
 def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:

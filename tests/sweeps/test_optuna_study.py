@@ -68,6 +68,7 @@ def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tm
         ("storage='postgresql+nodriver://x/y'", "storage"),
         (f"storage={CONF / 'tune.yaml'}", "storage: the study cannot be used"),
         ("pruner.foo=1", "pruner.foo: no such key"),
+        ("search={seed: {suggest: int, low: 0, high: 1}}", "type ~search '+search={…}'"),
     ],
 )
 def test_mistake_in_a_study_prints_one_line(run_main, tmp_path, mistake, words):
