@@ -4,6 +4,8 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,9 +13,8 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from scipy.stats import sem, t
 from torch import Tensor, nn
@@ -33,26 +34,21 @@ from src.training.instantiate import instantiate_node
 
 WARMUP, TIMED = 10, 33  # steps of a turn; the turn before slows the first ones down
 BASELINE_EPOCHS = 19
-QUIET = (  # a run of a multirun prints nothing
-    *("hydra.mode=MULTIRUN", "callbacks.progress=null", "callbacks.model_summary=null", "callbacks.best=null"),
-    *("trainer.enable_progress_bar=false", "trainer.limit_val_batches=0", "optimized_metric=null"),
-)
+FIXED = "trainer.limit_val_batches=0", "callbacks.best=null", "callbacks.model_summary=null", "optimized_metric=null"
 
 
-def compose(overrides: list[str], folder: str = ".") -> DictConfig:
-    """Return the checked config of a quiet run of src.train, and make its Hydra config the current one."""
+def compose(overrides: list[str]) -> DictConfig:
+    """Return the checked config of a run of src.train that does not validate."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("train", [*overrides, *QUIET, f"output_dir={folder}"], return_hydra_config=True)
-    HydraConfig.instance().set_config(composed)
-    config = resolve_and_validate(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+        config = resolve_and_validate(hydra.compose("train", [*overrides, *FIXED]))
     configure_hardware(config)
     return config
 
 
 def train_run(overrides: list[str], *callbacks: Callback) -> dict[str, Any]:
-    """Train as src.train does, without validating; return metrics.json. The run folder is removed afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        train(compose(overrides, folder), *callbacks)
+    """Train as src.train does, but print nothing; return metrics.json. The run folder is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        train(compose([*overrides, f"output_dir={folder}"]), *callbacks)
         return read_file(Path(folder, METRICS_FILE))
 
 
