@@ -4,13 +4,12 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any, NoReturn
 
 from src.core.error_messages import exit_on_error
 from src.core.errors import UserError
 
-VERSION = f"digitlab {version('digitlab')}"
+VERSION = "0.1.0"
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.add_argument("--version", action="version", version=VERSION)
+        self.add_argument("--version", action="version", version=f"digitlab {VERSION}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type {self.prog} --help for the arguments")

@@ -103,7 +103,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
     def main() -> None:
         with exit_on_error():
             if "--version" in sys.argv:
-                return print(VERSION)
+                return print(f"digitlab {VERSION}")
             if {"--help", "-h"} & {*sys.argv}:
                 return print_help(config_name)
             if config_name == "tune":  # several processes are as many workers on the study, not ranks of one run
