@@ -93,8 +93,10 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
     record = {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **left_out}
     reasons = [f"{reason}: {', '.join(names)}" for reason, names in left_out.items() if names]
     line = shorten(f"init_from={path}: {record['loaded']}; {'; '.join(reasons)}", 400)
-    if (patterns and not skipped) or not any(value.ndim for value in loaded.values()):
-        raise UserError(f"{line}; init_from.skip={patterns}; the network has {shorten(', '.join(own), 400)}")
+    if patterns and not skipped:
+        raise UserError(f"init_from.skip={patterns}: no such layer; the network has {shorten(', '.join(own), 400)}")
+    if not any(value.ndim for value in loaded.values()):
+        raise UserError(f"{line}; the file has {shorten(', '.join(given), 400)}")
     module.load_state_dict(loaded, strict=False)
     if is_first_process():
         write_atomically(folder / "init_from.json", json.dumps(record, indent=1).encode())

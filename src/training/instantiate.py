@@ -54,9 +54,7 @@ def instantiate_task(cfg: DictConfig) -> tuple[Any, Any]:
                 outputs = deepcopy(task.net).eval()(torch.zeros(1, *spec.shape))
         except Exception as error:  # libraries raise different errors for a wrong shape
             problem = f"{type(task.net).__name__} takes no images of shape {spec.shape} ({error})"
-            raise UserError(
-                f"model: {problem}; set another model= or data=, or an experiment= that sets both"
-            ) from error
+            raise UserError(f"model: {problem}; set another model= or data=, or experiment= that sets both") from error
         check_outputs(outputs, len(spec.classes))
     return task, data
 
