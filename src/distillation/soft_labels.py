@@ -67,7 +67,7 @@ class SoftLabels:
         try:
             log_probs = load_weights_only(file).to(images.device)
         except UserError as error:
-            raise UserError(f"{file}: {error}; delete it and it is computed again") from error
+            raise UserError(f"{error}; delete it and it is computed again") from error
         return lambda batch, indices: (augment_batch(batch, indices), log_probs[indices])
 
     def _compute(self, images: Tensor, augment_batch: Callable[[Tensor, Tensor], Tensor], spec: ImageSpec) -> Tensor:
