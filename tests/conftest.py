@@ -178,7 +178,7 @@ def small_weights(tmp_path_factory) -> Path:
     model = {"_target_": ".models.cnn.CNN", "channels": [4, 4, 4, 4, 4, 4], "dropout": 0.0}
     net = CNN(model["channels"], model["dropout"])
     file = tmp_path_factory.mktemp("weights") / "small.pt"
-    torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC.to_dict()}, file)
+    torch.save({"state_dict": net.state_dict(), "model": model, "data": MNIST_SPEC._asdict()}, file)
     return file
 
 

@@ -57,9 +57,8 @@ class RandomAffine:
         angle, scale_x, scale_y, shear, shift_x, shift_y = amounts
         cos, sin = angle.cos(), angle.sin()
         # Maps (x, y, 1) of an output pixel to x and y of the input; the image spans [-1, 1].
-        theta = torch.stack([cos * scale_x, sin + shear, shear * cos - sin, cos * scale_y, shift_x, shift_y], dim=1)
-        coordinates = _pixel_coordinates(images.device, height, width).expand(len(images), -1, -1)
-        grid = (coordinates @ theta.view(-1, 3, 2)).view(-1, height, width, 2)
+        theta = torch.stack([cos * scale_x, shear * cos - sin, shift_x, sin + shear, cos * scale_y, shift_y], dim=1)
+        grid = affine_grid(theta.view(-1, 2, 3), list(images.shape), align_corners=False)
         if self.elastic:
             displacements = interpolate(sample[1], size=(height, width), mode="bicubic", align_corners=True)
             displacements = displacements * (2 * self.elastic * strength)
@@ -70,10 +69,3 @@ class RandomAffine:
 @cache  # copying them in every step would wait for a GPU
 def _make_constants(device: torch.device, *numbers: float) -> Tensor:
     return torch.tensor(numbers, device=device, dtype=torch.float32)
-
-
-@cache
-def _pixel_coordinates(device: torch.device, height: int, width: int) -> Tensor:
-    """Return x, y and 1 for each pixel, as [height · width, 3]."""
-    grid = affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
-    return torch.cat([grid.view(-1, 2), torch.ones(height * width, 1)], dim=1).to(device)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -21,17 +21,6 @@ from src.data.sampler import IndexBatchSampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
 WORKER_TIMEOUT = 300  # seconds that a worker process may take for a batch
-
-
-class Batch(NamedTuple):
-    """The input of a step. It iterates over what is not None: `images, labels = batch` works without soft labels."""
-
-    images: Tensor  # [N, C, H, W], normalised
-    labels: Tensor  # [N]
-    teacher_log_probs: Tensor | None = None  # [N, classes]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (part for part in (self.images, self.labels, self.teacher_log_probs) if part is not None)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -68,8 +57,6 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if folds and not max(2, fold + 1) <= folds:
             raise UserError(f"data.folds={folds}: must be 2 or more, and above data.fold={fold}")
-        if num_workers and soft_labels:
-            raise UserError("data.soft_labels needs its images in memory; set data.num_workers=null")
         self.dataset, self.root, self.seed = dataset, Path(root).expanduser(), seed
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.augment, self.soft_labels = augment, soft_labels
@@ -77,19 +64,14 @@ class ImageDataModule(L.LightningDataModule):
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
         self.preprocess, self.mean, self.std = preprocess, mean, std
         self.sampler = sampler
-        self.is_prepared = False
-        self.epoch_soft_labels: tuple[int, Any] = -1, None  # with their epoch
         self.device = torch.device("cpu")
-        self.generator = torch.Generator()
         self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
 
     def prepare_data(self) -> None:
-        if not self.is_prepared:  # Lightning prepares for the test again
+        if "splits" not in vars(self):  # Lightning prepares for the test again
             self.dataset.download(self.root)
-        self.is_prepared = True
 
     def setup(self, stage: str | None = None) -> None:
-        self.progress = 0.0
         self.device = self.trainer.strategy.root_device if self.trainer else self.device
         self.generator = torch.Generator(self.device)
         if not self.num_workers:
@@ -152,7 +134,7 @@ class ImageDataModule(L.LightningDataModule):
         return self.batch_size or (128 if count >= 10_000 else 32 if count >= 100 else 8)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.spec.to_dict()
+        return self.spec._asdict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved, now = ImageSpec.from_dict(state_dict), self.spec
@@ -215,25 +197,23 @@ class ImageDataModule(L.LightningDataModule):
         else:
             self.progress = progress
 
-    def make_batch(self, batch: Any) -> Batch:
-        """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
+    def make_batch(self, batch: Any) -> tuple[Tensor, ...]:
+        """Normalise, and for training augment, the images at these indices or those that a worker process has read.
+
+        Return images, [N, C, H, W], labels, [N], and in distillation the teachers' log-probabilities, [N, classes].
+        """
         trainer: Any = self.trainer
-        teacher_log_probs, is_validation = None, trainer.validating or trainer.sanity_checking
+        is_validation = trainer.validating or trainer.sanity_checking
         split: Any = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
         images, labels = split[batch] if isinstance(batch, Tensor) else batch
+        soft_labels = []
         if self.soft_labels and trainer.training:
-            images, teacher_log_probs = self._get_epoch_soft_labels(trainer)(images, batch)
+            batches = trainer.current_epoch * trainer.num_training_batches
+            progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
+            epoch = split.images, self.augment, self.spec, trainer.current_epoch, progress
+            images, *soft_labels = self.soft_labels.prepare_epoch(*epoch)(images, batch)
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
         images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
-        return Batch(images, labels, teacher_log_probs)
-
-    def _get_epoch_soft_labels(self, trainer: Any) -> Any:
-        epoch = trainer.current_epoch
-        if self.epoch_soft_labels[0] != epoch:
-            batches = epoch * trainer.num_training_batches
-            progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
-            images, augment = self.splits.train.images, self.augment or RandomAffine()
-            self.epoch_soft_labels = epoch, self.soft_labels.prepare_epoch(images, augment, self.spec, epoch, progress)
-        return self.epoch_soft_labels[1]
+        return images, labels, *soft_labels

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,7 @@ from torchvision import datasets
 
 from src.core.errors import UserError
 from src.core.value_types import NonEmptyStr, PositiveInt, Probability
-from src.data.preprocess import SUFFIXES, count_channels, list_files, list_folders, resize_image
+from src.data.preprocess import SUFFIXES, list_files, list_folders, resize_image
 
 MNIST_FILES = {  # in root/MNIST/raw, with their SHA-256
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -67,20 +66,15 @@ class DatasetSplits(NamedTuple):
 
 
 class TorchvisionDataset:
-    """A class of torchvision.datasets that holds its images as one array, downloaded once: MNIST's like, CIFAR, SVHN.
+    """A class of torchvision.datasets that holds its images as one array, downloaded once: MNIST's relatives, CIFAR."""
 
-    `options` are further arguments of the class, such as `split: letters` of EMNIST.
-    """
-
-    def __init__(self, name: NonEmptyStr, **options: Any) -> None:
-        self.name, self.options = name, options
+    def __init__(self, name: NonEmptyStr) -> None:
+        self.name = name
         self.dataset_class = getattr(datasets, name)
 
     def _open(self, root: Path, **arguments: Any) -> list[Any]:
         """Return the training and the test split."""
-        has_flag = "train" in signature(self.dataset_class).parameters
-        splits: Any = ({"train": True}, {"train": False}) if has_flag else ({"split": "train"}, {"split": "test"})
-        return [self.dataset_class(root, **split, **self.options, **arguments) for split in splits]
+        return [self.dataset_class(root, train=is_train, **arguments) for is_train in (True, False)]
 
     def download(self, root: Path) -> None:
         try:
@@ -91,7 +85,7 @@ class TorchvisionDataset:
                 with FileLock(root / f".{self.name.lower()}.lock"):  # one of several processes that start together
                     socket.setdefaulttimeout(TIMEOUT)
                     self._open(root, download=True)
-            except Exception as error:  # torchvision raises RuntimeError, OSError or, for wrong options, TypeError
+            except Exception as error:  # torchvision raises RuntimeError, OSError, or TypeError for others
                 reason = f"is not in {root}, or damaged, and could not be downloaded ({shorten(str(error), 200)})"
                 fix = f"set data.root to a folder that has {self.name}/raw/, or train on data=digits"
                 raise UserError(f"{self.name} {reason}; {fix}") from error
@@ -99,10 +93,8 @@ class TorchvisionDataset:
                 socket.setdefaulttimeout(None)
 
     def load(self, root: Path) -> DatasetSplits:
-        opened, splits = self._open(root), []
-        for split in opened:
-            labels = getattr(split, "targets", getattr(split, "labels", None))
-            splits.append(_to_labeled_images(getattr(split, "data", None), labels))
+        opened = self._open(root)
+        splits = [_to_labeled_images(split.data, split.targets) for split in opened]
         classes = getattr(opened[0], "classes", range(1 + int(splits[0].labels.max())))
         return DatasetSplits(self.name.lower(), tuple(map(str, classes)), *splits)
 
@@ -166,9 +158,7 @@ class ImageFolder:
     ) -> None:
         self.size, self.channels, self.test_size = size, channels, test_size
 
-    def download(self, root: Path) -> None:
-        if not root.is_dir():
-            raise UserError(f"{root}: no such folder; set data.root to a folder with one folder of images per class")
+    def download(self, root: Path) -> None: ...
 
     def load(self, root: Path) -> DatasetSplits:
         matches = [(SPLIT_FOLDER.fullmatch(folder.name), folder) for folder in list_folders(root)]
@@ -177,16 +167,15 @@ class ImageFolder:
             part: {x.name: images for x in list_folders(folder) if (images := list_files(x, SUFFIXES))}
             for part, folder in (named or {"train": root}).items()
         }
-        classes = tuple(files.get("train", ()))
-        others = {name for by_class in files.values() for name in by_class} - {*classes}
-        if len(classes) < 2 or others:
-            found = f"; train/ lacks {', '.join(sorted(others))}" if others else ""
-            needed = f"needs a folder of images ({', '.join(SUFFIXES)}) for each of two or more classes"
-            raise UserError(f"{root}: {needed}; there is {', '.join(classes) or 'none'}{found}")
+        classes = tuple(sorted({name for by_class in files.values() for name in by_class}))
+        if "train" not in files or len(classes) < 2:
+            needed = f"needs images ({', '.join(SUFFIXES)}) in folders of two or more classes, below train/ or itself"
+            raise UserError(f"{root}: {needed}; there is {', '.join(classes) or 'none'}")
         if other_files := [file for file in list_files(root) if not file.name.lower().endswith(SUFFIXES)]:
             warnings.warn(f"{root}: left out {len(other_files)} files, as {other_files[0].name}", stacklevel=2)
         every = [file for images in files["train"].values() for file in images]
-        channels = self.channels or max(map(count_channels, every[:: max(1, len(every) // 100)]))
+        some = range(0, len(every), len(every) // 10 + 1)
+        channels = self.channels or max(len(_read_file(every, i, (None, 1, 1))) for i in some)
         splits = {}
         for part, by_class in files.items():
             pairs = [(file, classes.index(name)) for name, images in by_class.items() for file in images]
@@ -206,9 +195,7 @@ class NpzFile:
     It may have val_images and val_labels, and the names of the `classes`.
     """
 
-    def download(self, root: Path) -> None:
-        if not root.is_file():
-            raise UserError(f"{root}: no such file; set data.root to an .npz file")
+    def download(self, root: Path) -> None: ...
 
     def load(self, root: Path) -> DatasetSplits:
         try:
@@ -249,7 +236,7 @@ def stratify(labels: Tensor, seed: int) -> Tensor:
     return positions.argsort(stable=True)
 
 
-def _read_file(files: Sequence[Path], number: int, shape: tuple[int, int, int]) -> Tensor:
+def _read_file(files: Sequence[Path], number: int, shape: tuple[int | None, int, int]) -> Tensor:
     try:
         return resize_image(files[number], shape)
     except UserError as error:

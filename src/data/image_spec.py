@@ -22,13 +22,9 @@ class ImageSpec(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageSpec":
-        """Build the spec from what `to_dict` returned."""
+        """Build the spec from what `_asdict` returned, also with lists for tuples."""
         fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return cls(**fields)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self._asdict().items()}
 
     @property
     def label_name(self) -> str:

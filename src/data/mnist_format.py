@@ -25,7 +25,7 @@ Pixels = NDArray[np.floating]
 
 def preprocess_digit(source: Path | bytes) -> Tensor:
     """Convert to MNIST's format, [1, 28, 28] uint8. Raises UserError unless the image shows something."""
-    return format_as_mnist(extract_strokes(decode_image(source)))[None]
+    return format_as_mnist(extract_strokes(decode_image(source).convert("RGB")))[None]
 
 
 def extract_strokes(image: Image.Image) -> NDArray[np.float32]:

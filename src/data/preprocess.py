@@ -34,29 +34,23 @@ def list_files(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
     return sorted(folder / file for file in visible if file.name.lower().endswith(suffixes))
 
 
-def resize_image(source: Path | bytes, shape: tuple[int, int, int]) -> Tensor:
-    """Crop to the middle and resize to `shape`, (channels, height, width), uint8.
+def resize_image(source: Path | bytes, shape: tuple[int | None, int, int]) -> Tensor:
+    """Crop to the middle and resize to `shape`, (channels, height, width), uint8. Channels None means the image's own.
 
     An image of that size stays as it is. Raises UserError for what is not an image.
     """
     channels, height, width = shape
-    if channels not in (1, 3):
+    image = decode_image(source, max(WORKING_SIZE, 2 * height, 2 * width))
+    modes = {None: image.mode, 1: "L", 3: "RGB"}
+    if channels not in modes:
         raise UserError(f"the network takes {channels} channels; image files have 1 or 3")
-    image = decode_image(source, max(WORKING_SIZE, 2 * height, 2 * width)).convert("L" if channels == 1 else "RGB")
+    image = image.convert(modes[channels])
     image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return torch.tensor(np.atleast_3d(np.asarray(image))).permute(2, 0, 1).contiguous()
 
 
-def count_channels(file: Path) -> int:
-    """Return 1 for a grey image, 3 for colour, and 1 if it cannot be read, which `resize_image` reports."""
-    try:
-        return 1 if Image.open(file, formats=FORMATS).mode[0] in "1LIF" else 3
-    except Exception:  # Pillow's decoders raise almost anything for damaged bytes
-        return 1
-
-
 def decode_image(source: Path | bytes, working_size: int = WORKING_SIZE) -> Image.Image:
-    """Return the first frame, upright, in RGB, with at most `working_size` pixels per side.
+    """Return the first frame, upright, grey or in RGB, with at most `working_size` pixels per side.
 
     Transparent parts become white behind a dark drawing, black behind a light one.
     """
@@ -74,7 +68,7 @@ def decode_image(source: Path | bytes, working_size: int = WORKING_SIZE) -> Imag
             is_light = (pixels[..., :3].mean(2) * alpha).sum() > 127 * alpha.sum()
             background = Image.new("RGBA", image.size, "black" if is_light else "white")
             image = Image.alpha_composite(background, image)
-        image = image.convert("RGB")
+        image = image.convert("L" if image.mode in ("1", "L", "F") else "RGB")
         image.thumbnail(size, Image.Resampling.BOX)
         return image
     except Exception as error:  # Pillow's decoders raise almost anything for damaged bytes

@@ -1,7 +1,6 @@
 """Draw the batches of an epoch as index tensors, in an order that depends on seed and epoch alone."""
 
 from collections.abc import Iterator
-from math import ceil
 from typing import Any
 
 import torch
@@ -41,18 +40,16 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
         device: torch.device | str = "cpu",
     ) -> None:
         self.size, self.seed, self.rank, self.world_size, self.device = size, seed, rank, world_size, device
-        self.global_batch_size = batch_size * world_size
         self.epoch = 0
-        remainder = size % self.global_batch_size
-        # A remainder with fewer images than processes joins the batch before it.
-        self.joined = remainder if remainder < world_size and size > self.global_batch_size else 0
+        # Where the batches of all processes end. A remainder with fewer images than processes joins the last one.
+        self.ends = range(batch_size * world_size, size - world_size + 1, batch_size * world_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next permutation."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return ceil((self.size - self.joined) / self.global_batch_size)
+        return len(self.ends) + 1
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         order = torch.arange(self.size)
@@ -61,6 +58,5 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
             order = torch.randperm(self.size, generator=generator)
             if self.weights is not None:
                 order = self.weights.multinomial(self.size, replacement=True, generator=generator)
-        ends = [self.global_batch_size * number for number in range(1, len(self))]
-        for batch in order.to(self.device).tensor_split(ends):
+        for batch in order.to(self.device).tensor_split(list(self.ends)):
             yield batch.tensor_split(self.world_size)[self.rank] if self.world_size > 1 else batch

@@ -4,6 +4,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ from src.core.value_types import NonEmptyStr, Seed
 from src.data.augment import RandomAffine
 from src.data.image_spec import ImageSpec
 from src.data.sampler import make_generator
-from src.models.classifier import move_to_device
 from src.training.checkpoints import load_weights_only
 from src.training.predictor import load_predictor
 
@@ -37,13 +37,15 @@ class SoftLabels:
         self.digest = hashlib.sha256(b"".join(teacher.file.read_bytes() for teacher in self.teachers)).hexdigest()
         self.folder, self.seed = Path(folder), seed
 
+    @lru_cache(maxsize=1)  # noqa: B019  # every batch asks for its epoch
     def prepare_epoch(
-        self, images: Tensor, augment: RandomAffine, spec: ImageSpec, epoch: int, progress: float
+        self, images: Tensor, augment: RandomAffine | None, spec: ImageSpec, epoch: int, progress: float
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Load or compute an epoch's soft labels of all training images; `progress` is that when the epoch begins.
 
         Return a function from a batch's images and indices to augmented images and soft labels, [batch, classes].
         """
+        augment = augment or RandomAffine()
         for teacher in self.teachers:
             if (teacher.spec.shape, teacher.spec.classes) != (spec.shape, spec.classes):
                 reason = "was trained on images of another shape, or with other classes"
@@ -72,7 +74,7 @@ class SoftLabels:
 
     def _compute(self, images: Tensor, augment_batch: Callable[[Tensor, Tensor], Tensor], spec: ImageSpec) -> Tensor:
         for teacher in self.teachers:
-            move_to_device(teacher, images.device)
+            teacher.to(images.device)
         outputs, use_bf16 = [], images.device.type == "cpu" and has_amx_bf16()
         batches = torch.arange(len(images), device=images.device).split(BATCH_SIZE)
         with torch.inference_mode():

@@ -26,11 +26,6 @@ def check_outputs(outputs: Any, classes: int) -> None:
         raise UserError("model: returns probabilities; it must return logits or log-probabilities")
 
 
-def move_to_device(net: nn.Module, device: torch.device) -> nn.Module:
-    """Move a network; on mps out of channels_last, which PyTorch before 2.15 computes wrongly (pytorch#192212)."""
-    return net.to(device, memory_format=torch.contiguous_format) if device.type == "mps" else net.to(device)  # type: ignore[call-overload]
-
-
 class LossAndAccuracy(Metric):
     """Mean loss and accuracy over images, in a quarter of the time of torchmetrics' two: 1% of a step on a CPU."""
 
@@ -89,7 +84,6 @@ class Classifier(L.LightningModule):
         self.extra_metrics: Any = nn.ModuleDict({stage: extra.clone() for stage in ("val", "test")})
 
     def setup(self, stage: str) -> None:
-        move_to_device(self.net, self.trainer.strategy.root_device)
         spec = getattr(getattr(self.trainer, "datamodule", None), "spec", None)
         if spec:
             self.classes, self.example_input_array = spec.classes, torch.zeros(1, *spec.shape)

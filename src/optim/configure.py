@@ -1,6 +1,5 @@
 """Build the optimizer and the scheduler of any LightningModule."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
@@ -47,12 +46,7 @@ def configure_optimizers(
         return {"optimizer": built}
     keywords, arguments = getattr(scheduler, "keywords", {}), dict[str, Any]()
     if takes_steps := "total_steps" in signature(scheduler).parameters:
-        steps = module.trainer.estimated_stepping_batches
-        total = keywords.get("total_steps") or steps
-        if total < steps or total == math.inf:
-            fix = "set trainer.max_epochs, trainer.max_steps or scheduler=none"
-            raise UserError(f"scheduler.total_steps={total}: the run has {steps} steps; {fix}")
-        arguments["total_steps"] = int(total)
+        arguments["total_steps"] = keywords.get("total_steps") or module.trainer.estimated_stepping_batches
     if groups and isinstance(peak := keywords.get("max_lr"), float | int):  # or all groups would have the same peak
         arguments["max_lr"] = [peak * group["lr"] / built.defaults["lr"] for group in built.param_groups]
     try:

@@ -42,7 +42,7 @@ def test_network_of_colour_images_is_exported(run_main, tmp_path, monkeypatch, m
         monkeypatch.setattr(allowed_targets, "ALLOWED_TARGETS", re.compile("timm.create_model"))
     spec = ImageSpec("pets", (3, 32, 32), tuple("0123"), (0.5, 0.4, 0.3), (0.2, 0.2, 0.3), "resize")
     net = instantiate_for_images("model", model, spec)
-    torch.save({"state_dict": net.state_dict(), "model": model, "data": spec.to_dict()}, tmp_path / "net.pt")
+    torch.save({"state_dict": net.state_dict(), "model": model, "data": spec._asdict()}, tmp_path / "net.pt")
     result = run_main(tmp_path / "net.pt", "--output", tmp_path, main=export.main)
     assert result.code == 0, result.err
     assert {file.name for file in tmp_path.iterdir()} == {"net.pt", "pets.onnx", "pets.pt2"}

@@ -87,7 +87,7 @@ def test_spec_normalizes_and_denormalizes():
     assert MNIST_SPEC.normalize(black_and_white)[0, 0].tolist() == pytest.approx([-0.4242, 2.8215], abs=1e-4)
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
     assert torch.equal(MNIST_SPEC.denormalize(MNIST_SPEC.normalize(levels)), levels)
-    assert ImageSpec.from_dict(MNIST_SPEC.to_dict()) == MNIST_SPEC and MNIST_SPEC.label_name == "digit"
+    assert ImageSpec.from_dict(MNIST_SPEC._asdict()) == MNIST_SPEC and MNIST_SPEC.label_name == "digit"
 
 
 def make_module(**settings) -> ImageDataModule:

@@ -140,7 +140,7 @@ def test_own_data_trains_by_one_command(project):
     assert len({run["parameters"] for run in metrics}) == 3  # channels, sizes and classes are the data's
 
     spec = project.load("run3")["ImageDataModule"]
-    assert spec["shape"] == [3, 32, 32] and spec["classes"] == list("abcdefghij") and spec["preprocess"] == "resize"
+    assert spec["shape"] == (3, 32, 32) and spec["classes"] == tuple("abcdefghij") and spec["preprocess"] == "resize"
     assert spec["mean"] == pytest.approx([0.5] * 3, abs=0.01) and spec["std"] == pytest.approx([0.29] * 3, abs=0.01)
 
 

@@ -12,7 +12,6 @@ import torch
 from filelock import FileLock
 
 from src.core.config import CONF, ROOT
-from src.models.classifier import move_to_device
 from src.models.cnn import CNN
 
 TINY = (
@@ -166,8 +165,6 @@ def test_precision_auto_is_the_fastest_of_this_processor(run_main, tmp_path, mon
     assert f"precision: {precision}\n" in (tmp_path / "run/.hydra/config.yaml").read_text()
 
 
-def test_mps_is_supported(monkeypatch):
-    device = torch.device("mps")
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *place, **settings: (place, settings))
-    assert move_to_device(CNN(), device) == ((device,), {"memory_format": torch.contiguous_format})
-    assert move_to_device(CNN(), torch.device("cpu")) == ((torch.device("cpu"),), {})
+def test_cnn_is_contiguous_if_there_is_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert CNN().conv1[0].weight.is_contiguous()

@@ -32,7 +32,7 @@ def make_model(**arguments):
 def test_run_folder_checkpoint_and_pt_file_give_the_same_network(finished_run, tmp_path):
     from_folder, from_checkpoint = load_predictor(finished_run), load_predictor(finished_run / "checkpoints/last.ckpt")
     state = from_folder.net.state_dict()
-    torch.save({"state_dict": state, "model": make_model(), "data": MNIST_SPEC.to_dict()}, tmp_path / "net.pt")
+    torch.save({"state_dict": state, "model": make_model(), "data": MNIST_SPEC._asdict()}, tmp_path / "net.pt")
     images = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8)
     assert from_folder.spec == from_checkpoint.spec and from_folder.spec.name == "digits"
     assert not from_folder.net.training and torch.equal(from_checkpoint(images), from_folder(images))
@@ -113,7 +113,7 @@ def test_scores_equal_those_computed_by_hand(tmp_path, capsys):
 )
 def test_file_without_a_trained_network_is_refused_in_one_line(content, words, tmp_path):
     if isinstance(content, dict) and "model" in content:
-        content["data"] = MNIST_SPEC.to_dict()
+        content["data"] = MNIST_SPEC._asdict()
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=words) as refusal:
         load_predictor(tmp_path / "x.pt")
