@@ -240,5 +240,5 @@ def test_invalid_npz_file_raises(tmp_path, change):
 
 
 def test_torchvision_dataset_that_is_no_array_raises(tmp_path):
-    with pytest.raises(UserError, match=r"Omniglot is not in .* could not be downloaded \(.*split"):
+    with pytest.raises(UserError, match=r"Omniglot is not in .* could not be downloaded \(.*train"):
         TorchvisionDataset("Omniglot").download(tmp_path)
