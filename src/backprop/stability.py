@@ -75,7 +75,7 @@ def plot_curves(
             axes.plot(range(1, len(values) + 1) if x is None else x, values, label=name, color=color)
         axes.set(**{"xlabel": "loss number", "ylabel": "E_total"} | labels)
         if scale == "log":
-            use_log_scale(axes, "y")
+            use_log_scale(axes)
     if x is None:
         label_ends(axes)
     else:  # curves that need not end apart

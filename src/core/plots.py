@@ -23,15 +23,14 @@ def save_figure(figure: Figure, file: Path) -> None:
         raise UserError(f"{file}: cannot be written ({error}); name another file") from error
 
 
-def use_log_scale(axes: Any, name: str) -> None:
-    """Make the x or y axis logarithmic, with ticks at powers of ten; over few of these also at 2 and 5 times them."""
-    axes.set(**{f"{name}scale": "log"})
-    low, high = getattr(axes, f"get_{name}lim")()
+def use_log_scale(axes: Any) -> None:
+    """Make the y axis logarithmic, with ticks at powers of ten; over few of these also at 2 and 5 times them."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
     if high < 500 * low:
-        axis = getattr(axes, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def label_ends(axes: Any) -> None:

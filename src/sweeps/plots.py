@@ -88,7 +88,7 @@ def plot_loss_curves(comparison: Comparison) -> Figure | None:
                 points, label = losses[run.folder].get(tag, {}), _escape(group.name) if run is group.runs[0] else None
                 axes.plot(points.keys(), points.values(), ".-", color=f"C{rank}", label=label)
         axes.set(xlabel="step (batches)", ylabel=_escape(tag), xlim=(0, None))
-        use_log_scale(axes, "y")
+        use_log_scale(axes)
     label_ends(axes)
     return figure
 
