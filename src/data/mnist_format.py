@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import binary_dilation, binary_fill_holes, find_objects, grey_closing, label
+from scipy.ndimage import binary_dilation, binary_fill_holes, center_of_mass, find_objects, grey_closing, label
 from torch import Tensor
 
 from src.core.errors import UserError
@@ -133,8 +133,7 @@ def format_as_mnist(strokes: NDArray[np.float32]) -> Tensor:
     height, width = (max(1, round(side * BOX / max(strokes.shape))) for side in strokes.shape)
     box = np.asarray(Image.fromarray(strokes).resize((width, height), Image.Resampling.BICUBIC)).clip(0)
     box = box / box.max()  # scaling makes a thin pen pale; MNIST's strokes are white
-    center_y = (box.sum(1) @ np.arange(height)) / box.sum()
-    center_x = (box.sum(0) @ np.arange(width)) / box.sum()
+    center_y, center_x = center_of_mass(box)
     top = min(max(round(FIELD / 2 - center_y), 0), FIELD - height)
     left = min(max(round(FIELD / 2 - center_x), 0), FIELD - width)
     field = np.zeros((FIELD, FIELD), dtype=np.uint8)
