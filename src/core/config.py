@@ -17,21 +17,18 @@ from omegaconf.errors import MissingMandatoryValue
 from src.core.allowed_targets import get_parameters
 from src.core.errors import UserError
 from src.core.process import import_lightning
-from src.core.value_types import LIBRARY_ARGUMENTS, NODE_KEYS, REFUSED_TARGETS, ROOT_KEYS, describe, is_valid
+from src.core.value_types import REFUSED_TARGETS, RULES, describe, is_valid
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 OUTPUT_DIR = "${hydra:runtime.output_dir}"
 PACKAGE = __name__.partition(".")[0]
-# Metrics of which lower values are better, by their names. "neg_" turns any name into its opposite.
+# Metrics of which lower values are better, by a part of their names.
 LOWER_IS_BETTER = re.compile(
-    r"(loss|losses|errors?|mse|mae|mape|perplexity|entropy|divergence|distance(?!_intersection)|deviance|regret|latency"
-    r"|deviation|variation|disparity|cost|(edit|miss|false_\w+)_rate|fall_?out|info_lost|hinge|huber"
-    r"|hausdorff|wasserstein|chamfer|perceptual_image_patch_similarity|ranked_probability_score)(?![a-z])"
-    r"|(?<![a-z])(err|rmsle|nll|ppl|bp[cd]|cer|wer|ter|eer|fid|kl|ece|brier|lpips|emd|crps|angle)(?![a-z])",
+    r"loss|err(ors?)?(?![a-z])|mse|mae|mape|perplexity|entropy|divergence|distance|deviance|regret|latency|cost"
+    r"|(?<![a-z])(nll|ppl|cer|wer|eer|fid|kl|ece|brier|lpips)(?![a-z])",
     re.IGNORECASE,
 )
-NEGATED = re.compile(r"(?<![a-z])neg(ative)?_(?!rate)", re.IGNORECASE)
 
 
 def resolve_and_validate(config: DictConfig) -> DictConfig:
@@ -68,19 +65,17 @@ def resolve_config(config: DictConfig) -> DictConfig:
 
 def infer_mode(metric: str | None) -> str:
     """Return "min" if the name of the metric says that lower is better, as in val/loss and test/rmse, else "max"."""
-    name = str(metric)
-    return "min" if bool(LOWER_IS_BETTER.search(name)) != bool(NEGATED.search(name)) else "max"
+    return "min" if LOWER_IS_BETTER.search(str(metric)) else "max"
 
 
 def validate_config(config: DictConfig) -> None:
     """Raise UserError for a class that a resolved config may not name, or a value that an argument does not take."""
-    plain: Any = OmegaConf.to_container(config)
-    for name, value in plain.items():
-        _validate_value(name, value, ROOT_KEYS.get(name, Any))
-    for key, node in iterate_items(plain):
-        if isinstance(node, dict) and "_target_" in node:
+    for key, value in iterate_items(OmegaConf.to_container(config)):
+        if key in RULES:
+            _validate_value(key, value, RULES[key])
+        if isinstance(value, dict) and "_target_" in value:
             import_lightning()  # before the target imports it
-            _validate_arguments(key, node)
+            _validate_arguments(key, value)
 
 
 def _validate_arguments(key: str, node: dict[str, Any]) -> None:
@@ -88,17 +83,14 @@ def _validate_arguments(key: str, node: dict[str, Any]) -> None:
     if fix := REFUSED_TARGETS.get(target):
         raise UserError(f"{key}: leave it out; {fix}")
     parameters = get_parameters(target)
-    narrower = next((rules for prefix, rules in LIBRARY_ARGUMENTS.items() if target.startswith(prefix)), {})
-    rules = {name: narrower.get(name, parameter.annotation) for name, parameter in parameters.items()}
-    rules |= NODE_KEYS.get(key, {})
     takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in [name for name in node if not str(name).startswith("_")]:
-        if name not in rules and not takes_all:
-            match = find_closest(str(name), list(rules))
-            hint = f"did you mean {key}.{match}?" if match else f"it has {', '.join(rules) or 'none'}"
+    for name in (name for name in node if not str(name).startswith("_") and f"{key}.{name}" not in RULES):
+        if name in parameters and node[name] != parameters[name].default:
+            _validate_value(f"{key}.{name}", node[name], parameters[name].annotation)
+        elif name not in parameters and not takes_all:
+            match = find_closest(str(name), list(parameters))
+            hint = f"did you mean {key}.{match}?" if match else f"it has {', '.join(parameters) or 'none'}"
             raise UserError(f"{key}.{name}: {target.rpartition('.')[2]} has no such argument; {hint}")
-        if name not in parameters or node[name] != parameters[name].default:
-            _validate_value(f"{key}.{name}", node[name], rules.get(name, Any))
 
 
 def _validate_value(key: str, value: Any, annotation: Any) -> None:
@@ -135,20 +127,21 @@ def reject_wrong_keys(config: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(config)
     if plain["output_dir"] != OUTPUT_DIR:
         raise UserError(f"output_dir={plain['output_dir']}: leave it out; hydra.run.dir=… sets the folder of a run")
-    known = {"hydra", *ROOT_KEYS, *(folder.name for folder in CONF.iterdir())}
+    roots = [re.findall(r"^\w+", file.read_text(encoding="utf-8"), re.M) for file in CONF.glob("*.yaml")]
+    known = {folder.name for folder in CONF.iterdir()}.union(*roots)
     for key, node in plain.items():
         if key in ("experiment", "sweep", "debug"):
             raise UserError(f"conf/{key}: the first line of its file must be # @package _global_")
-        if key not in known and ("." in key or f"${{{key}" not in str(plain)):
+        if "." in key:
+            raise UserError(f"{key}: write nested keys")
+        if key not in known and f"${{{key}" not in str(plain):
             name = next((name for name, _ in iterate_items(node, key)), key)
-            keys = [key for key in list_keys(config) if key.partition(".")[0] in known]
-            raise UserError(f"{key}: write nested keys" if "." in key else describe_unknown_key(name, keys))
+            known_keys = [key for key in list_keys(config) if key.partition(".")[0] in known]
+            raise UserError(describe_unknown_key(name, known_keys))
 
 
 def find_closest(key: str, known: Sequence[str]) -> str | None:
     """Return the known key that `key` most likely meant; its last part alone, as in lr, counts as well."""
-    last_parts = {name.rpartition(".")[2]: name for name in reversed(known)}
-    if matches := get_close_matches(key, known, n=1):
-        return matches[0]
-    matches = get_close_matches(key.rpartition(".")[2], last_parts, n=1)
-    return last_parts[matches[0]] if matches else None
+    names = {name.rpartition(".")[2]: name for name in reversed(known)} | {name: name for name in known}
+    matches = get_close_matches(key, names, n=1)
+    return names[matches[0]] if matches else None

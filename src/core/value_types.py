@@ -14,52 +14,33 @@ PositiveFloat = Annotated[float, "float > 0", lambda x: x > 0]
 NonNegativeFloat = Annotated[float, "float ≥ 0", lambda x: x >= 0]
 UnitInterval = Annotated[float, "0 ≤ float ≤ 1", lambda x: 0 <= x <= 1]
 Probability = Annotated[float, "0 ≤ float < 1", lambda x: 0 <= x < 1]
-BlurFraction = Annotated[float, "0 ≤ float ≤ 0.25", lambda x: 0 <= x <= 0.25]
 NonEmptyStr = Annotated[str, "non-empty string", lambda text: text != ""]
 # A test score must not choose anything.
 MetricName = Annotated[str, "metric other than test/…", lambda text: text[:5] not in ("", "test/")]
 
-# Keys of conf/train.yaml and conf/tune.yaml that are no class's arguments.
-ROOT_KEYS: dict[str, Any] = {
-    "name": NonEmptyStr,
+# Keys that are no arguments of a class, or narrower than the annotation of a library's class.
+RULES: dict[str, Any] = {
     "seed": Seed,
     "threads": PositiveInt | None,
     "test": Literal["last", "best"] | bool,  # true: last
     "optimized_metric": MetricName | None,
     "optimized_mode": Literal["max", "min"] | None,
-    "allowed_packages": Sequence[NonEmptyStr],
-    "resume": NonEmptyStr | None,
     "n_trials": PositiveInt,
-    "study_name": NonEmptyStr,
-    "storage": NonEmptyStr | None,
     "heartbeat": PositiveInt,
-    **dict.fromkeys(("init_from", "output_dir", "sampler", "pruner"), Any),
+    "optimizer.lr": PositiveFloat,
+    "optimizer.groups": Any,
+    "scheduler.interval": Literal["step", "epoch"] | None,
+    "scheduler.monitor": NonEmptyStr | None,
+    "trainer.precision": Any,  # also auto; Lightning checks it
+    "trainer.callbacks": types.NoneType,  # the group callbacks sets them
+    "trainer.logger": types.NoneType,
 }
-# Keys of config nodes that are not arguments of their _target_ but read by src.training.instantiate.
-NODE_KEYS: dict[str, dict[str, Any]] = {
-    "optimizer": {"groups": Any},
-    "scheduler": {"interval": Literal["step", "epoch"] | None, "monitor": NonEmptyStr | None},
-}
-# Narrower than the annotations of the libraries, whose own error messages are missing or come late.
-LIBRARY_ARGUMENTS: dict[str, dict[str, Any]] = {
-    "torch.optim.lr_scheduler.": {"T_max": PositiveInt},  # the default is trainer.max_epochs, which may be -1
-    "torch.optim.": {"lr": PositiveFloat, "momentum": Probability, "weight_decay": NonNegativeFloat},
-    "lightning.Trainer": {
-        **dict.fromkeys(("max_epochs", "max_steps"), PositiveInt | Literal[-1]),
-        **dict.fromkeys(("num_nodes", "log_every_n_steps", "accumulate_grad_batches"), PositiveInt),
-        **dict.fromkeys(("callbacks", "logger"), types.NoneType),  # the groups callbacks and logger set them
-        "gradient_clip_val": NonNegativeFloat | None,
-        "precision": Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"],
-    },
-}
-# Callbacks that would fail during the training or a resume, or do nothing, with the reason.
+# Callbacks that would fail during the training or a resume, with the reason.
 REFUSED_TARGETS = {
     "lightning.pytorch.callbacks.BatchSizeFinder": "-m data.batch_size=64,128 compares sizes",
     "lightning.pytorch.callbacks.GradientAccumulationScheduler": "trainer.accumulate_grad_batches is for all epochs",
     "lightning.pytorch.callbacks.LearningRateFinder": "-m optimizer.lr=0.01,0.03,0.1 compares learning rates",
     "lightning.pytorch.callbacks.ModelPruning": "a pruned run cannot be resumed",
-    "lightning.pytorch.callbacks.SpikeDetection": "a loss that is not finite ends a run in any case",
-    "lightning.pytorch.callbacks.ThroughputMonitor": "metrics.json has samples_per_second",
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
-from src.core.value_types import BlurFraction, NonNegativeInt, PositiveInt, Probability
+from src.core.value_types import NonNegativeInt, PositiveInt, Probability, UnitInterval
 
 
 def blur(images: Tensor, fraction: float) -> Tensor:
@@ -41,7 +41,7 @@ class CNN(nn.Module):
         channels: Sequence[PositiveInt] = (16, 16, 16, 16, 16, 32),
         dropout: Probability = 0.25,
         num_classes: int = 10,
-        blur: BlurFraction = 0.0,
+        blur: UnitInterval = 0.0,
         crop: NonNegativeInt = 0,
         activation: Literal["relu", "gelu"] = "relu",
         bn_before_activation: bool = False,

@@ -14,9 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.core.allowed_targets import get_parameters
 from src.core.config import CONF, resolve_config, validate_config
-from src.core.value_types import LIBRARY_ARGUMENTS
 
 TINY = "model.channels=[4,4,4,4,4,4]", "data=digits", "trainer.max_epochs=1", "optimizer.lr=0.05"
 PLAIN = "++callbacks.tensorboard=null", "trainer.limit_train_batches=12"
@@ -129,11 +127,11 @@ def test_equal_seeds_give_bitwise_equal_weights_alone_and_in_a_multirun(train, r
         ("seed=-1", "must be 0 ≤ int < 4294967296"),
         ("model.dropout=2", "must be 0 ≤ float < 1"),
         ("model.channels=[1,2]", "expected 6"),
-        ("model.blur=0.5", "must be 0 ≤ float ≤ 0.25"),
+        ("model.blur=2", "must be 0 ≤ float ≤ 1"),
         ("data.augment.interpolation=cubic", "one of bilinear, bicubic"),
         ("optimizer.lr=nan", "must be float > 0"),
         ("data.batch_size=1.5", "must be int ≥ 1"),
-        ("trainer.max_epochs=three", "must be int ≥ 1"),
+        ("trainer.max_epochs=three", "must be int or null"),
         ("trainer.precision=7", "precision"),
         ("trainer.devices=none", "devices"),
         ("optimized_metric=val/accuracy", "val/acc"),
@@ -248,12 +246,6 @@ def test_every_config_composes_and_validates(choice):
             with suppress(MissingMandatoryValue):  # an own config may leave a key to the command line
                 OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
                 validate_config(resolve_config(config))
-
-
-def test_every_rule_is_for_an_argument():
-    classes = "torch.optim.lr_scheduler.CosineAnnealingLR", "torch.optim.SGD", "lightning.Trainer"
-    for rules, target in zip(LIBRARY_ARGUMENTS.values(), classes, strict=True):
-        assert rules.keys() <= get_parameters(target).keys()
 
 
 @pytest.mark.gpu
