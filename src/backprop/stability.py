@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.backprop.formulas import format_milestones, format_worked_step
 from src.backprop.network import INPUTS, NAMES, TARGETS, WEIGHTS, Values, equations, forward
-from src.core.plots import label_ends, project_style, save_figure, use_log_scale
+from src.core.plots import label_ends, project_style, save_figure
 
 RATES = 0.1, 0.2, 0.5, 0.8, 1.0, 2.0
 SAMPLE = dict(zip(("i1", "i2", "t1", "t2"), torch.tensor(INPUTS + TARGETS, dtype=torch.float64), strict=True))
@@ -75,7 +75,7 @@ def plot_curves(
             axes.plot(range(1, len(values) + 1) if x is None else x, values, label=name, color=color)
         axes.set(**{"xlabel": "loss number", "ylabel": "E_total"} | labels)
         if scale == "log":
-            use_log_scale(axes)
+            axes.set_yscale("log")
     if x is None:
         label_ends(axes)
     else:  # curves that need not end apart

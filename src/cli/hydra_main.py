@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.cli.argparse_main import VERSION
 from src.cli.help import print_help
@@ -89,7 +89,7 @@ def hydra_main(config_name: str, task: Callable[[DictConfig], Any]) -> Callable[
                 run_folder.print_continue_command(stop.code, f"python -m src.{config_name} {shlex.join(words)}")
             raise
         except Exception as error:
-            line = describe_error(error, OmegaConf.select(config, "data.batch_size"))
+            line = describe_error(error)
             if line is None:
                 raise
             if is_multirun:

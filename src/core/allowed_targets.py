@@ -21,7 +21,7 @@ ALLOWED_TARGETS = re.compile(
     r"|torchvision\.(models\.[A-Za-z]|ops\.[A-Z])\w*"
     r"|torchmetrics\.(\w+\.)?[A-Z]\w*"
 )
-OWN_MODULES = re.compile(rf"{__package__.partition('.')[0]}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z]\w*){{2,}}")
+OWN_MODULES = rf"{__package__.partition('.')[0]}(?!\.(cli|core|sweeps|benchmark)\b)(\.[a-z]\w*){{2,}}"
 
 
 def load_target(target: str) -> Any:
@@ -30,17 +30,16 @@ def load_target(target: str) -> Any:
     Only conf/train.yaml allows further packages, because evaluate, predict and resume read other configs as well.
     """
     module, _, name = target.rpartition(".")
-    package = module.partition(".")[0]
-    is_library = bool(ALLOWED_TARGETS.fullmatch(target))
-    is_further = package in OmegaConf.load(CONFIG).allowed_packages
-    if is_library or is_further or OWN_MODULES.fullmatch(module):
+    further = [rf"{re.escape(package)}(\..*)?" for package in OmegaConf.load(CONFIG).allowed_packages]
+    own_modules = re.compile("|".join([OWN_MODULES, *further]))
+    is_library = ALLOWED_TARGETS.fullmatch(target)
+    if is_library or own_modules.fullmatch(module):
         try:
             found = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise UserError(f"_target_={target}: {error}") from error
         origin = str(getattr(found, "__module__", ""))  # not the module that merely imports it, as os.system
-        is_own = origin == module and not name.startswith("_")
-        if is_library or is_own or (is_further and origin.partition(".")[0] == package):
+        if is_library or (own_modules.fullmatch(origin) and not name.startswith("_")):
             return found
     raise UserError(
         f"_target_={target}: configs may not name it; add its package to allowed_packages in the file conf/train.yaml"

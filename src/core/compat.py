@@ -4,11 +4,10 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.hydra import Hydra
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core import utils
 from hydra.core.global_hydra import GlobalHydra
@@ -19,36 +18,20 @@ from hydra.types import HydraContext, RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 
-from src.core.errors import UserError
-
 if TYPE_CHECKING:
     import lightning as L
 
 
 def parse_hydra_arguments(arguments: list[str]) -> Namespace:
-    """Parse Hydra's flags and the overrides, which may stand on both sides of a flag. Raises UserError."""
-
-    def fail(message: str) -> NoReturn:
-        raise UserError(f"{message}; keys have no dashes, and python -m src.train --hydra-help lists the flags")
-
-    parser = get_args_parser()
-    parser.error = fail  # type: ignore[method-assign, assignment]
-    return parser.parse_intermixed_args(arguments)
+    """Parse Hydra's flags and the overrides, which may stand on both sides of a flag."""
+    return get_args_parser().parse_intermixed_args(arguments)
 
 
 def run_hydra(arguments: Namespace, task: Callable[[DictConfig], Any], config_dir: Path, config_name: str) -> None:
-    """Do what hydra.main does once the command line is parsed, with errors raised instead of printed.
-
-    The flags alone say whether it is a multirun: Hydra would compose the config once more to look for hydra.mode.
-    """
+    """Do what hydra.main does once the command line is parsed, with errors raised instead of printed."""
     setbase("1.3")
-    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-    previous = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        _run_hydra(arguments, get_args_parser(), task, str(config_dir), config_name)
-    finally:
-        os.environ["HYDRA_FULL_ERROR"] = previous
+    _run_hydra(arguments, get_args_parser(), task, str(config_dir), config_name)
 
 
 def apply_overrides(overrides: Sequence[str], config: DictConfig) -> None:

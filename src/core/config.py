@@ -12,7 +12,6 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from src.core.allowed_targets import get_parameters
 from src.core.errors import UserError
@@ -41,24 +40,15 @@ def resolve_and_validate(config: DictConfig) -> DictConfig:
 def resolve_config(config: DictConfig) -> DictConfig:
     """Return the config without interpolations, so that what is validated is what is instantiated.
 
-    Infer `optimized_mode` from the name of the metric if it is null. Raises UserError for a missing value and for
-    a value that would be interpolated again. Outside a Hydra program the run folder is named here.
+    Infer `optimized_mode` from the name of the metric if it is null. Outside a Hydra program the run folder is named
+    here.
     """
+    config = config.copy()
     if OmegaConf.is_interpolation(config, "output_dir") and not HydraConfig.initialized():
-        config = config.copy()
         config.output_dir = f"outputs/{config.name}/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     if "optimized_mode" in config and config.optimized_mode is None:
-        config = config.copy()
         config.optimized_mode = infer_mode(config.optimized_metric)
-    try:
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} has no value; set {error.full_key}=…") from error
-    for key, value in iterate_items(plain):
-        if isinstance(value, str) and "${" in value:
-            raise UserError(f"{key}={value}: a value may not contain ${{")
-    result = OmegaConf.create(plain)
-    assert isinstance(result, DictConfig)
+    result: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     OmegaConf.set_struct(result, True)
     return result
 

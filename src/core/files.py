@@ -19,9 +19,8 @@ def write_atomically(file: Path, content: bytes | memoryview) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except OSError as error:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What all figures share: style, saving, logarithmic axes, and names at the ends of curves. No window opens."""
+"""What all figures share: style, saving, and names at the ends of curves. No window opens."""
 
 from pathlib import Path
 from typing import Any
@@ -6,31 +6,15 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
-
-from src.core.errors import UserError
 
 project_style = style.context(Path(__file__).with_suffix(".mplstyle"))  # a decorator for functions that plot
 
 
 @project_style
 def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure in the format of the file's suffix; create the folder. Raises UserError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
-    except (OSError, ValueError) as error:  # ValueError: an unknown suffix
-        raise UserError(f"{file}: cannot be written ({error}); name another file") from error
-
-
-def use_log_scale(axes: Any) -> None:
-    """Make the y axis logarithmic, with ticks at powers of ten; over few of these also at 2 and 5 times them."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high < 500 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    """Write a figure in the format of the file's suffix; create the folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
 
 
 def label_ends(axes: Any) -> None:

@@ -30,12 +30,10 @@ def import_lightning() -> None:
     if "lightning" in sys.modules:  # freezing once more would keep what an earlier job left
         return
     gc.disable()
-    placeholder = SimpleNamespace(hamming=None)
-    has_placeholder = sys.modules.setdefault("scipy.signal", placeholder) is placeholder  # type: ignore[arg-type]
+    sys.modules["scipy.signal"] = SimpleNamespace(hamming=None)  # type: ignore[assignment]
     import lightning  # noqa: F401
 
-    if has_placeholder:
-        del sys.modules["scipy.signal"]
+    del sys.modules["scipy.signal"]
     gc.enable()
     gc.freeze()  # the modules live on; no later collection need visit them
 
@@ -73,8 +71,7 @@ def configure_hardware(config: Any) -> None:
     import torch
 
     if config.threads is None:
-        given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-        config.threads = int(given) if given.isdecimal() and int(given) else count_cores()
+        config.threads = int(os.environ.get("OMP_NUM_THREADS") or count_cores())
     torch.set_num_threads(config.threads)
     trainer = config.get("trainer")
     if trainer and trainer.get("precision") == "auto":
@@ -84,20 +81,15 @@ def configure_hardware(config: Any) -> None:
 
 @contextmanager
 def restore_global_state() -> Iterator[None]:
-    """Give the next job of a multirun the environment, warnings and flags of PyTorch as this job found them."""
-    import_lightning()
+    """Give the next job of a multirun the environment and the filters of warnings as this job found them.
+
+    PyTorch's flags are set for each job by conf/trainer/default.yaml.
+    """
     from unittest.mock import patch
 
-    import torch
-
-    benchmark, deterministic = torch.backends.cudnn.benchmark, torch.get_deterministic_debug_mode()
-    try:
-        with patch.dict(os.environ), warnings.catch_warnings():
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        torch.set_deterministic_debug_mode(deterministic)
-        gc.collect()  # a Trainer and its parts refer to each other
+    gc.collect()  # what the job before has left: a Trainer and its parts refer to each other
+    with patch.dict(os.environ), warnings.catch_warnings():
+        yield
 
 
 def count_gpus(config: Any) -> int:

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from src.core.errors import escape_control_characters, format_metric
-from src.core.plots import label_ends, project_style, save_figure, use_log_scale
+from src.core.plots import label_ends, project_style, save_figure
 from src.sweeps.runs import Comparison
 
 MAX_CURVES, MAX_CELLS = 7, 20  # groups with loss curves, cells per row and column
@@ -88,7 +88,7 @@ def plot_loss_curves(comparison: Comparison) -> Figure | None:
                 points, label = losses[run.folder].get(tag, {}), _escape(group.name) if run is group.runs[0] else None
                 axes.plot(points.keys(), points.values(), ".-", color=f"C{rank}", label=label)
         axes.set(xlabel="step (batches)", ylabel=_escape(tag), xlim=(0, None))
-        use_log_scale(axes)
+        axes.set_yscale("log")
     label_ends(axes)
     return figure
 

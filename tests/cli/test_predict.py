@@ -195,8 +195,8 @@ def test_file_of_any_name_at_any_depth_is_read(run_predict, tmp_path):
         (["{tmp}"], "no images in this folder"),
         (["--weights", "none.pt", "{drawn}"], "none.pt: cannot be loaded (no such file)"),
         (["--weights", "{drawn}", "{drawn}"], "0.png: cannot be loaded"),
-        (["--show", "{tmp}/x.nonsense", "{drawn}"], "cannot be written"),
-        (["--show", "/proc/none/x.png", "{drawn}"], "cannot be written"),
+        (["--show", "{tmp}/x.nonsense", "{drawn}"], "figure: Format 'nonsense'"),
+        (["--show", "/proc/none/x.png", "{drawn}"], "/proc/none: No such file"),
     ],
 )
 def test_mistake_is_one_line(run_predict, tmp_path, arguments, words):

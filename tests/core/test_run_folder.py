@@ -117,7 +117,7 @@ def test_resume_takes_todays_defaults_for_missing_keys(run_main, unfinished_run)
         (["seed=3"], "leave out seed=3, or type init_from="),
         (["callbacks.best.patience=3"], "callbacks.best.patience: no such key"),
         (["+trainer.max_epochs=3"], "Either remove + prefix"),
-        (["trainer.max_epochs=3,4"], "several values"),
+        (["trainer.max_epochs=3,4"], "Ambiguous value"),
         (["-m"], "leave out -m"),
     ],
 )

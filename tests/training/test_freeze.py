@@ -32,9 +32,3 @@ def test_frozen_layers_stay_as_they_are_until_they_are_trained(run_main, small_w
         result = run_main(*tune, f"callbacks.freeze.pattern={pattern}", f"hydra.run.dir={tmp_path / 'none'}")
         assert result.code == 2 and len(result.err.splitlines()) == 1
         assert f"matches {count} of net.conv1.0.weight" in result.err
-
-
-def test_failing_finetuning_of_lightning_names_the_callback(run_main, tmp_path):
-    callback = "+callbacks.x={_target_:lightning.pytorch.callbacks.BackboneFinetuning}"
-    result = run_main(*SMALL, callback, f"hydra.run.dir={tmp_path / 'run'}")
-    assert result.code == 2 and "'callbacks=[default,freeze]'" in result.err.splitlines()[-1]

@@ -243,7 +243,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_main, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail_from_third_checkpoint)
     result = run_main(*TINY, PLAIN, f"hydra.run.dir={folder}")
-    assert result.code == 2 and "No space left on device; free some space" in result.err.splitlines()[-1]
+    assert result.code == 2 and "No space left on device" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err
     assert sorted(file.name for file in (folder / "checkpoints").iterdir()) == ["last.ckpt", "previous.ckpt"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 10
@@ -272,7 +272,7 @@ def test_divergence_is_reported_with_its_step_and_not_saved(run_main, tmp_path, 
 
 
 def test_out_of_memory_names_the_batch_size():
-    assert describe_error(RuntimeError("CUDA error: out of memory"), 8) == "data.batch_size=8: out of memory; halve it"
+    assert describe_error(RuntimeError("CUDA error: out of memory")) == "out of memory; halve data.batch_size"
 
 
 @pytest.mark.slow
