@@ -24,8 +24,7 @@ OUTPUT_DIR = "${hydra:runtime.output_dir}"
 PACKAGE = __name__.partition(".")[0]
 # Metrics of which lower values are better, by a part of their names.
 LOWER_IS_BETTER = re.compile(
-    r"loss|err(ors?)?(?![a-z])|mse|mae|mape|perplexity|entropy|divergence|distance|deviance|regret|latency|cost"
-    r"|(?<![a-z])(nll|ppl|cer|wer|eer|fid|kl|ece|brier|lpips)(?![a-z])",
+    r"loss|err(ors?)?(?![a-z])|mse|mae|perplexity|entropy|distance|(?<![a-z])(nll|ppl|cer|wer|fid|ece|brier)(?![a-z])",
     re.IGNORECASE,
 )
 

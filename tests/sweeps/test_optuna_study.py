@@ -66,7 +66,7 @@ def test_study_reaches_its_target_prunes_and_refuses_other_settings(run_main, tm
         ("search.optimizer=3", "type a range as in conf/search/"),
         ("storage='postgresql+psycopg://nobody@/none?host=/nowhere'", "storage"),
         ("storage='postgresql+nodriver://x/y'", "storage"),
-        (f"storage={CONF / 'tune.yaml'}", "storage: the study cannot be used"),
+        (f"storage={CONF / 'tune.yaml'}", "storage: Could not parse"),
         ("pruner.foo=1", "pruner.foo: no such key"),
         ("search={seed: {suggest: int, low: 0, high: 1}}", "type ~search '+search={…}'"),
     ],
