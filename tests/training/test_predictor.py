@@ -58,7 +58,7 @@ def test_evaluation_repeats_the_test_scores_of_the_run(finished_run, run_main, t
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"scores.json", "confusion.png", "mistakes.png"}
     assert f"accuracy  {scores['accuracy']:.5g}" in result.out and f"folder  {tmp_path / 'new'}" in result.out
     result = run_main(finished_run, "--data", "mnits", main=evaluate.main)
-    assert result.code == 2 and "did you mean mnist?" in result.err and len(result.err.splitlines()) == 1
+    assert result.code == 2 and "Available options in 'data'" in result.err and len(result.err.splitlines()) == 1
 
 
 @pytest.mark.mnist

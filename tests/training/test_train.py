@@ -104,11 +104,10 @@ def test_best_and_last_weights_are_tested(train):
 def test_equal_seeds_give_bitwise_equal_weights_alone_and_in_a_multirun(train, run_main, tmp_path, seed):
     some = *PLAIN, "model.dropout=0.1"
     _, alone = train(f"seed={seed}", *some, folder="alone")
-    folders = f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${seed}"
-    result = run_main("-m", *TINY, f"seed=7,{seed}", *some, *folders)
+    result = run_main("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path}")
     assert result.code == 0, result.err
-    assert torch.equal(read_weights(alone), read_weights(tmp_path / f"{seed}"))
-    assert not torch.equal(read_weights(alone), read_weights(tmp_path / "7"))
+    assert torch.equal(read_weights(alone), read_weights(tmp_path / f"seed={seed}"))
+    assert not torch.equal(read_weights(alone), read_weights(tmp_path / "seed=7"))
 
 
 @pytest.mark.parametrize(
