@@ -76,13 +76,11 @@ def _describe_hydra_error(error: BaseException, text: str) -> str:
     from src.core.config import describe_unknown_key, list_keys
 
     if match := re.match(r"(In '(.*?)': )?Could not (delete|override)[^']*'(.*?)'", text):
-        file, action, key = match.groups()[1:]
+        file, key = match[2], match[4]
         known = list_keys(get_composed_config(error))
         if key in known:
             return f"{key}: a key of this value is new; to replace it, type ~{key} '+{key}={{…}}'"
         line = describe_unknown_key(key, known)
-        if action == "override" and "." in key:
-            line += f" (+{key}=… adds it)"
         return f"conf/{file}.yaml: {line}" if file else line
     text = text.partition(" Config search path:")[0]
     return f"{text} {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else text

@@ -67,7 +67,7 @@ def test_run_on_a_terminal_prints_epoch_lines_and_next_commands(terminal, tmp_pa
         (["model.channels=[16,", "16]"], "no viable alternative at input '[16,'"),
         (["~optimizer.momentun"], "optimizer.momentun: no such key"),
         (["optimizer=5"], "as logger=none"),
-        (["optimizer.fused=true"], "(+optimizer.fused=… adds it)"),
+        (["optimizer.fused=true"], "optimizer.fused: no such key"),
         (["model@net=cnn"], "did you mean model?"),
         (["-m", "optimizer.rl=1,2"], "did you mean optimizer.lr?"),
         (["+foo.bar=1"], "foo.bar: no such key"),
