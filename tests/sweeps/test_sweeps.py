@@ -339,7 +339,7 @@ def test_heat_map_shows_the_scores_over_one_key_or_two(tmp_path):
 def test_failed_job_is_named_and_the_others_finish(run_main, tmp_path):
     result = run_main("-m", *TINY, "data.val_size=9,99999,8", f"hydra.sweep.dir={tmp_path}")
     assert result.code == 1 and "Traceback" not in result.err and "2 finished, 1 failed" in result.out
-    message = "data.val_size=99999: digits has 1,437 training images; use fewer"
+    message = "data: 0 of 1,437 training images are not held out; lower data.val_size or data.train_size"
     assert f"error: data.val_size=99999: {message}" in result.err.splitlines()
     assert read_status(tmp_path / "data.val_size=99999") == {"state": "failed", "message": message, "traceback": ""}
 
