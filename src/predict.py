@@ -4,7 +4,6 @@ Exit code 0: every image was read; 1: some could not be read; 2: none could be, 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,8 @@ def main() -> int:
     from src.training.predictor import load_predictor
 
     predictor = load_predictor(arguments.weights)
-    # os.path.isdir, because Path.is_dir raises for a name that is too long
-    found = (list_files(path, SUFFIXES) if os.path.isdir(path) else [path] for path in arguments.images)
-    if not (files := [file for files in found for file in files]):
+    files = [file for path in arguments.images for file in (list_files(path, SUFFIXES) if path.is_dir() else [path])]
+    if not files:
         raise UserError(f"{arguments.images[0]}: no images in this folder ({', '.join(SUFFIXES)})")
     results: list[dict[str, Any]] = []
     images = []

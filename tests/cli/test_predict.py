@@ -185,7 +185,6 @@ def test_file_of_any_name_at_any_depth_is_read(run_predict, tmp_path):
     draw_seven().save(odd, "PNG")
     assert len(json.loads(run_predict("--json", tmp_path).out)) == 1
     assert run_predict(odd).code == run_predict("--json", odd).code == 0
-    assert run_predict("x" * 5000 + ".png").err.endswith("file name too long\n")
 
 
 @pytest.mark.parametrize(
