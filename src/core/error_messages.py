@@ -12,6 +12,7 @@ from src.core.errors import UserError, print_error, print_warnings_in_one_line
 
 FIXES = {
     "Config group override must be": "a config group takes the name of an option, as logger=none",
+    "No supported gpu backend": "no GPU was found; set trainer.accelerator=cpu or auto",
     "in loading state_dict": "the checkpoint does not fit the config's network; use those of one run",
     "Failed to import DB access module": "storage: install the driver of its database, as pip install psycopg",
     "out of shared memory|DataLoader timed out": "data.num_workers: use fewer, or docker run --shm-size=2g",

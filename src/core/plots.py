@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -25,10 +24,17 @@ def label_ends(axes: Any) -> None:
     ends = sorted((float(to_fraction(curve.get_xydata()[-1])[1]), number) for number, curve in enumerate(curves))
     if not ends:
         return
-    gap = 0.3 / axes.figure.get_figheight()  # of one line of text
-    low, span = ends[0][0], max(ends[-1][0] - ends[0][0], gap * (len(ends) - 1))
-    for height, (_, number) in zip(np.linspace(0, span, len(ends)) + min(low, 1 - span), ends, strict=True):
+    gap, heights = 0.3 / axes.figure.get_figheight(), [ends[0][0]]  # the gap is that of one line of text
+    for height, _ in ends[1:]:
+        heights.append(max(height, heights[-1] + gap))
+    excess = max(0, heights[-1] - 1)
+    for height, (_, number) in zip(heights, ends, strict=True):
         curve = curves[number]
-        place = {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        place = {
+            "xytext": (1.03, height - excess),
+            "textcoords": "axes fraction",
+            "va": "center",
+            "annotation_clip": False,
+        }
         line = {"arrowstyle": "-", "color": curve.get_color(), "linewidth": 1.2, "relpos": (0, 0.5)}
         axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], arrowprops=line, **place)

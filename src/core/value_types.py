@@ -39,7 +39,6 @@ RULES: dict[str, Any] = {
 REFUSED_TARGETS = {
     "lightning.pytorch.callbacks.BatchSizeFinder": "-m data.batch_size=64,128 compares sizes",
     "lightning.pytorch.callbacks.GradientAccumulationScheduler": "trainer.accumulate_grad_batches is for all epochs",
-    "lightning.pytorch.callbacks.LearningRateFinder": "-m optimizer.lr=0.01,0.03,0.1 compares learning rates",
     "lightning.pytorch.callbacks.ModelPruning": "a pruned run cannot be resumed",
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -21,6 +21,17 @@ from src.data.sampler import IndexBatchSampler, hash_seed
 
 STATISTICS_SAMPLE = 2000  # images that mean and standard deviation are measured on if worker processes read them
 WORKER_TIMEOUT = 300  # seconds that a worker process may take for a batch
+
+
+class Batch(NamedTuple):
+    """The input of a step. It iterates over what is not None: `images, labels = batch` works without soft labels."""
+
+    images: Tensor  # [N, C, H, W], normalised
+    labels: Tensor  # [N]
+    teacher_log_probs: Tensor | None = None  # [N, classes]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (part for part in (self.images, self.labels, self.teacher_log_probs) if part is not None)
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -197,23 +208,20 @@ class ImageDataModule(L.LightningDataModule):
         else:
             self.progress = progress
 
-    def make_batch(self, batch: Any) -> tuple[Tensor, ...]:
-        """Normalise, and for training augment, the images at these indices or those that a worker process has read.
-
-        Return images, [N, C, H, W], labels, [N], and in distillation the teachers' log-probabilities, [N, classes].
-        """
+    def make_batch(self, batch: Any) -> Batch:
+        """Normalise, and for training augment, the images at these indices or those that a worker process has read."""
         trainer: Any = self.trainer
         is_validation = trainer.validating or trainer.sanity_checking
         split: Any = self.splits.train if trainer.training else self.splits.val if is_validation else self.splits.test
         images, labels = split[batch] if isinstance(batch, Tensor) else batch
-        soft_labels = []
+        teacher_log_probs = None
         if self.soft_labels and trainer.training:
             batches = trainer.current_epoch * trainer.num_training_batches
             progress = batches / (trainer.accumulate_grad_batches * trainer.estimated_stepping_batches)
             epoch = split.images, self.augment, self.spec, trainer.current_epoch, progress
-            images, *soft_labels = self.soft_labels.prepare_epoch(*epoch)(images, batch)
+            images, teacher_log_probs = self.soft_labels.prepare_epoch(*epoch)(images, batch)
         elif self.augment and trainer.training:
             images = self.augment(images.float(), self.generator, self.progress)
         # Lightning converts a batch to trainer.precision before it has floats.
         images = trainer.precision_plugin.convert_input(self.spec.normalize(images))
-        return images, labels, *soft_labels
+        return Batch(images, labels, teacher_log_probs)

@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -44,6 +45,8 @@ def configure_optimizers(
             raise UserError(f"optimizer.groups.{name}: no setting {unknown}; there are {', '.join(built.defaults)}")
     if scheduler is None:
         return {"optimizer": built}
+    if any(isinstance(callback, LearningRateFinder) for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+        raise UserError("LearningRateFinder: a scheduler would not use the rate that it finds; set scheduler=none")
     keywords, arguments = getattr(scheduler, "keywords", {}), dict[str, Any]()
     if takes_steps := "total_steps" in signature(scheduler).parameters:
         arguments["total_steps"] = keywords.get("total_steps") or module.trainer.estimated_stepping_batches

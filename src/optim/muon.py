@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 from src.core.value_types import NonNegativeFloat, PositiveFloat, Probability
+
+MAX_BATCHED_SIZE = 2**16  # numbers per kernel: above, arithmetic takes longer than launching it
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -74,14 +77,18 @@ class Muon(Optimizer):
 
 
 def _orthogonalize_all(kernels: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize kernels of one shape at once."""
+    """Orthogonalize kernels of one shape at once, on a GPU all small ones, padded, because launches take the time."""
     groups, results = defaultdict(list), list(kernels)
     for index, kernel in enumerate(kernels):
-        groups[kernel.shape].append(index)
-    for shape, indices in groups.items():
-        matrices = torch.stack([kernels[index].flatten(1) for index in indices])
-        ratio = matrices.shape[1] / matrices.shape[2]  # of rows to columns
-        matrices = orthogonalize(matrices.mT).mT * ratio**0.5 if ratio > 1 else orthogonalize(matrices)
-        for index, matrix in zip(indices, matrices, strict=True):
-            results[index] = matrix.reshape(shape)
+        is_separate = kernel.device.type == "cpu" or kernel.numel() > MAX_BATCHED_SIZE
+        groups[kernel.shape if is_separate else None].append(index)
+    for indices in groups.values():
+        matrices = [kernels[index].flatten(1) for index in indices]
+        matrices = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+        rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices), strict=True))
+        batch = torch.stack([pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0])) for x in matrices])
+        for result, matrix, index in zip(orthogonalize(batch), matrices, indices, strict=True):
+            shape, result = kernels[index].shape, result[: matrix.shape[0], : matrix.shape[1]]
+            ratio = shape[0] / shape[1:].numel()  # of rows to columns
+            results[index] = (result.mT * ratio**0.5 if ratio > 1 else result).reshape(shape)
     return results

@@ -1,4 +1,4 @@
-"""Plots of a comparison: a heat map of the scores, and loss curves."""
+"""Plots of a comparison: a heat map of the scores, or the scores over each key, and loss curves."""
 
 import logging
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
@@ -15,12 +16,14 @@ from src.core.errors import escape_control_characters, format_metric
 from src.core.plots import label_ends, project_style, save_figure
 from src.sweeps.runs import Comparison
 
-MAX_CURVES, MAX_CELLS = 7, 20  # groups with loss curves, cells per row and column
+MAX_CURVES, MAX_CELLS, MAX_PANELS = 7, 20, 6  # groups with loss curves, cells per row and column, keys
 
 
 def plot_comparison(comparison: Comparison, folder: Path) -> list[str]:
     """Write the plots for which there are data; return their names."""
-    figures = {"heatmap.png": plot_heat_map(comparison), "losses.png": plot_loss_curves(comparison)}
+    heat_map = plot_heat_map(comparison)
+    scores = None if heat_map else plot_scores(comparison)
+    figures = {"heatmap.png": heat_map, "scores.png": scores, "losses.png": plot_loss_curves(comparison)}
     written = {name: figure for name, figure in figures.items() if figure}
     for name, figure in written.items():
         save_figure(figure, folder / name)
@@ -56,7 +59,8 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
     # One diverged run must not make all others look alike: the worst fifth shares a color.
     low, high = np.nanquantile(grid, (0, 0.8) if comparison.lower_is_better else (0.2, 1))
     colors, worst = ("Blues_r", "max") if comparison.lower_is_better else ("Blues", "min")
-    image = axes.imshow(grid, colors, vmin=low, vmax=high, aspect="auto")
+    norm = LogNorm if comparison.lower_is_better and high > 100 * low > 0 else Normalize
+    image = axes.imshow(grid, colors, norm(low, high), aspect="auto")
     figure.colorbar(image, format=lambda value, _: format_metric(metric, value), extend=worst)
     for (y, x), group in cells.items():
         is_dark = sum(image.to_rgba(grid[y, x])[:3]) < 1.5
@@ -69,6 +73,27 @@ def plot_heat_map(comparison: Comparison) -> Figure | None:
     axes.tick_params(left=bool(keys[0]), grid_alpha=0)
     spread = ": mean ± SD" * any(len(group.runs) > 1 for group in groups)
     axes.set(xlabel=keys[1], ylabel=keys[0], title=_escape(f"{metric}{spread}, best framed"))
+    return figure
+
+
+@project_style
+def plot_scores(comparison: Comparison) -> Figure | None:
+    """Plot the mean score of each group over each key in which groups differ, one panel per key."""
+    metric, best, keys = comparison.metric, comparison.best, comparison.keys[:MAX_PANELS]
+    if not best or not keys:
+        return None
+    figure = Figure(figsize=(1.5 + 3 * len(keys), 4))
+    for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
+        numbers = [_order(group.values[key])[0] for group in comparison.groups]
+        are_numbers = all(map(math.isfinite, numbers))
+        x: list[Any] = numbers if are_numbers else [_escape(group.values[key]) for group in comparison.groups]
+        axes.plot(x, [group.mean(metric) for group in comparison.groups], "o", alpha=0.6)
+        axes.plot(x[:1], [best.mean(metric)], "o", color="C1", markersize=11)
+        axes.set(xlabel=_escape(key))
+        if are_numbers and max(numbers) > 20 * min(numbers) > 0:
+            axes.set_xscale("log")
+    figure.axes[0].yaxis.set_major_formatter(lambda value, _: format_metric(metric, value))
+    figure.suptitle(_escape(f"{metric} by key; the best in orange"))
     return figure
 
 

@@ -92,7 +92,9 @@ class RunProgressBar(ProgressBar):
             self.bar = tqdm(total=batches, initial=begun, file=sys.stdout, leave=False, disable=None, delay=0.1)
 
     def disable(self) -> None:
-        """Do nothing: further processes, for which Lightning calls this, have no bar."""
+        """Do nothing: further processes, for which Lightning calls this, have no bar. LearningRateFinder calls both."""
+
+    enable = disable
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         self.bar.update()

@@ -84,7 +84,10 @@ def build_task(cfg: DictConfig, spec: Any) -> Any:
     task = instantiate_node("task", node, **parts)
     if isinstance(task, LightningModule):  # Lightning writes hyperparameters into each checkpoint; src.load reads them
         config = OmegaConf.masked_copy(cfg, [key for key in ("model", "task", "data") if key in cfg])
-        task.save_hyperparameters({RUN_CONFIG: OmegaConf.to_container(config, resolve=True)}, logger=False)
+        values = {RUN_CONFIG: OmegaConf.to_container(config, resolve=True)}
+        if not hasattr(task, "lr"):
+            values["lr"] = OmegaConf.select(cfg, "optimizer.lr")  # LearningRateFinder looks for it
+        task.save_hyperparameters(values, logger=False)
     return task
 
 

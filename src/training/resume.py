@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device, rank_zero_warn
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torchmetrics import Metric
@@ -44,6 +44,9 @@ def find_resume_checkpoint(trainer: Trainer) -> Path | None:
             fix = f"leave them out, or start a new run: init_from={os.path.relpath(file)} instead of resume"
             raise UserError(f"trainer.max_epochs, max_steps: the schedule has a fixed length; {fix}")
         _drop_later_records(trainer, content["resume"]["log_step"])
+        callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+        # The state of the optimizer has the rate that was found.
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, LearningRateFinder)]
         return file
     if files:
         raise UserError(f"resume={files[0].parent}: all checkpoints are damaged; start again in another folder")
@@ -162,6 +165,7 @@ class ResumeCheckpoint(Checkpoint):
             "should_stop": trainer.should_stop,
             "stopping_criteria": compat.get_stopping_criteria(trainer),
             "log_step": compat.get_log_step(trainer),
+            "run_folder": str(self.file.parents[1]),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -172,6 +176,8 @@ class ResumeCheckpoint(Checkpoint):
         for callback in trainer.early_stopping_callbacks:  # their states would undo a change of patience
             checkpoint["callbacks"].get(callback.state_key, {})["patience"] = callback.patience
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)  # each epoch is begun anew
+        folder = str(self.file.parents[1])
+        checkpoint["callbacks"] = _move_paths(checkpoint["callbacks"], resumed.get("run_folder", folder), folder)
         for key, state in [*checkpoint["callbacks"].items()]:
             try:
                 if file := state.get("best_model_path"):  # of ModelCheckpoint
@@ -205,3 +211,9 @@ class ResumeCheckpoint(Checkpoint):
     def _describe_divergence(self, reason: str) -> DivergenceError:
         good = f"last good checkpoint: {self.file} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"
         return DivergenceError(f"{reason}; {good}; try a lower optimizer.lr, or trainer.gradient_clip_val=1")
+
+
+def _move_paths(value: Any, old: str, new: str) -> Any:  # keys and values of ModelCheckpoint's state are paths
+    if isinstance(value, dict):
+        return {_move_paths(key, old, new): _move_paths(item, old, new) for key, item in value.items()}
+    return new + value[len(old) :] if isinstance(value, str) and value.startswith(old) else value

@@ -22,6 +22,8 @@ from src.training.checkpoints import find_monitored_checkpoint, load_weights_onl
 
 PACKAGES = "torch", "torchvision", "lightning", "hydra-core", "torchmetrics"
 CHOICES = "experiment", "data", "model", "task", "optimizer", "scheduler"
+# Without paths, _target_ and items of lists; all would be axes of TensorBoard's HParams tab.
+HYPERPARAMETERS = re.compile(r"((model|task|optimizer|scheduler|data(?!\.root)|trainer\.max_\w+|seed)(\.[a-zA-Z]\w*)*)")
 # At the start of the run, because the checkout may change before it ends.
 GIT_STATUS, GIT_COMMIT = getstatusoutput(f'git -C "{ROOT}" describe --always --dirty --abbrev=40 --exclude="*"')
 
@@ -46,7 +48,7 @@ class RunRecorder(Timer):
             write_config(self.cfg, Path(self.cfg.output_dir), changes)
             Path(self.cfg.output_dir, METRICS_FILE).unlink(missing_ok=True)
         items = [(key, value) for key, value in iterate_items(make_portable(self.cfg)) if not isinstance(value, dict)]
-        leaves = {key: value for key, value in items if not key.rpartition(".")[2].isdigit()}  # a list counts as one
+        leaves = {key: value for key, value in items if HYPERPARAMETERS.fullmatch(key)}
         plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in leaves.items()}
         for logger in trainer.loggers:
             logger.log_hyperparams(plain | self.choices)
@@ -83,6 +85,7 @@ def write_results(recorder: RunRecorder, trainer: L.Trainer, metrics: dict[str, 
         "data": data.spec.name if hasattr(data, "spec") else getattr(data, "name", None) or type(data).__name__,
         "seed": recorder.cfg.seed,
         "threads": recorder.cfg.threads,
+        "init_from": read_file(file) if (file := Path(recorder.cfg.output_dir, "init_from.json")).is_file() else None,
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "epochs": trainer.current_epoch,
         "best_epoch": load_weights_only(Path(best))["epoch"] + 1 if best else None,

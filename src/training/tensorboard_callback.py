@@ -1,4 +1,4 @@
-"""A callback that fills TensorBoard's tabs: charts, the graph, an augmented batch, histograms."""
+"""A callback that fills TensorBoard's tabs: charts, the graph, histograms, images, plots of the test."""
 
 import warnings
 from collections.abc import Iterator
@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from src.models.classifier import Classifier
@@ -54,7 +55,32 @@ class TensorBoardCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.writer:
-            with _warn_on_error("the histograms"):
-                for name, parameter in getattr(pl_module, "net", pl_module).named_parameters():
-                    # One step earlier, because a resume drops later ones.
-                    self.writer.add_histogram(f"weights/{name}", parameter, trainer.global_step - 1)
+            with _warn_on_error("histograms and filters"):
+                net, step = getattr(pl_module, "net", pl_module), trainer.global_step - 1  # a resume drops later steps
+                for name, parameter in net.named_parameters():
+                    self.writer.add_histogram(f"weights/{name}", parameter, step)
+                for layer in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)][:1]:
+                    kernels = make_grid(layer.weight.detach()[:64, :1], padding=1, normalize=True, scale_each=True)
+                    enlarged = nn.functional.interpolate(kernels[None], scale_factor=16)[0]
+                    self.writer.add_image("weights/conv1 filters", enlarged, step)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels, log-probabilities
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        # Each of several processes tests only a part.
+        if self.writer and isinstance(pl_module, Classifier) and trainer.world_size == 1:
+            images = trainer.datamodule.spec.denormalize(batch[0])
+            self.tested.append((images.cpu(), batch[1].cpu(), outputs.float().cpu()))
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        if not self.tested:
+            return
+        with _warn_on_error("the plots of the test"):
+            from src.training.plots import plot_confusion_matrix, plot_mistakes  # matplotlib is slow to import
+
+            images, labels, log_probabilities = (torch.cat(parts) for parts in zip(*self.tested, strict=True))
+            arguments = labels, log_probabilities.exp(), trainer.datamodule.spec.classes
+            self.writer.add_figure("test/confusion matrix", plot_confusion_matrix(*arguments), trainer.global_step)
+            if figure := plot_mistakes(images, *arguments):
+                self.writer.add_figure("test/worst mistakes", figure, trainer.global_step)

@@ -29,7 +29,7 @@ from src.core.config import CONF, infer_mode
 from src.core.files import exclusive_lock
 from src.core.run_folder import read_status, write_status
 from src.sweeps.callback import list_jobs
-from src.sweeps.plots import plot_heat_map
+from src.sweeps.plots import plot_heat_map, plot_scores
 from src.sweeps.report import format_report, write_report
 from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
 from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values
@@ -334,6 +334,16 @@ def test_heat_map_shows_the_scores_over_one_key_or_two(tmp_path):
     axes = plot_heat_map(compare(tmp_path / "0.1_0", tmp_path / "1_0")).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "1"]
     assert axes.get_xlabel() == "optimizer.lr"
+
+
+def test_scores_are_plotted_over_each_key_where_there_is_no_grid(tmp_path):
+    for number in range(1, 5):
+        overrides = f"optimizer.lr={10**-number}", f"model.dropout={number / 10}", f"data.batch_size={number}"
+        write_run(tmp_path / str(number), *overrides, metrics={"val/acc": number / 10})
+    axes = plot_scores(comparison := compare(tmp_path)).axes
+    assert [one.get_xlabel() for one in axes] == ["optimizer.lr", "model.dropout", "data.batch_size"]
+    assert [one.get_xscale() for one in axes] == ["log", "linear", "linear"] and not plot_heat_map(comparison)
+    assert axes[1].lines[-1].get_xydata().tolist() == [[0.4, 0.4]]
 
 
 def test_failed_job_is_named_and_the_others_finish(run_main, tmp_path):

@@ -194,12 +194,16 @@ def killed(tmp_path, kill) -> Path:
     return tmp_path / "run"
 
 
-def test_moved_run_resumes_with_the_best_of_the_remaining_epochs(run_main, killed, uninterrupted, recwarn):
+def test_moved_run_resumes_and_keeps_its_best_checkpoint(run_main, killed, uninterrupted):
     moved = killed.rename(killed.with_name("moved"))
-    assert run_main(f"resume={moved}").code == 0 and not killed.exists()
-    assert any("the best of the remaining epochs" in str(warning.message) for warning in recwarn)
-    assert read_outcome(moved)["last"] == uninterrupted(PLAIN)["last"]
-    assert sorted(file.stem for file in (moved / "checkpoints").iterdir()) == ["best", "last", "previous"]
+    result = run_main(f"resume={moved}")
+    assert result.code == 0 and not result.err and not killed.exists()
+    assert read_outcome(moved) == uninterrupted(PLAIN)
+    files = [moved / f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")]
+    assert sorted((moved / "checkpoints").iterdir()) == files
+    states = torch.load(files[1], weights_only=True)["callbacks"].items()
+    (best,) = [state for name, state in states if name.startswith("ModelCheckpoint")]
+    assert best["best_model_path"] == str(files[0]) and best["best_model_score"] is not None
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty"])

@@ -31,9 +31,10 @@ def read_weights(folder: Path) -> torch.Tensor:
 def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     events = train(run_main, tmp_path, "trainer.max_epochs=2")
     tags = events.Tags()
-    assert tags["images"] == ["train/augmented batch"]
+    images = {"train/augmented batch", "weights/conv1 filters", "test/confusion matrix", "test/worst mistakes"}
+    assert images == {*tags["images"]}
     assert {"weights/conv1.0.weight", "weights/fc.bias"} <= set(tags["histograms"])
-    assert len(events.Histograms("weights/fc.bias")) == 2
+    assert len(events.Histograms("weights/fc.bias")) == len(events.Images("weights/conv1 filters")) == 2
     assert "custom_scalars__config__" in tags["tensors"]
     assert tags["graph"]
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
@@ -81,7 +82,8 @@ def test_other_task_has_fewer_plots_and_a_failing_plot_is_one_warning(fails, tmp
     assert not module.frozen.training
     trainer.test(module, data, verbose=False)
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
-    images = [] if fails else ["train/augmented batch"]
+    images = [] if fails else ["train/augmented batch", "weights/conv1 filters"]
     assert "test/mse" in tags["scalars"] and tags["images"] == images
-    messages = [str(warning.message) for warning in recwarn if "TensorBoard" in str(warning.message)]
-    assert messages == ["TensorBoard lacks the augmented batch (OSError: disk is full)"] * fails
+    messages = {str(warning.message) for warning in recwarn if "TensorBoard" in str(warning.message)}
+    plots = ("the augmented batch", "histograms and filters") if fails else ()
+    assert messages == {f"TensorBoard lacks {plot} (OSError: disk is full)" for plot in plots}

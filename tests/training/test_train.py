@@ -190,7 +190,7 @@ def test_cosine_schedule_steps_per_epoch(train):
         (["trainer.val_check_interval=1000"], "val_check_interval"),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.BatchSizeFinder}"], "-m data.batch_size="),
         (["+callbacks.x={_target_:lightning.pytorch.callbacks.EarlyStopping,monitor:val_loss}"], "`val_loss`"),
-        (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "-m optimizer.lr="),
+        (["+callbacks.x={_target_:lightning.pytorch.callbacks.LearningRateFinder}"], "set scheduler=none"),
     ],
 )
 def test_mistake_found_at_training_start_prints_one_line(train, mistake, words):
