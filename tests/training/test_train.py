@@ -139,7 +139,7 @@ def test_equal_seeds_give_bitwise_equal_weights_alone_and_in_a_multirun(train, r
         ("trainer.max_epochs=-1", "Expected positive integer total_steps, but got inf"),
         pytest.param(
             "trainer.accelerator=gpu",
-            "No supported gpu backend found",
+            "no GPU was found; set trainer.accelerator=cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
