@@ -56,7 +56,7 @@ def describe_error(error: BaseException) -> str | None:
         return text.rpartition("UserError: ")[2]  # a DataLoader's worker process adds its traceback
     if fix := next((fix for pattern, fix in FIXES.items() if re.search(pattern, text)), None):
         return fix
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, BrokenPipeError):
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if module.startswith(("hydra.", "omegaconf.")):
         return _describe_hydra_error(error, text)

@@ -87,9 +87,9 @@ def restore_global_state() -> Iterator[None]:
     """
     from unittest.mock import patch
 
-    gc.collect()  # what the job before has left: a Trainer and its parts refer to each other
     with patch.dict(os.environ), warnings.catch_warnings():
         yield
+    gc.collect()  # a Trainer and its parts refer to each other
 
 
 def count_gpus(config: Any) -> int:

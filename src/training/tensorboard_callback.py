@@ -31,10 +31,13 @@ def _warn_on_error(name: str) -> Iterator[None]:
 class TensorBoardCallback(Callback):
     """Fill the tabs of TensorBoard. The graph is that of a Classifier, the batch that of images."""
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         self.writer: Any = writers[0] if writers and trainer.is_global_zero else None
         self.spec: Any = getattr(trainer.datamodule, "spec", None) if self.writer else None  # of a batch to plot
+        self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels, log-probabilities
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not self.writer:
             return
         self.writer.add_custom_scalars({"training and validation": CHARTS})
@@ -64,14 +67,11 @@ class TensorBoardCallback(Callback):
                     enlarged = nn.functional.interpolate(kernels[None], scale_factor=16)[0]
                     self.writer.add_image("weights/conv1 filters", enlarged, step)
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self.tested: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels, log-probabilities
-
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         # Each of several processes tests only a part.
-        if self.writer and isinstance(pl_module, Classifier) and trainer.world_size == 1:
-            images = trainer.datamodule.spec.denormalize(batch[0])
-            self.tested.append((images.cpu(), batch[1].cpu(), outputs.float().cpu()))
+        is_classifier = isinstance(pl_module, Classifier) and isinstance(outputs, Tensor)
+        if self.spec and is_classifier and trainer.world_size == 1:
+            self.tested.append((self.spec.denormalize(batch[0]).cpu(), batch[1].cpu(), outputs.float().cpu()))
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         if not self.tested:
@@ -80,7 +80,7 @@ class TensorBoardCallback(Callback):
             from src.training.plots import plot_confusion_matrix, plot_mistakes  # matplotlib is slow to import
 
             images, labels, log_probabilities = (torch.cat(parts) for parts in zip(*self.tested, strict=True))
-            arguments = labels, log_probabilities.exp(), trainer.datamodule.spec.classes
+            arguments = labels, log_probabilities.exp(), self.spec.classes
             self.writer.add_figure("test/confusion matrix", plot_confusion_matrix(*arguments), trainer.global_step)
             if figure := plot_mistakes(images, *arguments):
                 self.writer.add_figure("test/worst mistakes", figure, trainer.global_step)

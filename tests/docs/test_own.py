@@ -220,7 +220,7 @@ def test_own_option_and_callback_take_effect(project):
     option, callback, *lightning = read_commands(text)
     option = add(option, "option", *SHORT, "trainer.max_epochs=2", "trainer.log_every_n_steps=1")
     others = [add(command, f"lightning{n}", *SHORT) for n, command in enumerate(lightning)]
-    results = project.run(option, add(callback, "callback", *SHORT), *others, codes=[0] * 4)
+    results = project.run(option, add(callback, "callback", *SHORT), *others, codes=[0] * 5)
     metrics = project.read_metrics("option")["metrics"]
     assert metrics["lr/head"] == pytest.approx(2 * metrics["lr/rest"])
     assert metrics["lr/head"] == pytest.approx(0.002 / 15)  # before the last step
