@@ -36,9 +36,9 @@ class SoftLabels:
         self.teachers = [load_predictor(teacher) for teacher in teachers]
         self.digest = hashlib.sha256(b"".join(teacher.file.read_bytes() for teacher in self.teachers)).hexdigest()
         self.folder, self.seed = Path(folder), seed
+        self.prepare_epoch = lru_cache(maxsize=1)(self._prepare_epoch)  # every batch asks for its epoch
 
-    @lru_cache(maxsize=1)  # noqa: B019  # every batch asks for its epoch
-    def prepare_epoch(
+    def _prepare_epoch(
         self, images: Tensor, augment: RandomAffine | None, spec: ImageSpec, epoch: int, progress: float
     ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Load or compute an epoch's soft labels of all training images; `progress` is that when the epoch begins.
