@@ -24,7 +24,8 @@ OUTPUT_DIR = "${hydra:runtime.output_dir}"
 PACKAGE = __name__.partition(".")[0]
 # Metrics of which lower values are better, by a part of their names.
 LOWER_IS_BETTER = re.compile(
-    r"loss|err(ors?)?(?![a-z])|mse|mae|perplexity|entropy|distance|(?<![a-z])(nll|ppl|cer|wer|fid|ece|brier)(?![a-z])",
+    r"loss|err(ors?)?(?![a-z])|msl?e|map?e(?![a-z])|perplex|entropy|distance"
+    r"|(?<![a-z])(nll|ppl|[cwe]er|fid|kl|ece|brier|hinge|huber|lpips|bpd|cost)(?![a-z])",
     re.IGNORECASE,
 )
 
@@ -54,7 +55,7 @@ def resolve_config(config: DictConfig) -> DictConfig:
 
 def infer_mode(metric: str | None) -> str:
     """Return "min" if the name of the metric says that lower is better, as in val/loss and test/rmse, else "max"."""
-    return "min" if LOWER_IS_BETTER.search(str(metric)) else "max"
+    return "min" if LOWER_IS_BETTER.search(str(metric)) and "neg_" not in str(metric) else "max"
 
 
 def validate_config(config: DictConfig) -> None:

@@ -71,7 +71,7 @@ def configure_hardware(config: Any) -> None:
     import torch
 
     if config.threads is None:
-        config.threads = int(os.environ.get("OMP_NUM_THREADS") or count_cores())
+        config.threads = int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or 0) or count_cores()
     torch.set_num_threads(config.threads)
     trainer = config.get("trainer")
     if trainer and trainer.get("precision") == "auto":

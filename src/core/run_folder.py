@@ -27,7 +27,7 @@ CONFIG_FILE, METRICS_FILE, STATUS_FILE = ".hydra/config.yaml", "metrics.json", "
 KINDS = {"multirun.yaml": "sweep", ".tune": "study", STATUS_FILE: "run", METRICS_FILE: "run", "checkpoints": "run"}
 EARLY_FILES = re.compile(  # what a run or study writes before the first batch
     r"(config|hydra|overrides)\.yaml|(train|tune)\.log|layers\.txt|hparams\.yaml|metrics\.csv|status\.json|study\.db"
-    r"|events\.out\.tfevents\..*|\.(study\.)?lock|init_from\.json"
+    r"|events\.out\.tfevents\..*|\.(study\.)?lock|init_from\.json|\.hydra|\.tune|checkpoints|\d{3}_.*"
 )
 # An interpolation other than of the config's own keys and by the two resolvers that conf/ uses.
 FOREIGN_REFERENCE = re.compile(r"\$\{(?!([\w.]+|hydra:runtime\.output_dir|oc\.env:MNIST_ROOT,data)\})[^}]*\}?")
@@ -142,7 +142,7 @@ def record_status(folder: Path) -> Iterator[None]:
 
 def remove_if_untrained(folder: Path) -> None:
     """Remove the folder of a run or study that has nothing but what precedes the first batch."""
-    if all(EARLY_FILES.fullmatch(path.name) for path in folder.rglob("*") if not path.is_dir()):
+    if all(EARLY_FILES.fullmatch(path.name) for path in folder.rglob("*")):
         shutil.rmtree(folder)
 
 

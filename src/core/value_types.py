@@ -25,15 +25,14 @@ RULES: dict[str, Any] = {
     "test": Literal["last", "best"] | bool,  # true: last
     "optimized_metric": MetricName | None,
     "optimized_mode": Literal["max", "min"] | None,
-    "n_trials": PositiveInt,
-    "heartbeat": PositiveInt,
+    **dict.fromkeys(("n_trials", "heartbeat"), PositiveInt),
+    **dict.fromkeys((f"trainer.{key}" for key in ("log_every_n_steps", "accumulate_grad_batches")), PositiveInt),
     "optimizer.lr": PositiveFloat,
     "optimizer.groups": Any,
     "scheduler.interval": Literal["step", "epoch"] | None,
     "scheduler.monitor": NonEmptyStr | None,
     "trainer.precision": Any,  # also auto; Lightning checks it
-    "trainer.callbacks": types.NoneType,  # the group callbacks sets them
-    "trainer.logger": types.NoneType,
+    **dict.fromkeys(("trainer.callbacks", "trainer.logger"), types.NoneType),  # the groups of these names set them
 }
 # Callbacks that would fail during the training or a resume, with the reason.
 REFUSED_TARGETS = {

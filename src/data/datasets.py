@@ -168,8 +168,8 @@ class ImageFolder:
             for part, folder in (named or {"train": root}).items()
         }
         classes = tuple(sorted({name for by_class in files.values() for name in by_class}))
-        if "train" not in files or len(classes) < 2:
-            needed = f"needs images ({', '.join(SUFFIXES)}) in folders of two or more classes, below train/ or itself"
+        if {*files.get("train", ())} != {*classes} or len(classes) < 2:
+            needed = f"needs images ({', '.join(SUFFIXES)}) in folders of two or more classes, all in train/ or itself"
             raise UserError(f"{root}: {needed}; there is {', '.join(classes) or 'none'}")
         if other_files := [file for file in list_files(root) if not file.name.lower().endswith(SUFFIXES)]:
             warnings.warn(f"{root}: left out {len(other_files)} files, as {other_files[0].name}", stacklevel=2)

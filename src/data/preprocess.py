@@ -44,8 +44,7 @@ def resize_image(source: Path | bytes, shape: tuple[int | None, int, int]) -> Te
     modes = {None: image.mode, 1: "L", 3: "RGB"}
     if channels not in modes:
         raise UserError(f"the network takes {channels} channels; image files have 1 or 3")
-    image = image.convert(modes[channels])
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    image = ImageOps.fit(image.convert(modes[channels]), (width, height), Image.Resampling.BICUBIC)
     return torch.tensor(np.atleast_3d(np.asarray(image))).permute(2, 0, 1).contiguous()
 
 
@@ -61,14 +60,15 @@ def decode_image(source: Path | bytes, working_size: int = WORKING_SIZE) -> Imag
             image: Image.Image = ImageOps.exif_transpose(header)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise UserError("floating-point pixels; save it with 8 or 16 bits")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             pixels = np.asarray(image, dtype=np.float32)
             alpha = pixels[..., 3]
             is_light = (pixels[..., :3].mean(2) * alpha).sum() > 127 * alpha.sum()
-            background = Image.new("RGBA", image.size, "black" if is_light else "white")
-            image = Image.alpha_composite(background, image)
-        image = image.convert("L" if image.mode in ("1", "L", "F") else "RGB")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black" if is_light else "white"), image)
+        image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         image.thumbnail(size, Image.Resampling.BOX)
         return image
     except Exception as error:  # Pillow's decoders raise almost anything for damaged bytes

@@ -92,6 +92,7 @@ def format_train_command(group: RunGroup, average_over: Sequence[str] = ("seed",
     command = ["python", "-m", "src.train", *["-m"] * (len(group.runs) > 1)]
     command += [item for item in first.overrides if item.lstrip("+~").partition("=")[0] not in keys]
     command += [f"{key}={','.join(dict.fromkeys(run.get(key) for run in group.runs))}" for key in keys]
+    command += [f"{k}={x}" for k, x in group.values.items() if k not in first.chosen and x != "null" and " " not in k]
     if len(group.runs) > 1 and keys != ["seed"]:
         command.append(f"hydra.callbacks.sweep.average_over=[{','.join(keys)}]")
     if "threads" not in first.chosen:  # sums over another number of threads are rounded differently

@@ -92,7 +92,7 @@ def load_initial_weights(module: LightningModule, path: str, skip: str | list[st
     loaded = {name: given[name] for name in own if not any(name in names for names in left_out.values())}
     record = {"file": str(file), "loaded": f"{len(loaded)} of {len(own)} tensors", **left_out}
     reasons = [f"{reason}: {', '.join(names)}" for reason, names in left_out.items() if names]
-    line = shorten(f"init_from={path}: {record['loaded']}; {'; '.join(reasons)}", 400)
+    line = shorten("; ".join([f"init_from={path}: {record['loaded']}", *reasons]), 400)
     if patterns and not skipped:
         raise UserError(f"init_from.skip={patterns}: no such layer; the network has {shorten(', '.join(own), 400)}")
     if not any(value.ndim for value in loaded.values()):

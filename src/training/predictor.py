@@ -148,8 +148,8 @@ def load_test_data(predictor: Predictor, choice: str | None = None, root: Path |
     try:
         module.prepare_data()
         spec = module.spec
-    except UserError as error:
-        raise UserError(str(error).replace("data.root", "--root")) from error
+    except (UserError, OSError) as error:
+        raise UserError(f"{str(error).replace('data.root', '--root')}; --root names the place of the data") from error
     expected, classes = predictor.spec, tuple(map(escape_control_characters, spec.classes))
     if (spec.shape, classes) != (expected.shape, expected.classes):
         trained_on = f"{expected.shape}, classes {shorten(', '.join(expected.classes), 200)}"

@@ -43,6 +43,15 @@ def test_run_fills_every_tab_with_accuracies_in_percent(run_main, tmp_path):
     assert events.Scalars("val/loss")[-1].value == pytest.approx(metrics["val/loss"])
 
 
+def test_finished_training_is_tested_again_with_plots(run_main, tmp_path):
+    train(run_main, tmp_path)
+    (tmp_path / "metrics.json").unlink()  # as if killed during the test
+    for overrides in [], ["test=best"]:
+        result = run_main(f"resume={tmp_path}", *overrides)
+        assert result.code == 0, result.err
+    assert "test/best/acc" in json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+
+
 def test_run_without_the_callback_gives_bitwise_identical_weights(run_main, tmp_path):
     train(run_main, tmp_path / "with", "model.dropout=0.1")
     assert not train(run_main, tmp_path / "without", "model.dropout=0.1", "callbacks.tensorboard=null").Tags()["images"]
