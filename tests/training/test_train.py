@@ -104,10 +104,11 @@ def test_best_and_last_weights_are_tested(train):
 def test_equal_seeds_give_bitwise_equal_weights_alone_and_in_a_multirun(train, run_main, tmp_path, seed):
     some = *PLAIN, "model.dropout=0.1"
     _, alone = train(f"seed={seed}", *some, folder="alone")
-    result = run_main("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path}")
+    result = run_main("-m", *TINY, f"seed=7,{seed}", *some, f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert result.code == 0, result.err
-    assert torch.equal(read_weights(alone), read_weights(tmp_path / f"seed={seed}"))
-    assert not torch.equal(read_weights(alone), read_weights(tmp_path / "seed=7"))
+    files = (tmp_path / "sweep").glob("*/metrics.json")
+    weights = {json.loads(file.read_text())["seed"]: read_weights(file.parent) for file in files}
+    assert torch.equal(read_weights(alone), weights[seed]) and not torch.equal(weights[seed], weights[7])
 
 
 @pytest.mark.parametrize(
