@@ -107,7 +107,7 @@ def read_status(folder: Path) -> dict[str, str]:
 
 
 def write_status(folder: Path, state: str, message: str = "", trace: str = "") -> None:
-    """Write status.json. `state` is running, finished, failed, pruned, interrupted or lost."""
+    """Write status.json. `state` is running, finished, failed, pruned or interrupted."""
     content = {"state": state, "message": message, "traceback": trace}
     write_atomically(folder / STATUS_FILE, json.dumps(content, indent=1).encode())
 
