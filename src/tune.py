@@ -27,10 +27,7 @@ def tune(cfg: DictConfig) -> None:
     write_report([folder], folder)
 
 
-def main() -> None:
-    """Run `tune` as a Hydra program."""
-    hydra_main("tune", tune)()
-
+main = hydra_main("tune", tune)
 
 if __name__ == "__main__":
     main()

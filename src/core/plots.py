@@ -30,11 +30,6 @@ def label_ends(axes: Any) -> None:
     excess = max(0, heights[-1] - 1)
     for height, (_, number) in zip(heights, ends, strict=True):
         curve = curves[number]
-        place = {
-            "xytext": (1.03, height - excess),
-            "textcoords": "axes fraction",
-            "va": "center",
-            "annotation_clip": False,
-        }
+        place: Any = {"xytext": (1.03, height - excess), "textcoords": "axes fraction", "va": "center"}
         line = {"arrowstyle": "-", "color": curve.get_color(), "linewidth": 1.2, "relpos": (0, 0.5)}
-        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], arrowprops=line, **place)
+        axes.annotate(f" {curve.get_label()}", curve.get_xydata()[-1], arrowprops=line, annotation_clip=False, **place)

@@ -73,8 +73,7 @@ class ImageDataModule(L.LightningDataModule):
         self.augment, self.soft_labels = augment, soft_labels
         self.val_size, self.train_size, self.test_every_epoch = val_size, train_size, test_every_epoch
         self.val_split, self.split_seed, self.folds, self.fold = val_split, split_seed, folds, fold
-        self.preprocess, self.mean, self.std = preprocess, mean, std
-        self.sampler = sampler
+        self.preprocess, self.mean, self.std, self.sampler = preprocess, mean, std, sampler
         self.device = torch.device("cpu")
         self.progress: float | Tensor = 0.0  # fraction of the run that is done; a tensor if a CUDA graph reads it
 

@@ -16,11 +16,6 @@ def hash_seed(*keys: int) -> int:
     return seed
 
 
-def make_generator(*keys: int) -> torch.Generator:
-    """Return a generator seeded by `hash_seed`."""
-    return torch.Generator().manual_seed(hash_seed(*keys))
-
-
 class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other sampler for trainer.overfit_batches
     """Yield indices that cover `range(size)` once per epoch, over all processes together; `batch_size` is per process.
 
@@ -54,7 +49,7 @@ class IndexBatchSampler(SequentialSampler):  # Lightning replaces any other samp
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         order = torch.arange(self.size)
         if self.seed is not None:  # the generator is always the CPU's, so that every device gets the same order
-            generator = make_generator(self.seed, self.epoch)
+            generator = torch.Generator().manual_seed(hash_seed(self.seed, self.epoch))
             order = torch.randperm(self.size, generator=generator)
             if self.weights is not None:
                 order = self.weights.multinomial(self.size, replacement=True, generator=generator)

@@ -18,7 +18,7 @@ from src.core.process import has_amx_bf16
 from src.core.value_types import NonEmptyStr, Seed
 from src.data.augment import RandomAffine
 from src.data.image_spec import ImageSpec
-from src.data.sampler import make_generator
+from src.data.sampler import hash_seed
 from src.training.checkpoints import load_weights_only
 from src.training.predictor import load_predictor
 
@@ -51,7 +51,8 @@ class SoftLabels:
                 reason = "was trained on images of another shape, or with other classes"
                 raise UserError(f"data.soft_labels.teachers: {teacher.file} {reason}; name other teachers")
         # Drawn on the CPU, so that every device gets the same numbers.
-        sample = [x.to(images.device) for x in augment.draw(len(images), make_generator(self.seed, epoch))]
+        generator = torch.Generator().manual_seed(hash_seed(self.seed, epoch))
+        sample = [x.to(images.device) for x in augment.draw(len(images), generator)]
 
         def augment_batch(batch: Tensor, indices: Tensor) -> Tensor:
             return augment.apply(batch.float(), [numbers[indices] for numbers in sample], progress)

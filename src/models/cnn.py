@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,9 @@ class CNN(nn.Module):
         c1, c2, c3, c4, c5, c6 = channels
         self.conv1 = block(input_shape[0], c1, c2, antialias[0], 1 if early_pool else 6)  # 28×28 to 14×14 for MNIST
         if cosine_filters:
-            self.conv1[0].weight.data.copy_(make_cosine_filters(c1)[:, None] / input_shape[0])
-            nn.init.zeros_(self.conv1[0].bias)
+            first: Any = self.conv1[0]
+            first.weight.data.copy_(make_cosine_filters(c1)[:, None] / input_shape[0])
+            first.bias.data.zero_()
         self.conv2 = block(c2, c3, c4, antialias[1])  # to 7×7
         self.conv3 = block(c4, c5, c6, antialias[2])  # to 3×3
         self.gap = nn.Conv2d(c6, num_classes, 1)

@@ -52,9 +52,7 @@ class SeparableCNN(nn.Module):
         _, height, width = input_shape
         self.spatial_weights = nn.Conv2d(last, last, (height // 8, width // 8), groups=last, bias=False)
         self.fc = nn.Linear(last, num_classes)
-        # Convolutions on a CPU are 1.2 to 1.6 times as fast in this memory layout, which mps computes wrongly before
-        # PyTorch 2.15 (pytorch#192212).
-        if not torch.backends.mps.is_available():
+        if not torch.backends.mps.is_available():  # as in cnn.py, which says why
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:

@@ -12,12 +12,6 @@ from src.sweeps.runs import RunGroup
 LEVEL = 0.05  # probability that a group as good as the best is called worse
 
 
-def confidence_interval(sample: Sequence[float]) -> tuple[float, float]:
-    """Return Student's t interval, which covers the true mean in 95 of 100 sweeps. Needs two scores or more."""
-    half = sem(sample) * t.isf(LEVEL / 2, len(sample) - 1)
-    return np.mean(sample) - half, np.mean(sample) + half
-
-
 def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
     """Return, for each sample but the first, the p-value that its mean equals that of the first.
 
@@ -31,11 +25,11 @@ def corrected_p_values(samples: Sequence[Sequence[float]]) -> list[float]:
 
 
 def format_interval(group: RunGroup, metric: str) -> str:
-    """Return half the width of the mean's confidence interval; an empty string for fewer than two finite scores."""
+    """Return half the width of Student's t interval of the mean; an empty string for fewer than two finite scores."""
     if math.isnan(group.std(metric)):
         return ""
-    low, high = confidence_interval(group.scores(metric))
-    return f"± {format_metric(metric, (high - low) / 2, digits=2)}"
+    half_width = sem(group.scores(metric)) * t.isf(LEVEL / 2, len(group.scores(metric)) - 1)
+    return f"± {format_metric(metric, half_width, digits=2)}"
 
 
 def compare_with_best(groups: Sequence[RunGroup], metric: str) -> list[str]:

@@ -15,7 +15,8 @@ from torchvision.utils import make_grid
 from src.models.classifier import Classifier
 
 CHARTS = {
-    name: ["Multiline", [f"train/{tag}$", f"val/{tag}$"]] for name, tag in [("loss", "loss"), ("accuracy", "acc %")]
+    "loss": ["Multiline", ["train/loss$", "val/loss$"]],
+    "accuracy": ["Multiline", ["train/acc %$", "val/acc %$"]],
 }
 
 

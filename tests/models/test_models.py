@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d, cross_entropy, kl_div, nll_loss
 
 from src.core.errors import UserError
 from src.models.classifier import Classifier, check_outputs
-from src.models.cnn import CNN, blur
+from src.models.cnn import CNN, AntialiasedMaxPool, blur, make_cosine_filters
 
 
 def test_cnn_has_the_parameters_and_shapes_of_the_table():
@@ -75,9 +75,9 @@ def test_antialiased_pooling_averages_neighbouring_maxima():
     maxima = torch.stack([features.roll((-i, -j), (2, 3)) for i in (0, 1) for j in (0, 1)]).amax(0)[..., :-1, :-1]
     pooled = CNN(antialias=True).conv2[6](features)
     assert pooled.shape == (2, 16, 3, 3)
-    torch.testing.assert_close(pooled[0, 5, 2, 1], maxima[0, 5, 4:6, 2:4].mean())
-    edge = torch.cat([maxima[1, 3, 2:4, 4], features[1, 3, 2:5, 5].unfold(0, 2, 1).amax(1)])
-    torch.testing.assert_close(pooled[1, 3, 1, 2], edge.mean())
+    torch.testing.assert_close(pooled[0, 5, 2, 1], maxima[0, 5, 4:6, 1:3].mean())
+    edge = torch.cat([maxima[1, 3, 2:4, 0], features[1, 3, 2:5, 0].unfold(0, 2, 1).amax(1)])
+    torch.testing.assert_close(pooled[1, 3, 1, 0], edge.mean())
 
 
 @pytest.mark.parametrize("antialias", [False, [False, True, True], True])
@@ -91,6 +91,18 @@ def test_batch_norm_comes_before_or_after_the_activation():
     layers = [type(layer) for layer in CNN(bn_before_activation=True, activation="gelu").conv2[:6]]
     assert layers == [nn.Conv2d, nn.BatchNorm2d, nn.GELU] * 2
     assert [type(layer) for layer in CNN().conv2[:6]] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d] * 2
+
+
+def test_express_keeps_cosine_filters_and_pools_behind_them():
+    net = CNN(early_pool=True, cosine_filters=True, antialias=[True, False, False], input_shape=(3, 28, 28))
+    filters = net.conv1[0].weight.sum(1)
+    assert isinstance(net.conv1[1], AntialiasedMaxPool) and not net.conv1[0].bias.any()
+    torch.testing.assert_close(filters[::2], -filters[1::2])
+    torch.testing.assert_close(filters[0], torch.full((3, 3), 1 / 7.5))
+    grams = filters[::2].flatten(1) @ filters[::2].flatten(1).T
+    torch.testing.assert_close(grams, torch.diag(torch.tensor([1.0, 4, 4, 16, 16, 16, 64, 64]) / 6.25))
+    assert net(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+    assert len(make_cosine_filters(20)) == 20
 
 
 def make_linear(*last: nn.Module) -> nn.Module:
