@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
 
-from src.sweeps.stats import confidence_interval
+from scipy.stats import sem, t
 
 
 def make_rows() -> list[str]:
@@ -20,7 +20,7 @@ def make_rows() -> list[str]:
             if others:
                 seeds, sd = len(scores), f"{stdev(scores):.2f}"
                 lowest, highest = f"{min(scores):.2f}", f"{max(scores):.2f}"
-                interval = "{:.2f} to {:.2f}%".format(*confidence_interval(scores))
+                interval = "{:.2f} to {:.2f}%".format(*t.interval(0.95, seeds - 1, mean(scores), sem(scores)))
             name = ", ".join(filter(None, (f"`{key[0]}`", key[1])))
             accuracy = f"{mean(scores):.2f}" + (f" ± {sd}%" if sd else "%")
             limits = [f"{limit}%" if limit else "–" for limit in (lowest, highest)]

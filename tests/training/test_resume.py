@@ -279,6 +279,12 @@ def test_out_of_memory_names_the_batch_size():
     assert describe_error(RuntimeError("CUDA error: out of memory")) == "out of memory; halve data.batch_size"
 
 
+def test_a_batch_of_one_image_names_the_batch_size():
+    with pytest.raises(ValueError) as caught:
+        torch.nn.BatchNorm1d(2)(torch.zeros(1, 2))
+    assert "change data.batch_size" in str(describe_error(caught.value))
+
+
 @pytest.mark.slow
 def test_resume_of_two_processes_gives_bitwise_identical_results(tmp_path):
     arguments = *TINY, PLAIN, "trainer.accelerator=cpu", "callbacks.resume.every_steps=3"
