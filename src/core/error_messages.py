@@ -15,7 +15,7 @@ FIXES = {
     "No supported gpu backend": "no GPU was found; set trainer.accelerator=cpu or auto",
     "in loading state_dict": "the checkpoint does not fit the config's network; use those of one run",
     "Failed to import DB access module": "storage: install the driver of its database, as pip install psycopg",
-    "Expected more than 1 value per channel": "a batch of one image is too small for batch norm; change data.batch_size",
+    "Expected more than 1 value per channel": "batch norm cannot train on one image; change data.batch_size",
     "out of shared memory|DataLoader timed out": "data.num_workers: use fewer, or docker run --shm-size=2g",
     "out of memory|_STATUS_ALLOC_FAILED|can't allocate memory": "out of memory; halve data.batch_size",
 }

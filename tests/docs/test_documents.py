@@ -51,7 +51,7 @@ def test_recipes_have_one_time_and_one_accuracy():
     results, readme, makefile = ((ROOT / name).read_text() for name in ("docs/results.md", "README.md", "Makefile"))
     accuracies = dict(re.findall(r"^\| `(\w+)`(?:, seed \d)? \| \w \|.*?\| ([\d.]+(?: ± [\d.]+)?%)", results, re.M))
     recipes = re.findall(r"^\| `(\w+)` \| ([\d,]+ s) on an? (\w+)", results, re.M)
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     for name, seconds, processor in recipes:
         path, target = ("train", "(?:train|sweep|tune)") if name == "default" else (f"experiment/{name}", name)
         header = (ROOT / f"conf/{path}.yaml").read_text().partition("defaults:")[0]

@@ -32,7 +32,7 @@ from src.sweeps.callback import list_jobs
 from src.sweeps.plots import plot_heat_map, plot_scores
 from src.sweeps.report import format_report, write_report
 from src.sweeps.runs import Comparison, compare_runs, format_train_command, read_runs
-from src.sweeps.stats import LEVEL, confidence_interval, corrected_p_values
+from src.sweeps.stats import LEVEL, corrected_p_values
 
 TINY = (
     *("data=digits", "model.channels=[4,4,4,4,4,4]", "optimizer.lr=0.1", "++callbacks.tensorboard=null"),
@@ -198,19 +198,17 @@ def test_sweep_over_seeds_has_mean_and_confidence_interval(tmp_path, capsys):
     assert re.search(r"1 \| 98\.50% ± 0\.71% \| ± 6\.35%", capsys.readouterr().out)
 
 
-def test_false_alarms_and_coverage_are_as_promised():
+def test_false_alarms_are_as_rare_as_promised():
     draw = np.random.default_rng(0)
-    covered = wrong = equal = found = 0
+    wrong = equal = found = 0
     for _ in range(1000):
         samples = [draw.normal(mean, 1, 5) for mean in (0, 0, -3)]
-        low, high = confidence_interval(samples[0])
-        covered += low < 0 < high
         ranks = sorted(range(3), key=lambda rank: -samples[rank].mean())
         p = dict(zip(ranks, [1, *corrected_p_values([samples[rank] for rank in ranks])], strict=True))
         found, wrong = found + (p[2] <= LEVEL), wrong + (min(p[0], p[1]) <= LEVEL)
         alike = sorted((draw.normal(0, 1, 5) for _ in range(3)), key=fmean)
         equal += min(corrected_p_values(alike)) <= LEVEL
-    assert 930 <= covered <= 970 and wrong <= 60 and equal <= 60 and found >= 900, (covered, wrong, equal, found)
+    assert wrong <= 60 and equal <= 60 and found >= 900, (wrong, equal, found)
 
 
 @pytest.mark.parametrize("width", [80, 100])
