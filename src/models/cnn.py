@@ -30,9 +30,9 @@ class AntialiasedMaxPool(nn.Module):
 
 
 def make_cosine_filters(count: int) -> Tensor:
-    """Return [count, 3, 3] filters: a discrete cosine transform, from the lowest frequency on, in both signs.
+    """Return [count, 3, 3] filters: the discrete cosine transform from the lowest frequency on, each in both signs.
 
-    Digits have half as strong frequencies at each step; the factor of 2 per step makes up for that.
+    Their factors 2^frequency / 2.5 give maps of MNIST's normalised images a standard deviation of about 1.
     """
     waves = normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]]))
     frequencies = sorted(product(range(3), repeat=2), key=sum)

@@ -13,6 +13,10 @@ from src.data.sampler import IndexBatchSampler
 from tests.specs import MNIST_SPEC
 
 
+def make_generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [4, 31, 32, 33, 97, 98, 99, 100])
 def test_sampler_yields_every_index_once_per_epoch(size, world_size):
@@ -43,13 +47,13 @@ def test_sampler_order_depends_on_seed_and_epoch_alone():
 def test_affine_with_zero_limits_returns_the_images(interpolation):
     images = torch.rand(3, 1, 28, 28)
     affine = RandomAffine(interpolation=interpolation)
-    torch.testing.assert_close(affine(images, torch.Generator().manual_seed(0)), images, atol=1e-4, rtol=0)
+    torch.testing.assert_close(affine(images, make_generator()), images, atol=1e-4, rtol=0)
 
 
 def test_translation_is_in_pixels():
     dots = torch.zeros(64, 1, 28, 28)
     dots[:, :, 14, 14] = 1
-    moved = RandomAffine(translate=3)(dots, torch.Generator().manual_seed(0))
+    moved = RandomAffine(translate=3)(dots, make_generator())
     ys, xs = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     distances = torch.stack([(moved[:, 0] * axis).sum((1, 2)) - 14 for axis in (ys, xs)]).abs()
     assert 2.5 < distances.max() <= 3.001
@@ -57,9 +61,7 @@ def test_translation_is_in_pixels():
 
 def test_elastic_displacement_is_smooth_and_in_pixels():
     ramp = torch.arange(28.0).expand(64, 1, 28, 28)  # the value of a pixel is the column that it was taken from
-    displacements = (
-        RandomAffine(elastic=2)(ramp, torch.Generator().manual_seed(0))[..., 4:-4, 4:-4] - ramp[..., 4:-4, 4:-4]
-    )
+    displacements = RandomAffine(elastic=2)(ramp, make_generator())[..., 4:-4, 4:-4] - ramp[..., 4:-4, 4:-4]
     assert 1.5 < displacements.abs().max() < 2.9  # a smooth curve may leave the range of its knots
     assert displacements.diff(dim=-1).abs().max() < 1 and displacements.diff(dim=-2).abs().max() < 1
     assert displacements.std((1, 2, 3)).min() > 0.1
@@ -68,7 +70,7 @@ def test_elastic_displacement_is_smooth_and_in_pixels():
 def test_rotation_is_in_degrees_and_keeps_the_centre():
     bars = torch.zeros(256, 1, 28, 28)
     bars[:, :, 4:24, 13:15] = 1
-    rotated = RandomAffine(degrees=30)(bars, torch.Generator().manual_seed(0))[:, 0]
+    rotated = RandomAffine(degrees=30)(bars, make_generator())[:, 0]
     ys, xs = torch.meshgrid(torch.arange(28) - 13.5, torch.arange(28) - 13.5, indexing="ij")
     angles = 0.5 * torch.atan2(2 * (rotated * xs * ys).sum((1, 2)), (rotated * (ys**2 - xs**2)).sum((1, 2)))
     assert 28 < angles.abs().max().rad2deg() < 31
@@ -79,10 +81,8 @@ def test_rotation_is_in_degrees_and_keeps_the_centre():
 def test_augmentation_fades_out_at_the_end_of_a_run(progress, strength):
     images = torch.rand(8, 1, 28, 28)
     limits = {"degrees": 10, "translate": 2, "scale": 0.1, "shear": 0.1, "elastic": 1}
-    weaker = RandomAffine(**{name: limit * strength for name, limit in limits.items()})(
-        images, torch.Generator().manual_seed(0)
-    )
-    faded = RandomAffine(**limits, fade_out=0.4)(images, torch.Generator().manual_seed(0), progress)
+    weaker = RandomAffine(**{name: limit * strength for name, limit in limits.items()})(images, make_generator())
+    faded = RandomAffine(**limits, fade_out=0.4)(images, make_generator(), progress)
     torch.testing.assert_close(faded, weaker, atol=1e-4, rtol=0)
 
 

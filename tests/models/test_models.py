@@ -93,7 +93,7 @@ def test_batch_norm_comes_before_or_after_the_activation():
     assert [type(layer) for layer in CNN().conv2[:6]] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d] * 2
 
 
-def test_express_keeps_cosine_filters_and_pools_behind_them():
+def test_first_filters_may_be_a_cosine_transform_that_is_pooled_at_once():
     net = CNN(early_pool=True, cosine_filters=True, antialias=[True, False, False], input_shape=(3, 28, 28))
     filters = net.conv1[0].weight.sum(1)
     assert isinstance(net.conv1[1], AntialiasedMaxPool) and not net.conv1[0].bias.any()

@@ -5,6 +5,8 @@ import signal
 import torch
 from conftest import SMALL, read_outcome
 
+from src.models.cnn import make_cosine_filters
+
 
 def load_state(folder) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
@@ -32,3 +34,16 @@ def test_frozen_layers_stay_as_they_are_until_they_are_trained(run_main, small_w
         result = run_main(*tune, f"callbacks.freeze.pattern={pattern}", f"hydra.run.dir={tmp_path / 'none'}")
         assert result.code == 2 and len(result.err.splitlines()) == 1
         assert f"matches {count} of net.conv1.0.weight" in result.err
+
+
+def test_fixed_first_filters_are_not_trained_or_normalised(run_main, tmp_path):
+    options = (f"model.{name}=true" for name in ("cosine_filters", "early_pool", "bn_before_activation"))
+    freeze = "callbacks=[default,freeze]", r"callbacks.freeze.pattern=conv1\.[02]\..*", "logger=none"
+    result = run_main(*SMALL, *options, *freeze, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 0, result.err
+    state = load_state(tmp_path / "run")
+    filters = state["net.conv1.0.weight"][:, 0]
+    assert torch.equal(filters, make_cosine_filters(len(filters)))
+    assert not any(state[f"net.conv1.{name}"].any() for name in ("0.bias", "2.bias", "2.running_mean"))
+    assert all((state[f"net.conv1.2.{name}"] == 1).all() for name in ("weight", "running_var"))
+    assert state["net.conv1.5.running_mean"].any() and state["net.conv1.5.bias"].any()
