@@ -73,13 +73,13 @@ class CNN(nn.Module):
             layers = [{"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}[activation](), nn.BatchNorm2d(outputs)]
             return [nn.Conv2d(inputs, outputs, 3, padding=1), *(layers[::-1] if bn_before_activation else layers)]
 
-        def block(inputs: int, hidden: int, outputs: int, antialias: bool, pool_at: int = 6) -> nn.Sequential:
+        def block(inputs: int, hidden: int, outputs: int, antialias: bool, early_pool: bool = False) -> nn.Sequential:
             layers = [*convolution(inputs, hidden), *convolution(hidden, outputs), nn.Dropout(dropout)]
-            layers.insert(pool_at, AntialiasedMaxPool() if antialias else nn.MaxPool2d(2))
+            layers.insert(1 if early_pool else 6, AntialiasedMaxPool() if antialias else nn.MaxPool2d(2))
             return nn.Sequential(*layers)
 
         c1, c2, c3, c4, c5, c6 = channels
-        self.conv1 = block(input_shape[0], c1, c2, antialias[0], 1 if early_pool else 6)  # 28×28 to 14×14 for MNIST
+        self.conv1 = block(input_shape[0], c1, c2, antialias[0], early_pool)  # 28×28 to 14×14 for MNIST
         if cosine_filters:
             first: Any = self.conv1[0]
             first.weight.data.copy_(make_cosine_filters(c1)[:, None] / input_shape[0])

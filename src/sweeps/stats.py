@@ -28,8 +28,8 @@ def format_interval(group: RunGroup, metric: str) -> str:
     """Return half the width of Student's t interval of the mean; an empty string for fewer than two finite scores."""
     if math.isnan(group.std(metric)):
         return ""
-    half_width = sem(group.scores(metric)) * t.isf(LEVEL / 2, len(group.scores(metric)) - 1)
-    return f"± {format_metric(metric, half_width, digits=2)}"
+    scores = group.scores(metric)
+    return f"± {format_metric(metric, sem(scores) * t.isf(LEVEL / 2, len(scores) - 1), digits=2)}"
 
 
 def compare_with_best(groups: Sequence[RunGroup], metric: str) -> list[str]:

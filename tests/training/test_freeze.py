@@ -38,7 +38,7 @@ def test_frozen_layers_stay_as_they_are_until_they_are_trained(run_main, small_w
 
 def test_fixed_first_filters_are_not_trained_or_normalised(run_main, tmp_path):
     options = (f"model.{name}=true" for name in ("cosine_filters", "early_pool", "bn_before_activation"))
-    freeze = "callbacks=[default,freeze]", r"callbacks.freeze.pattern=conv1\.[02]\..*", "logger=none"
+    freeze = "callbacks=[default,freeze]", r"callbacks.freeze.pattern=conv1\.[02]", "logger=none"
     result = run_main(*SMALL, *options, *freeze, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 0, result.err
     state = load_state(tmp_path / "run")
